@@ -1,0 +1,45 @@
+# Everything a contributor runs. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Test processes; each gets its share of the cores. WORKERS=0 runs the tests in one process.
+WORKERS ?= 2
+# Further arguments for pytest: make test ARGS="-m 'not slow' tests/mechanisms"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format bench build
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## make .venv with the library and everything for development
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python 3.11 or later is needed, got %d.%d: set PYTHON=..." % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo,metrics,train]'
+	@touch $@
+
+demo: $(INSTALLED) ## draw pictures with full and with cheap attention, into outputs/demo
+	$(BIN)/diffattn demo --output outputs/demo
+
+test: $(INSTALLED) ## run the whole test suite
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(ARGS)
+
+check: $(INSTALLED) ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## write what `make check` asks of formatting and import order
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED) ## time the attention mechanisms on this machine, into outputs/bench
+	$(BIN)/diffattn bench --output outputs/bench
+
+build: $(INSTALLED) ## source distribution and wheel, into dist
+	$(BIN)/python -m build --no-isolation

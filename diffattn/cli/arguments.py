@@ -1,0 +1,202 @@
+"""From what is typed on the command line to what the library takes. Wrong text raises `ValueError` with an example."""
+
+import ast
+import dataclasses
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from .. import config
+from ..grid import TokenGrid
+from ..mechanisms.base import Mechanism
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+_NOTHING = ("none", "null")
+_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def parse_device(text: str) -> torch.device:
+    """`cpu`, `cuda`, `cuda:1`, `mps` ..., or `auto` for the first GPU there is, else the CPU."""
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise ValueError(f"--device {text!r} is no device; give cpu, cuda, cuda:1, mps or auto") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(f"--device {text}: this torch sees {count} CUDA devices; use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"--device {text}: this torch has no MPS here; use --device cpu")
+    return device
+
+
+def parse_dtype(text: str, device: torch.device) -> torch.dtype:
+    """One of `DTYPES`, or `auto`: bfloat16 on a GPU, float32 on the CPU."""
+    if text == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if text not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)} or auto, got {text!r}")
+    return typing.cast(torch.dtype, getattr(torch, text))
+
+
+def parse_grid(text: str, before: int = 0, after: int = 0) -> TokenGrid:
+    """`ROWSxCOLUMNS` or `FRAMESxROWSxCOLUMNS`, in tokens.
+
+    >>> parse_grid("8x16x24", before=4)
+    TokenGrid(height=16, width=24, frames=8, before=4, after=0)
+    """
+    if not re.fullmatch(r"\d+x\d+(x\d+)?", text):
+        raise ValueError(
+            f"--grid must be ROWSxCOLUMNS or FRAMESxROWSxCOLUMNS in tokens, such as 16x24 or 8x16x24, got {text!r}"
+        )
+    frames, height, width = [1, *map(int, text.split("x"))][-3:]
+    return TokenGrid(height, width, frames, before, after)
+
+
+def parse_cell(text: str, grid: TokenGrid) -> tuple[int, int, int]:
+    """`ROW,COLUMN` or `FRAME,ROW,COLUMN` of a cell of `grid`, counted from 0, as (frame, row, column)."""
+    if not re.fullmatch(r"\d+,\d+(,\d+)?", text):
+        raise ValueError(f"--query must be ROW,COLUMN or FRAME,ROW,COLUMN, counted from 0, such as 5,7, got {text!r}")
+    frame, row, column = [0, *map(int, text.split(","))][-3:]
+    if frame >= grid.frames or row >= grid.height or column >= grid.width:
+        raise ValueError(f"--query {text} lies outside the grid {grid}; rows, columns and frames count from 0")
+    return frame, row, column
+
+
+def parse_steps(text: str | None) -> slice | None:
+    """A slice of the denoising steps as in Python: `4:`, `:10`, `4:20:2`."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"(-?\d+)?:(-?\d+)?(:-?\d+)?", text):
+        raise ValueError(f"--swap-steps must be a slice such as 4: (from the fifth step on) or :10, got {text!r}")
+    parts = [int(part) if part else None for part in text.split(":")]
+    if len(parts) == 3 and parts[2] == 0:
+        raise ValueError(f"--swap-steps: a slice cannot step by 0, got {text!r}")
+    return slice(*parts)
+
+
+def parse_mechanism(name: str, options: Iterable[str] = ()) -> Mechanism:
+    """The mechanism `name` with options such as `radius=16`, read by the types of its config's fields."""
+    cls = config.lookup(name)
+    values = parse_options(cls, options)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    required = [key for key, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING]
+    missing = [key for key in required if key not in values]
+    if missing and values.keys() <= fields.keys():
+        raise ValueError(f"{name} needs {', '.join(missing)}: add -o {missing[0]}=...")
+    return typing.cast(Mechanism, config.create(name, **values))
+
+
+def parse_mechanism_text(text: str) -> Mechanism:
+    """A mechanism and its options in one text: `agent num_agents=64 k_shortcut=0`."""
+    if not text.split():
+        raise ValueError("--mechanism must be a short name, such as agent, got nothing")
+    name, *options = text.split()
+    return parse_mechanism(name, options)
+
+
+def parse_overrides(options: Iterable[str]) -> dict[str, Any]:
+    """`KEY=VALUE` texts whose config is not known yet: Python literals, else text."""
+    values = {}
+    for option in options:
+        key, text = _split(option)
+        try:
+            values[key] = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            values[key] = text
+    return values
+
+
+def _split(option: str) -> tuple[str, str]:
+    key, equals, text = option.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"-o must be NAME=VALUE, such as radius=16, got {option!r}")
+    return key.strip().replace("-", "_"), text.strip()
+
+
+def parse_options(cls: type, options: Iterable[str]) -> dict[str, Any]:
+    """`KEY=VALUE` texts as the types of the dataclass's fields; unknown keys are for `config.create` to refuse."""
+    hints = typing.get_type_hints(cls)
+    own = {field.name for field in dataclasses.fields(cls) if field.init}
+    values: dict[str, Any] = {}
+    for option in options:
+        key, text = _split(option)
+        if key in values:
+            raise ValueError(f"-o {key} is given twice")
+        if key not in own:
+            values[key] = text
+            continue
+        try:
+            values[key] = parse_value(text, hints[key])
+        except ValueError:
+            raise ValueError(f"-o {key}={text}: expected {describe(hints[key])}, got {text!r}") from None
+    return values
+
+
+def parse_value(text: str, hint: Any) -> Any:
+    """`text` as the type `hint`: numbers, booleans, text, tuples (`4,8`), `X | None` (`none`)."""
+    origin, arms = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _parse_union(text, arms)
+    if origin is typing.Literal:
+        return _parse_literal(text, arms)
+    if hint is bool:
+        if text.lower() not in _TRUTH:
+            raise ValueError(text)
+        return _TRUTH[text.lower()]
+    if hint is int:
+        return int(text)
+    if hint is float:
+        value = float(text)
+        if not math.isfinite(value):
+            raise ValueError(text)
+        return int(value) if value.is_integer() and "." not in text else value
+    if hint is str:
+        return text
+    return _parse_tuple(text)
+
+
+def _parse_union(text: str, arms: tuple[Any, ...]) -> Any:
+    if type(None) in arms and text.lower() in _NOTHING:
+        return None
+    for arm in arms:
+        if arm is not type(None):
+            try:
+                return parse_value(text, arm)
+            except ValueError:
+                continue
+    raise ValueError(text)
+
+
+def _parse_literal(text: str, choices: tuple[Any, ...]) -> Any:
+    for choice in choices:
+        if str(choice) == text:
+            return choice
+    raise ValueError(text)
+
+
+def _parse_tuple(text: str) -> tuple[Any, ...]:
+    """`4,8`, `(4, 8)` or nested tuples of Python literals."""
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        raise ValueError(text) from None
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def describe(hint: Any) -> str:
+    """A type in words, for help and errors."""
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "none"}
+    origin, arms = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(describe(arm) for arm in arms)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, arms))
+    return names.get(hint, "values with commas between, such as 4,8")

@@ -1,0 +1,191 @@
+"""Find and open what the command line calls a model: a bundled pipeline, a local folder or a hub id."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..grid import TokenGrid
+from ..mechanisms.base import Mechanism
+from ..report import Summary, summary
+from ..swap import COMPONENTS, Handle, apply
+
+BUNDLED = "tiny"
+
+
+def locate(source: str) -> str:
+    """`tiny` or `tiny:flux` as the bundled pipeline's folder; folders and hub ids as they are.
+
+    Raises `ValueError` for a folder that does not exist.
+    """
+    name, _, which = source.partition(":")
+    if name == BUNDLED and not Path(source).exists():
+        from .. import tiny
+
+        return str(tiny.path(which or "flux"))
+    if not Path(source).exists() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+        raise ValueError(f"no folder {source!r}, and a hub id has the form owner/name; the bundled pipeline is 'tiny'")
+    return source
+
+
+def native_call(source: str) -> dict[str, Any]:
+    """The arguments that a bundled pipeline was trained for; none for others."""
+    name, _, which = source.partition(":")
+    if name != BUNDLED or Path(source).exists():
+        return {}
+    from .. import tiny
+
+    return dict(tiny.defaults(which or "flux"))
+
+
+def open_pipeline(source: str, *, device: torch.device, dtype: torch.dtype, offload: bool = False) -> Any:
+    """`DiffusionPipeline.from_pretrained`, on its device; with `offload` its models go there one at a time."""
+    from diffusers import DiffusionPipeline
+
+    folder = locate(source)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load {source!r}: {_first_line(error)}") from error
+    if offload:
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe
+    return pipe.to(device)
+
+
+def skeletons(source: str) -> dict[str, nn.Module]:
+    """The models of a checkpoint that `apply` takes, built from their configs without weights."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    folder, models = locate(source), {}
+    for name, (class_name, config) in _model_configs(folder, source).items():
+        with init_empty_weights():
+            models[name] = getattr(diffusers, class_name).from_config(config)
+    return models
+
+
+def _model_configs(folder: str, source: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Component -> class name and config; of a single model under the name "model"."""
+    from diffusers import AutoModel, DiffusionPipeline
+
+    try:
+        if Path(folder).is_dir() and not (Path(folder) / "model_index.json").is_file():
+            config = AutoModel.load_config(folder)
+            return {"model": (config["_class_name"], config)}
+        index = DiffusionPipeline.load_config(folder)
+        found = {}
+        for name in COMPONENTS:
+            if isinstance(index.get(name), list) and index[name][0] == "diffusers":
+                found[name] = (index[name][1], AutoModel.load_config(folder, subfolder=name))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"cannot read the configs of {source!r}: {_first_line(error)}") from error
+    if not found:
+        raise ValueError(f"{source!r} has none of {', '.join(COMPONENTS)}")
+    return found
+
+
+def pixels_per_token(source: str, model: nn.Module) -> int:
+    """Pixels of the picture that one token of the model's finest grid stands for, along a side.
+
+    The VAE's reduction times the side of a patch, which is `patch_size`, or what the pipeline packs into the channels.
+    """
+    config: Any = model.config
+    size = config.get("patch_size") or 1
+    patch = size[-1] if isinstance(size, (tuple, list)) else size
+    vae = _vae_config(locate(source))
+    latent = vae.get("latent_channels") or config.get("in_channels") or 1
+    packed = math.isqrt(max(1, (config.get("in_channels") or 1) // latent))
+    levels = (
+        2 ** (len(vae["block_out_channels"]) - 1) if isinstance(vae.get("block_out_channels"), (list, tuple)) else 8
+    )
+    reduction = vae.get("spatial_compression_ratio") or vae.get("scale_factor_spatial") or levels
+    return int(reduction * max(patch, packed))
+
+
+def _vae_config(folder: str) -> dict[str, Any]:
+    from diffusers import AutoModel
+
+    if Path(folder).is_dir() and not (Path(folder) / "vae").is_dir():
+        return {}
+    try:
+        return dict(AutoModel.load_config(folder, subfolder="vae"))
+    except OSError:
+        return {}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a swap would do to one model of a checkpoint."""
+
+    name: str
+    grid: TokenGrid
+    summary: Summary
+
+    @property
+    def text(self) -> str:
+        return f"{self.name}, finest grid {self.grid} tokens\n{self.summary}"
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [{**asdict(row), "grid": None if row.grid is None else str(row.grid)} for row in self.summary.rows]
+        return {"component": self.name, "grid": str(self.grid), "attention_share": self.summary.share, "layers": rows}
+
+
+def summarize(
+    source: str,
+    mechanism: Mechanism,
+    layers: Sequence[str] | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int = 1,
+    text_tokens: int = 0,
+) -> list[Part]:
+    """Every attention layer under `mechanism` and its cost for a picture of this size in pixels, without weights.
+
+    The size defaults to that of a bundled pipeline, else 1024.
+    """
+    native = native_call(source)
+    height, width = height or native.get("height", 1024), width or native.get("width", 1024)
+    parts = []
+    for name, model in skeletons(source).items():
+        pixels = pixels_per_token(source, model)
+        if height % pixels or width % pixels:
+            raise ValueError(
+                f"a token of {name} is {pixels} x {pixels} pixels, which does not divide {height} x {width}"
+            )
+        grid = TokenGrid(height // pixels, width // pixels, frames, before=text_tokens)
+        with apply(model, mechanism, layers=layers) as handle:
+            assume_grid(model, handle, grid)
+            parts.append(Part(name, grid, summary(model)))
+    return parts
+
+
+def assume_grid(model: nn.Module, handle: Handle, grid: TokenGrid) -> None:
+    """Tell the swapped layers of `model` the grid that a forward would: a UNet halves it from level to level."""
+    for layer in handle.layers:
+        factor = 2 ** _level(model, layer.name)
+        rows, columns = -(-grid.height // factor), -(-grid.width // factor)
+        if layer.kind == "temporal":
+            layer.grid = TokenGrid(1, 1, grid.frames)
+        else:
+            frames = 1 if hasattr(model, "down_blocks") else grid.frames
+            layer.grid = TokenGrid(rows, columns, frames, grid.before, grid.after)
+
+
+def _level(model: nn.Module, name: str) -> int:
+    """How many times a UNet has halved its picture before this layer; 0 for transformers."""
+    blocks = getattr(model, "down_blocks", None)
+    place = re.match(r"(down|up)_blocks\.(\d+)|(mid)_block", name)
+    if blocks is None or place is None:
+        return 0
+    bottom = len(blocks) - 1
+    return bottom if place[3] else int(place[2]) if place[1] == "down" else bottom - int(place[2])
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

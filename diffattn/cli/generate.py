@@ -1,0 +1,182 @@
+"""Make pictures or videos with a model of any family, by cheap attention or by its own, and write them."""
+
+import importlib.util
+import inspect
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..adapters import load
+from ..files import written
+from ..measure import as_pixels, psnr
+from ..swap import Handle, apply
+from .arguments import parse_mechanism, parse_overrides
+
+logger = logging.getLogger("diffattn")
+
+Frames = list[Image.Image]
+"""One result: a picture, or the frames of a video."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to make; None leaves the choice to the pipeline."""
+
+    prompt: str
+    seed: int = 0
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    images: int | None = None
+
+    def arguments(self, pipe: Any, native: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the pipeline's call; raises `ValueError` for those that it does not take."""
+        given = {
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "height": self.height,
+            "width": self.width,
+            "num_frames": self.frames,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+            "num_images_per_prompt": self.images,
+        }
+        given = {key: value for key, value in given.items() if value is not None}
+        known = inspect.signature(type(pipe).__call__).parameters
+        for name in given:
+            if name not in known:
+                raise ValueError(f"{type(pipe).__name__} takes no {name}; leave that option out")
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        return {**native, **given, "generator": generator}
+
+
+@dataclass(frozen=True)
+class Swap:
+    """What to swap: a mechanism with options, or an adapter that says its own and whose options these override."""
+
+    mechanism: str | None
+    options: Sequence[str] = ()
+    layers: Sequence[str] | None = None
+    steps: slice | None = None
+    backend: str = "auto"
+    adapter: str | None = None
+    weight_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mechanism and self.adapter:
+            raise ValueError("give --mechanism or --adapter, not both: an adapter says its own mechanism")
+        if self.adapter and self.layers:
+            raise ValueError("an adapter says its own layers: leave --layers out")
+        if self.weight_name and not self.adapter:
+            raise ValueError("--weight-name is a file of an adapter: add --adapter")
+        if not self.wanted and (self.options or self.layers or self.steps or self.backend != "auto"):
+            raise ValueError("-o, --layers, --swap-steps and --backend need a --mechanism or an --adapter")
+
+    @property
+    def wanted(self) -> bool:
+        return self.mechanism is not None or self.adapter is not None
+
+    def put(self, pipe: Any) -> Handle | None:
+        """Swap the attention of `pipe`; None where nothing is to be swapped."""
+        if self.adapter is not None:
+            return load(
+                pipe,
+                self.adapter,
+                weight_name=self.weight_name,
+                steps=self.steps,
+                backend=self.backend,
+                **parse_overrides(self.options),
+            )
+        if self.mechanism is None:
+            return None
+        chosen = parse_mechanism(self.mechanism, self.options)
+        return apply(pipe, chosen, layers=self.layers, steps=self.steps, backend=self.backend)
+
+
+def make(pipe: Any, arguments: dict[str, Any]) -> tuple[list[Frames], float]:
+    """Run the pipeline: one entry per picture or video, and the seconds it took."""
+    start = time.perf_counter()
+    output = pipe(**arguments)
+    seconds = time.perf_counter() - start
+    if hasattr(output, "images"):
+        return [[_picture(image)] for image in output.images], seconds
+    if hasattr(output, "frames"):
+        return [[_picture(frame) for frame in video] for video in output.frames], seconds
+    raise ValueError(f"{type(pipe).__name__} returns neither images nor frames, but {type(output).__name__}")
+
+
+def distance(results: Sequence[Frames], others: Sequence[Frames]) -> str:
+    """PSNR between two runs, over all their pictures, in words."""
+    first, second = (np.stack([np.asarray(frame) for frames in run for frame in frames]) for run in (results, others))
+    value = psnr(first, second)
+    return "is infinite (identical)" if math.isinf(value) else f"{value:.1f} dB"
+
+
+def _picture(image: Any) -> Image.Image:
+    """A picture that the pipeline returns as Pillow or as an array (height, width, channels)."""
+    if isinstance(image, Image.Image):
+        return image
+    return Image.fromarray((as_pixels(image).clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def save(results: Sequence[Frames], output: Path, fps: int = 8) -> list[Path]:
+    """Write every result to `output`, numbered where there are several; videos as .mp4, or as a folder of frames.
+
+    Frames become a folder where `output` has another ending, or where PyAV (extra `video`) is not installed, said in
+    the log.
+    """
+    numbered = [output] if len(results) == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(len(results))]
+    return [save_one(frames, path, fps) for frames, path in zip(results, numbered, strict=True)]
+
+
+def save_one(frames: Frames, path: Path, fps: int) -> Path:
+    """Write a picture, a video, or a folder of frames; returns what was written."""
+    if len(frames) == 1:
+        path = path if path.suffix else path.with_suffix(".png")
+        with written(path) as temporary:
+            frames[0].save(temporary)
+        return path
+    if path.suffix == ".mp4" and importlib.util.find_spec("av") is not None:
+        with written(path) as temporary:
+            write_video(frames, temporary, fps)
+        return path
+    if path.suffix == ".mp4":
+        logger.warning('writing a folder of frames: for .mp4, pip install "diffattn[video]"')
+    folder = path.with_suffix("")
+    for number, frame in enumerate(frames):
+        with written(folder / f"frame-{number:04d}.png") as temporary:
+            frame.save(temporary)
+    return folder
+
+
+def write_video(frames: Frames, path: Path, fps: int) -> None:
+    """H.264 in an .mp4 file; sides that are odd lose a pixel. Needs PyAV."""
+    import av
+
+    width, height = (side - side % 2 for side in frames[0].size)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for frame in frames:
+            picture = av.VideoFrame.from_image(frame.convert("RGB").crop((0, 0, width, height)))
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+
+
+def check_output(output: Path) -> None:
+    """Raise `ValueError`, before the work and not after it, for endings that cannot be written."""
+    if output.suffix and output.suffix != ".mp4" and output.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(
+            f"--output {output}: cannot write {output.suffix!r}; use .png, .jpg, .webp or, for videos, .mp4"
+        )

@@ -1,0 +1,64 @@
+"""List what there is: mechanisms and their options, model families, kernels and whether they run here."""
+
+import dataclasses
+import inspect
+import typing
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from .. import config
+from ..families import FAMILIES
+from .arguments import describe
+
+
+def everything(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Plain lists of all three, for JSON."""
+    return {"mechanisms": mechanisms(), "families": families(), "kernels": kernels(device, dtype)}
+
+
+def mechanisms() -> list[dict[str, Any]]:
+    """Name, first line of the docstring, and options with type and default of every mechanism."""
+    found = []
+    for name, cls in config.registered().items():
+        hints = typing.get_type_hints(cls)
+        options = [
+            {"name": field.name, "expects": describe(hints[field.name]), "default": _default(field)}
+            for field in dataclasses.fields(cls)
+            if field.init
+        ]
+        found.append({"name": name, "summary": (inspect.getdoc(cls) or "").split("\n")[0], "options": options})
+    return found
+
+
+def families() -> list[dict[str, Any]]:
+    """Name and model classes of every family."""
+    return [{"name": family.name, "models": list(family.models)} for family in FAMILIES]
+
+
+def kernels(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Name of every kernel, and None or the reason why it does not run here."""
+    raise NotImplementedError
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    """The lists as tables."""
+    first = Table("name", "what it is", "options (default)", title="Mechanisms", title_justify="left", show_lines=True)
+    for mechanism in found["mechanisms"]:
+        options = ", ".join(f"{option['name']} ({option['default']})" for option in mechanism["options"])
+        first.add_row(mechanism["name"], escape(mechanism["summary"]), escape(options) or "none")
+    second = Table("family", "models", title="Model families", title_justify="left")
+    for family in found["families"]:
+        second.add_row(family["name"], ", ".join(family["models"]))
+    third = Table("backend", "here", title="Kernels", title_justify="left")
+    for kernel in found["kernels"]:
+        third.add_row(kernel["name"], "available" if kernel["why_not"] is None else escape(f"no: {kernel['why_not']}"))
+    return [first, second, third]
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default is dataclasses.MISSING:
+        return "required"
+    return None if field.default is None else str(field.default)

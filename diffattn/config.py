@@ -1,0 +1,147 @@
+"""Frozen config dataclasses <-> plain dicts and JSON, told apart by `"type"`.
+
+A class joins with `@register("name")`; third parties do the same, or declare an entry point in the group
+`diffattn.mechanisms` whose name is the short name and whose value is the class:
+
+    [project.entry-points."diffattn.mechanisms"]
+    stripes = "my_package:StripesAttention"
+"""
+
+import dataclasses
+import difflib
+import json
+import logging
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
+
+logger = logging.getLogger("diffattn")
+
+ENTRY_POINT_GROUP = "diffattn.mechanisms"
+
+C = TypeVar("C", bound=type)
+_registry: dict[str, type] = {}
+
+
+def register(name: str) -> Callable[[C], C]:
+    """Make a mechanism known by its short name: `@diffattn.register("stripes")` above a frozen dataclass.
+
+    The class gets the name as its `type`. Registering another class under a taken name raises `ValueError`.
+    """
+
+    def add(cls: C) -> C:
+        if "__dataclass_fields__" not in vars(cls):
+            raise TypeError(
+                f"{cls.__name__} is no dataclass: put @dataclass(frozen=True, kw_only=True) below @register"
+            )
+        known = _registry.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"the name {name!r} is taken by {known.__module__}.{known.__qualname__}")
+        cls.type = name  # type: ignore[attr-defined]
+        _registry[name] = cls
+        return cls
+
+    return add
+
+
+def registered() -> dict[str, type]:
+    """Short name -> class of every known mechanism, entry points included, sorted by name.
+
+    An entry point that cannot be loaded, or whose name is taken, is left out with a warning.
+    """
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            _load(entry)
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            logger.warning("left out the mechanism %r of %s: %s", entry.name, _origin(entry), error)
+    return dict(sorted(_registry.items()))
+
+
+def lookup(name: str) -> type:
+    """The class registered under `name`; an unknown name raises `ValueError` with the known ones."""
+    entries = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+    if name not in _registry and name in entries:
+        try:
+            _load(entries[name])
+        except (ImportError, AttributeError) as error:
+            raise ImportError(
+                f"the mechanism {name!r} of {_origin(entries[name])} cannot be loaded: {error}"
+            ) from error
+    if name not in _registry:
+        known = sorted({*_registry, *entries})
+        raise ValueError(f"unknown mechanism {name!r}; known: {', '.join(known)}.{_suggest(name, known)}")
+    return _registry[name]
+
+
+def _load(entry: EntryPoint) -> None:
+    if entry.name in _registry:
+        cls = _registry[entry.name]
+        if entry.value.replace(":", ".") != f"{cls.__module__}.{cls.__qualname__}":
+            raise ValueError(f"the name is taken by {cls.__module__}.{cls.__qualname__}")
+        return
+    register(entry.name)(entry.load())
+
+
+def _origin(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else entry.value
+
+
+def create(name: str, **options: Any) -> Any:
+    """Build the mechanism `name` with `options`; an unknown option raises `ValueError` with the known ones."""
+    cls = lookup(name)
+    fields = {field.name: _required(field) for field in dataclasses.fields(cls) if field.init}
+    for option in options:
+        if option not in fields:
+            known = ", ".join(fields) or "none"
+            raise ValueError(f"{name} has no option {option!r}; its options: {known}.{_suggest(option, fields)}")
+    missing = [field for field, required in fields.items() if required and field not in options]
+    if missing:
+        raise ValueError(
+            f"{name} needs {', '.join(missing)}: for example diffattn.apply(pipe, {name!r}, {missing[0]}=...)"
+        )
+    return cls(**options)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """`{"type": short name, field: value, ...}`; nested configs likewise, tuples as lists."""
+    return {
+        "type": config.type,
+        **{f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.init},
+    }
+
+
+def from_dict(values: dict[str, Any]) -> Any:
+    """Undo `to_dict`; unknown names and options raise `ValueError`."""
+    options = {key: _tupled(value) for key, value in values.items() if key != "type"}
+    if "type" not in values:
+        raise ValueError(f'a mechanism config needs a "type", got the keys {sorted(values)}')
+    return create(values["type"], **options)
+
+
+def to_json(config: Any) -> str:
+    return json.dumps(to_dict(config))
+
+
+def from_json(text: str) -> Any:
+    return from_dict(json.loads(text))
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return to_dict(value) if dataclasses.is_dataclass(value) else value
+
+
+def _tupled(value: Any) -> Any:
+    if isinstance(value, dict) and "type" in value:
+        return from_dict(value)
+    return tuple(_tupled(item) for item in value) if isinstance(value, list) else value
+
+
+def _suggest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,93 @@
+"""The geometry of one attention call.
+
+Axis legend, used in every module of the maths:
+
+    b batch    h heads    n queries    m keys    d head dimension    c value dimension
+    f frames   y rows     x columns    (always in this order, flattened row-major)
+
+Queries, keys and values are `(b, h, n, d)`. A sequence is `before` other tokens, then the `f * y * x` cells of the
+grid in row-major order, then `after` other tokens. "Other" tokens are text, reference pictures or padding: they have
+no place on the grid, so every mechanism lets them see, and be seen by, all tokens unless a mask says otherwise.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """`before` other tokens, `frames x height x width` cells, `after` other tokens; all counted in tokens.
+
+    >>> TokenGrid(64, 48, before=512).tokens
+    3584
+    """
+
+    height: int
+    width: int
+    frames: int = 1
+    before: int = 0
+    after: int = 0
+
+    def __post_init__(self) -> None:
+        for name, smallest in (("height", 1), ("width", 1), ("frames", 1), ("before", 0), ("after", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"TokenGrid.{name} must be an int, got {value!r}")
+            if value < smallest:
+                raise ValueError(f"TokenGrid.{name} must be at least {smallest}, got {value}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(frames, height, width)`."""
+        return self.frames, self.height, self.width
+
+    @property
+    def cells(self) -> int:
+        """Tokens that lie on the grid."""
+        return self.frames * self.height * self.width
+
+    @property
+    def others(self) -> int:
+        """Tokens that do not: `before + after`."""
+        return self.before + self.after
+
+    @property
+    def tokens(self) -> int:
+        """All tokens of the call."""
+        return self.cells + self.others
+
+    @property
+    def cell_slice(self) -> slice:
+        """Where the cells lie in the sequence."""
+        return slice(self.before, self.before + self.cells)
+
+    def positions(self, device: torch.device | str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Frame, row and column of every cell, each `(cells,)` int64."""
+        index = torch.arange(self.cells, device=device)
+        return index // (self.height * self.width), index // self.width % self.height, index % self.width
+
+    def split(self, tokens: Tensor, dim: int = -2) -> tuple[Tensor, Tensor]:
+        """Part a sequence into its cells and its other tokens (those before, then those after)."""
+        before, cells, after = tokens.split([self.before, self.cells, self.after], dim=dim)
+        return cells, torch.cat([before, after], dim=dim)
+
+    def join(self, cells: Tensor, others: Tensor, dim: int = -2) -> Tensor:
+        """Undo `split`."""
+        before, after = others.split([self.before, self.after], dim=dim)
+        return torch.cat([before, cells, after], dim=dim)
+
+    def check(self, query: Tensor, key: Tensor) -> None:
+        """Raise `ValueError` where the tokens of a self-attention call are not those of this grid."""
+        if query.shape[-2] != self.tokens or key.shape[-2] != self.tokens:
+            raise ValueError(
+                f"{self} has {self.tokens} tokens, but the queries have {query.shape[-2]} and the keys "
+                f"{key.shape[-2]}; count the text tokens in `before` or `after`"
+            )
+
+    def __str__(self) -> str:
+        frames = f"{self.frames}x" if self.frames > 1 else ""
+        before = f"{self.before}+" if self.before else ""
+        after = f"+{self.after}" if self.after else ""
+        return f"{before}{frames}{self.height}x{self.width}{after}"

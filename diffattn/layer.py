@@ -1,0 +1,200 @@
+"""What one swapped layer knows when its attention is computed: mechanism, weights, grid, step."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .families import Layout, Read, arguments
+from .grid import TokenGrid
+from .mechanisms.base import Context, Mechanism
+from .steps import StepCounter
+
+_NO_BACKWARD = -1
+
+
+class GridReader:
+    """A forward pre-hook that reads the layout of every forward of one module and hands it to the layers inside.
+
+    Gradient checkpointing computes blocks again in the backward pass, when another forward may have come between. A
+    recomputed layer therefore takes the layout that its number of tokens had in the forward pass, and refuses where
+    two grids of equal size are under way at once. Where the module itself is computed again, it is read again.
+    """
+
+    def __init__(self, read: Read) -> None:
+        self._read = read
+        self.layouts: tuple[Layout, ...] | None = None
+        self._forwards: dict[int, _Forward] = {}
+        self._recording = False
+        self._backward = _NO_BACKWARD
+        """The backward pass in which the layout was read last."""
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.layouts = self._read(module, arguments(module, args, kwargs))
+        self._recording = torch.is_grad_enabled()
+        self._backward = torch._C._current_graph_task_id()
+
+    def grids(self, tokens: int) -> tuple[TokenGrid, ...]:
+        """One grid for the whole batch, or one per sample where they differ."""
+        layouts = self.layouts if torch.compiler.is_compiling() else self._recall(tokens)
+        if layouts is None:
+            raise RuntimeError(
+                "a swapped layer was called outside its model, so its token grid is unknown; restore first"
+            )
+        first, *others = (layout.grid(tokens) for layout in layouts)
+        return (first, *others) if any(grid != first for grid in others) else (first,)
+
+    def _recall(self, tokens: int) -> tuple[Layout, ...] | None:
+        last = self._forwards.get(tokens)
+        backward = torch._C._current_graph_task_id()
+        if backward == _NO_BACKWARD:
+            if self._recording:
+                pending = None if last is None or last.recomputed else last
+                ambiguous = pending is not None and (pending.ambiguous or pending.layouts != self.layouts)
+                self._forwards[tokens] = _Forward(self.layouts, ambiguous)
+            return self.layouts
+        if last is None or backward == self._backward:
+            return self.layouts
+        if last.ambiguous:
+            del self._forwards[tokens]
+            raise RuntimeError(
+                f"two grids of {tokens} tokens went forward before this backward pass, and gradient checkpointing "
+                f"cannot tell them apart; run backward after each forward"
+            )
+        last.recomputed = True
+        return last.layouts
+
+
+@dataclass
+class _Forward:
+    layouts: tuple[Layout, ...] | None
+    ambiguous: bool
+    recomputed: bool = False
+
+
+class LatentReader:
+    """A forward pre-hook on a UNet that notes the size of its latent picture."""
+
+    def __init__(self, argument: str) -> None:
+        self._argument = argument
+        self.pixels = 0
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        height, width = arguments(module, args, kwargs)[self._argument].shape[-2:]
+        self.pixels = int(height * width)
+
+    def downsample(self, grid: TokenGrid) -> int:
+        """How many times coarser `grid` is along a side, rounded up."""
+        ratio = self.pixels // (grid.height * grid.width)
+        return max(1, int(-(-(ratio**0.5) // 1)))
+
+
+class Features:
+    """A forward pre-hook on a block that keeps its input until the layer has used it."""
+
+    def __init__(self, layer: "SwappedLayer") -> None:
+        self._layer = layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._layer.features = args[0] if args else kwargs["hidden_states"]
+
+
+@dataclass(eq=False)
+class SwappedLayer:
+    """One attention module whose exit is ours."""
+
+    name: str
+    module: nn.Module
+    kind: str
+    mechanism: Mechanism
+    backend: str
+    reader: GridReader
+    state: "State"
+    index: int
+    original: Any
+    min_tokens: int = 0
+    latent: LatentReader | None = None
+    weights: nn.Module | None = None
+    processor: Any = None
+    features: Tensor | None = field(default=None, repr=False)
+    reached: bool = False
+    """Has the model's forward come to this layer's exit?"""
+    grid: TokenGrid | None = None
+    """Grid of the last call."""
+
+    def wants(self, query: Tensor, key: Tensor) -> bool:
+        """False for exact mechanisms, outside the chosen steps and below `min_tokens`: the model's own attention.
+
+        So it is where the keys are not the queries' own tokens, as those of picture prompts (IP-Adapter) are not.
+        """
+        if query.shape[2] != key.shape[2]:
+            return False
+        self.reached = True
+        return not (self.mechanism.exact or self.state.dense or query.shape[2] < self.min_tokens)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        """The mechanism on (b, h, n, d); sample by sample where their grids differ."""
+        grids = self.reader.grids(query.shape[2])
+        mask = as_four_axes(mask)
+        features, self.features = self.features, None
+        self.grid = grids[0]
+        if len(grids) == 1:
+            return self._attend(query, key, value, grids[0], mask, features, scale)
+        samples = []
+        for i, grid in enumerate(grids):
+            one = slice(i, i + 1)
+            own_mask = mask if mask is None or mask.shape[0] == 1 else mask[one]
+            own_features = None if features is None else features[one]
+            samples.append(self._attend(query[one], key[one], value[one], grid, own_mask, own_features, scale))
+        return torch.cat(samples)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grid: TokenGrid,
+        mask: Tensor | None,
+        features: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        needs = self.mechanism.needs
+        context = Context(
+            mask=mask,
+            weights=self.weights,
+            features=features,
+            progress=self.state.progress,
+            downsample=self.latent.downsample(grid) if self.latent and "downsample" in needs else 1,
+            call_index=self.index if "call_index" in needs else 0,
+        )
+        return self.mechanism.attend(query, key, value, grid, scale=scale, backend=self.backend, context=context)
+
+
+def as_four_axes(mask: Tensor | None) -> Tensor | None:
+    """A mask over keys (b, m), or over queries and keys (b, n, m), as (b, 1, 1 or n, m)."""
+    if mask is None or mask.ndim == 4:
+        return mask
+    return mask[:, None, None] if mask.ndim == 2 else mask[:, None]
+
+
+@dataclass(eq=False)
+class State:
+    """What all swapped layers of one model share during a forward."""
+
+    steps: StepCounter | None = None
+    chosen: Any = None
+    """Predicate on the step, given by `steps=`; None: every step."""
+    needs_progress: bool = False
+    dense: bool = False
+    progress: float | None = None
+
+    def update(self, timestep: Tensor | float) -> None:
+        """Take the timestep of one model call."""
+        if self.steps is None or (self.chosen is None and not self.needs_progress):
+            return
+        self.steps.update(timestep)
+        self.dense = self.chosen is not None and not self.chosen(self.steps.step, self.steps.total)
+        self.progress = self.steps.progress if self.needs_progress else None

@@ -1,0 +1,126 @@
+"""What every attention mechanism is: a frozen config that can attend, count its cost and check a grid."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from .. import config
+from ..grid import TokenGrid
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an attention call carries beside queries, keys, values and grid. Every field may be absent."""
+
+    mask: Tensor | None = None
+    """The model's own mask (padded text): bool (True = may be seen) or additive, broadcastable to (b, h, n, m)."""
+    weights: nn.Module | None = None
+    """This layer's trained weights, made by `Mechanism.weights`."""
+    features: Tensor | None = None
+    """The block's input before its norm, (b, n, channels): what token merging compares."""
+    progress: float | None = None
+    """Fraction of the denoising steps already done, in [0, 1); None outside a pipeline."""
+    downsample: int = 1
+    """How many times coarser this layer's grid is than the latent picture, along one side."""
+    call_index: int = 0
+    """Number of this layer among the swapped ones: lets seeded mechanisms differ from layer to layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mechanism:
+    """Base of all mechanisms: subclass, decorate with `@dataclass(frozen=True, kw_only=True)` and `@register(name)`.
+
+    A subclass writes `reference` (slow, obviously right, float64-able, differentiable), `attend` (fast, the same
+    result) and `flops`. Wrong options raise in `__post_init__`, wrong grids in `check`; the maths trusts both.
+    """
+
+    type: ClassVar[str]
+    kinds: ClassVar[frozenset[str]] = frozenset({"spatial"})
+    """Layers that `apply` gives it by default: "spatial" (pictures, and video cells seen at once) or "temporal"."""
+    exact: ClassVar[bool] = False
+    """Is the result the model's own attention? Then a swapped layer hands the call to the model's own kernel."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of `Context` this config reads beside `mask` and `weights`; the others are left at their defaults."""
+        return frozenset()
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: TokenGrid,
+        *,
+        scale: float | None = None,
+        backend: str = "auto",
+        context: Context = Context(),
+    ) -> Tensor:
+        """Attention output `(b, h, n, c)` for `q` `(b, h, n, d)`, `k` `(b, h, m, d)` and `v` `(b, h, m, c)`.
+
+        `scale` multiplies the logits (None: 1/sqrt(d)). `backend` names a kernel; "auto" picks the fastest that fits.
+        """
+        raise NotImplementedError
+
+    def reference(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: TokenGrid,
+        *,
+        scale: float | None = None,
+        context: Context = Context(),
+    ) -> Tensor:
+        """The same result as `attend`, written the slow and plain way; meant for float64."""
+        raise NotImplementedError
+
+    def mask(self, grid: TokenGrid) -> Tensor:
+        """Dense boolean `(queries, keys)`, True = may be seen. Only mechanisms that are a mask have one."""
+        raise NotImplementedError(f"{self.type} is not a mask over the tokens")
+
+    def flops(self, grid: TokenGrid, heads: int, head_dim: int, *, context: Context = Context()) -> int:
+        """Floating-point operations of one call for one sample; a multiply-add counts as two."""
+        raise NotImplementedError
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Names that `attend` takes as `backend`."""
+        return ("auto",)
+
+    def check_backend(self, backend: str) -> None:
+        """Raise `ValueError` for a backend that this mechanism does not have."""
+        if backend not in self.backends:
+            raise ValueError(f"{self.type} has no backend {backend!r}; it has {', '.join(self.backends)}")
+
+    def check(self, grid: TokenGrid, *, context: Context = Context()) -> None:
+        """Raise `ValueError` where this config cannot serve `grid`."""
+
+    def weights(self, heads: int, head_dim: int) -> nn.Module | None:
+        """Fresh trainable weights for one layer, or None where the mechanism has none."""
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"type": short name, option: value, ...}`; `diffattn.config.from_dict` undoes it."""
+        return config.to_dict(self)
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{key}={value}" for key, value in changed_options(self).items())
+        return f"{self.type}({options})"
+
+
+def changed_options(mechanism: Mechanism) -> dict[str, Any]:
+    """The options that differ from their defaults."""
+    values = mechanism.to_dict()
+    fields = type(mechanism).__dataclass_fields__
+    return {
+        name: value
+        for name, value in values.items()
+        if name != "type" and getattr(mechanism, name) != fields[name].default
+    }
+
+
+def default_scale(q: Tensor) -> float:
+    """1/sqrt(d)."""
+    return float(q.shape[-1] ** -0.5)

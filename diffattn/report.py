@@ -1,0 +1,118 @@
+"""What is swapped, what is kept and why, and what it costs."""
+
+import itertools
+import re
+from dataclasses import dataclass
+from typing import Any, cast
+
+from .grid import TokenGrid
+from .mechanisms.softmax import SoftmaxAttention
+from .swap import ModelSwap, attention_modules, models_of, swaps_of
+
+
+@dataclass(frozen=True)
+class Row:
+    """One attention layer."""
+
+    model: str
+    layer: str
+    swapped: bool
+    note: str
+    """The mechanism, or the reason why the layer was kept."""
+    grid: TokenGrid | None = None
+    """Grid of the last call; None before the first."""
+    flops_before: int | None = None
+    """Exact attention on one sample of that grid; a multiply-add counts as two."""
+    flops_after: int | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Every attention layer of a model or pipeline; `print` it, or read `rows`."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def share(self) -> float | None:
+        """Attention operations after the swap over those before, across the swapped layers that have run."""
+        known = [row for row in self.rows if row.flops_before is not None and row.flops_after is not None]
+        before = sum(row.flops_before or 0 for row in known)
+        return sum(row.flops_after or 0 for row in known) / before if before else None
+
+    def __str__(self) -> str:
+        lines = [f"{'layer':<52} {'tokens':>16} {'GFLOPs':>9} {'after':>9} {'share':>6}  attention"]
+        for model, rows in itertools.groupby(self.rows, key=lambda row: row.model):
+            lines.append(f"{model}:")
+            lines.extend(_lines(list(rows)))
+        swapped = sum(row.swapped for row in self.rows)
+        share = "" if self.share is None else f"; they compute {self.share:.1%} of the attention"
+        note = "" if self.share is not None or not swapped else "; costs are known after the first call"
+        lines.append(f"{swapped} of {len(self.rows)} attention layers are swapped{share}{note}")
+        return "\n".join(lines)
+
+
+def summary(target: Any) -> Summary:
+    """Every attention layer of a model or pipeline: swapped or kept and why, tokens, cost before and after."""
+    swaps = {id(swap.model): swap for swap in swaps_of(target)}
+    models = {id(model): model for model in [*(swap.model for swap in swaps.values()), *models_of(target)]}
+    rows: list[Row] = []
+    for key, model in models.items():
+        swap, name = swaps.get(key), type(model).__name__
+        for layer in attention_modules(model):
+            rows.append(Row(name, layer, False, "not swapped") if swap is None else _row(name, layer, swap))
+    return Summary(tuple(rows))
+
+
+def _row(model: str, name: str, swap: ModelSwap) -> Row:
+    if name in swap.kept:
+        return Row(model, name, False, swap.kept[name])
+    layer = swap.layers[name]
+    if not swap.in_place(name):
+        return Row(model, name, False, f"replaced by {type(layer.module.processor).__name__} since")
+    grid = layer.grid
+    if grid is None:
+        return Row(model, name, True, f"{layer.mechanism} [{layer.backend}]")
+    heads = cast(int, layer.module.heads)
+    head_dim = cast(int, layer.module.inner_dim) // heads
+    return Row(
+        model,
+        name,
+        True,
+        f"{layer.mechanism} [{layer.backend}]",
+        grid,
+        SoftmaxAttention().flops(grid, heads, head_dim),
+        layer.mechanism.flops(grid, heads, head_dim),
+    )
+
+
+def _lines(rows: list[Row]) -> list[str]:
+    """One line for each run of layers that differ in their numbers only."""
+    lines = []
+    for _, run in itertools.groupby(rows, key=lambda row: (_pattern(row.layer), row.swapped, row.note, str(row.grid))):
+        group = list(run)
+        before = sum(row.flops_before or 0 for row in group)
+        after = sum(row.flops_after or 0 for row in group)
+        costs = (
+            f"{before / 1e9:>9.3g} {after / 1e9:>9.3g} {after / before:>6.1%}"
+            if before
+            else f"{'-':>9} {'-':>9} {'-':>6}"
+        )
+        grid = "-" if group[0].grid is None else str(group[0].grid)
+        lines.append(f"  {_span(group):<50} {grid:>16} {costs}  {'' if group[0].swapped else 'kept: '}{group[0].note}")
+    return lines
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+def _span(rows: list[Row]) -> str:
+    """`blocks.{0..18}.attn` for a run of layers whose last differing number counts up."""
+    first, last = rows[0].layer, rows[-1].layer
+    if len(rows) == 1:
+        return first
+    parts = [
+        a if a == b else f"{{{a}..{b}}}"
+        for a, b in zip(re.split(r"(\d+)", first), re.split(r"(\d+)", last), strict=True)
+    ]
+    return "".join(parts)

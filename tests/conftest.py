@@ -1,0 +1,51 @@
+"""Settings and fixtures of every test."""
+
+import os
+
+# Before torch and diffusers are imported, by the tests and by the processes they start.
+_processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_threads = max(1, (os.cpu_count() or 1) // _processes)
+os.environ["OMP_NUM_THREADS"] = str(_threads)
+os.environ["DIFFUSERS_ATTN_BACKEND"] = "native"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+import random
+from collections.abc import Iterator
+
+import hypothesis
+import numpy
+import pytest
+import torch
+
+torch.set_num_threads(_threads)
+hypothesis.settings.register_profile("diffattn", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("diffattn")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, saying so."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers in every test, whichever ran before."""
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """New tensors hold NaN (floats) or the largest value (integers) until written, so reading them too early shows."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,126 @@
+"""Cases recorded from the official implementations: one JSON file each, its tensors in safetensors beside it.
+
+    @pytest.mark.golden
+    @pytest.mark.parametrize("case", golden_cases("clear"))
+    def test_clear(case):
+        tensors = case.tensors()
+        assert_golden("out", attention(tensors["q"], ...), tensors["out"], case.tolerance)
+
+The cases are read from `tests/golden/<system>`, or from `$DIFFATTN_GOLDEN/<system>` for a further set.
+"""
+
+import fnmatch
+import functools
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+OWN_SET = Path(__file__).parent / "golden"
+
+NOT_CASES = ("index.json", "*config.json", "*_weights.json", "*.index.json")
+"""JSON files that belong to a set without being cases."""
+
+LATER = {("clear", "distill_loss"): "the distillation losses are not built yet"}
+"""(system, kind) of cases whose subject is still to come, and the reason they are skipped with."""
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """One JSON file of a golden set."""
+
+    path: Path
+
+    @property
+    def system(self) -> str:
+        return self.path.parent.name
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @functools.cached_property
+    def spec(self) -> dict[str, Any]:
+        """The whole JSON."""
+        return dict(json.loads(self.path.read_text()))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dict(self.spec.get("config") or {})
+
+    @property
+    def kind(self) -> str | None:
+        return self.spec.get("kind") or self.config.get("kind")
+
+    @property
+    def tolerance(self) -> dict[str, Any]:
+        return dict(self.spec.get("tolerance") or {})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of `<name>.safetensors`, or of its parts `<name>-0.safetensors`, `<name>-1.safetensors`, ..."""
+        part = re.compile(re.escape(self.name) + r"(-\d+)?\.safetensors")
+        files = [file for file in sorted(self.path.parent.iterdir()) if part.fullmatch(file.name)]
+        if not files:
+            raise FileNotFoundError(f"{self.path} has no tensors beside it")
+        return {key: tensor for file in files for key, tensor in load_file(file).items()}
+
+
+def golden_cases(system: str) -> list[Any]:
+    """Parameters `<system>/<file name>` for `pytest.mark.parametrize`: all cases of a system.
+
+    No case at all is an error, so that a wrong path can't pass for success. Only a further set (`$DIFFATTN_GOLDEN`)
+    may lack a whole system: that gives one skipped parameter which says so.
+    """
+    root = golden_root()
+    folder = root / system
+    if not folder.is_dir():
+        if root == OWN_SET or not any(list_cases(child) for child in root.iterdir() if child.is_dir()):
+            raise FileNotFoundError(f"no golden cases: {root} should have a folder {system!r} of JSON files")
+        reason = f"the golden set in {root} has no cases of {system}"
+        return [pytest.param(None, id=f"{system}/absent", marks=pytest.mark.skip(reason=reason))]
+    cases = list_cases(folder)
+    if not cases:
+        raise FileNotFoundError(f"no golden cases: {folder} holds no case, {NOT_CASES} left out")
+    return [pytest.param(case, id=f"{system}/{case.path.name}", marks=later(case)) for case in cases]
+
+
+def golden_root() -> Path:
+    """The folder of the golden set in use."""
+    named = os.environ.get("DIFFATTN_GOLDEN")
+    if not named:
+        return OWN_SET
+    root = Path(named).expanduser().resolve()
+    if not root.is_dir():
+        raise NotADirectoryError(f"DIFFATTN_GOLDEN must name a folder with one folder for each system, got {named!r}")
+    return root
+
+
+def list_cases(folder: Path) -> list[GoldenCase]:
+    files = sorted(folder.glob("*.json"))
+    return [GoldenCase(file) for file in files if not any(fnmatch.fnmatch(file.name, other) for other in NOT_CASES)]
+
+
+def later(case: GoldenCase) -> list[pytest.MarkDecorator]:
+    reasons = [reason for (system, kind), reason in LATER.items() if (system, kind) == (case.system, case.kind)]
+    return [pytest.mark.skip(reason=reason) for reason in reasons]
+
+
+def assert_golden(name: str, got: Tensor, want: Tensor, tolerance: Mapping[str, Any]) -> None:
+    """Compare with a recorded tensor, shape and dtype included, by the `atol` and `rtol` recorded with it.
+
+    Where the set gives a `u8_atol`, pictures of bytes may differ by that many steps.
+    """
+    if want.dtype == torch.uint8 and "u8_atol" in tolerance:
+        atol, rtol = float(tolerance["u8_atol"]), 0.0
+        got, want = got.to(torch.int16) if got.dtype == torch.uint8 else got, want.to(torch.int16)
+    else:
+        atol, rtol = float(tolerance["atol"]), float(tolerance["rtol"])
+    torch.testing.assert_close(got, want, atol=atol, rtol=rtol, msg=lambda text: f"{name}: {text}")

@@ -1,0 +1,177 @@
+"""What every registered mechanism owes: fast form = reference, forward and gradients, on any grid; sane configs.
+
+A mechanism joins by registering. It needs an entry in `EXAMPLES`; a registered one without fails.
+"""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerances import TOLERANCE, assert_close
+from torch import Tensor
+
+from diffattn import TokenGrid, config
+from diffattn.mechanisms.base import Context, Mechanism
+
+EXAMPLES: dict[str, list[dict[str, Any]]] = {
+    "softmax": [{}],
+    "clear": [
+        {"radius": 1},
+        {"radius": 3},
+        {"radius": 100},
+        {"radius": 2.5, "radius_t": 2},
+        {"radius": 2, "proportional": True, "train_tokens": 64},
+    ],
+    "agent": [{"num_agents": 4}, {"num_agents": 6, "k_scale2": 0.3, "k_shortcut": 0.075}],
+}
+
+GRIDS = [
+    TokenGrid(6, 9),
+    TokenGrid(11, 7, before=5),
+    TokenGrid(5, 3, after=4),
+    TokenGrid(4, 6, before=3, after=2),
+    TokenGrid(3, 5, frames=4, before=2),
+    TokenGrid(1, 1),
+    TokenGrid(1, 1, before=3),
+    TokenGrid(1, 13),
+    TokenGrid(17, 1, after=1),
+]
+
+
+def examples() -> list[Any]:
+    return [
+        pytest.param(config.create(name, **options), id=f"{name}-{i}")
+        for name, many in EXAMPLES.items()
+        for i, options in enumerate(many)
+    ]
+
+
+def inputs(grid: TokenGrid, dtype: torch.dtype, batch: int = 2, heads: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = torch.randn(3, batch, heads, grid.tokens, 16, dtype=torch.float64).to(dtype)
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+
+
+def test_every_registered_mechanism_has_examples() -> None:
+    assert sorted(config.registered()) == sorted(EXAMPLES)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("mechanism", examples())
+@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (2, 3)])
+def test_fast_form_is_the_reference(mechanism: Mechanism, grid: TokenGrid, batch: int, heads: int) -> None:
+    q, k, v = inputs(grid, torch.float64, batch, heads)
+    out, reference = mechanism.attend(q, k, v, grid), mechanism.reference(q, k, v, grid)
+    assert_close(out, reference)
+    weight = torch.randn_like(out)
+    got = torch.autograd.grad((out * weight).sum(), (q, k, v), allow_unused=True)
+    want = torch.autograd.grad((reference * weight).sum(), (q, k, v), allow_unused=True)
+    for name, left, right in zip("qkv", got, want, strict=True):
+        zero = torch.zeros_like(q)
+        assert_close(zero if left is None else left, zero if right is None else right, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grid", GRIDS[1:5], ids=str)
+@pytest.mark.parametrize("mechanism", examples())
+def test_lower_precision(mechanism: Mechanism, grid: TokenGrid, dtype: torch.dtype) -> None:
+    q, k, v = inputs(grid, dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
+    out, reference = mechanism.attend(q, k, v, grid), mechanism.reference(*exact, grid)
+    assert out.dtype == dtype
+    assert_close(out, reference)
+    weight = torch.randn_like(reference)
+    got = torch.autograd.grad((out.double() * weight).sum(), (q, k, v), allow_unused=True)
+    want = torch.autograd.grad((reference * weight).sum(), exact, allow_unused=True)
+    for left, right in zip(got, want, strict=True):
+        if right is not None:
+            scale = right.abs().max().clamp(min=1)
+            assert left is not None and (left - right).abs().max() / scale < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
+@pytest.mark.parametrize("mechanism", examples())
+def test_padded_text_is_not_seen(mechanism: Mechanism, additive: bool) -> None:
+    grid = TokenGrid(4, 6, before=2, after=5)
+    q, k, v = inputs(grid, torch.float64)
+    visible = torch.ones(2, 1, 1, grid.tokens, dtype=torch.bool)
+    visible[0, ..., -3:] = False
+    visible[1, ..., -1:] = False
+    mask = torch.zeros(visible.shape, dtype=q.dtype).masked_fill(~visible, -torch.inf) if additive else visible
+    out = mechanism.attend(q, k, v, grid, context=Context(mask=mask))
+    assert_close(out, mechanism.reference(q, k, v, grid, context=Context(mask=mask)))
+    other_k, other_v = (tensor + 10 * torch.randn_like(tensor) * ~visible[:, :, 0, :, None] for tensor in (k, v))
+    other = mechanism.attend(q, other_k, other_v, grid, context=Context(mask=mask))
+    seeing = visible[:, 0, 0]
+    for i in range(2):
+        assert_close(other[i][:, seeing[i]], out[i][:, seeing[i]])
+
+
+@pytest.mark.parametrize("mechanism", examples())
+def test_scale_multiplies_the_logits(mechanism: Mechanism) -> None:
+    grid = TokenGrid(5, 4, before=2)
+    q, k, v = inputs(grid, torch.float64)
+    assert_close(mechanism.attend(q, k, v, grid, scale=0.4), mechanism.reference(q, k, v, grid, scale=0.4))
+    assert not torch.allclose(mechanism.attend(q, k, v, grid, scale=0.4), mechanism.attend(q, k, v, grid))
+
+
+@pytest.mark.parametrize("mechanism", examples())
+def test_nothing_is_read_before_it_is_written(mechanism: Mechanism, poisoned_memory: None) -> None:
+    q, k, v = inputs(TokenGrid(5, 7, before=3), torch.float32)
+    out = mechanism.attend(q, k, v, TokenGrid(5, 7, before=3))
+    assert out.isfinite().all()
+    out.sum().backward()
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in (q, k, v) if t.grad is not None)
+
+
+@pytest.mark.parametrize("mechanism", examples())
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 3), st.integers(0, 3), st.integers(0, 3))
+def test_attention_is_linear_in_the_values_and_equivariant(
+    mechanism: Mechanism, height: int, width: int, frames: int, before: int, after: int
+) -> None:
+    grid = TokenGrid(height, width, frames, before, after)
+    generator = torch.Generator().manual_seed(height * 100 + width)
+    q, k, v, w = torch.randn(4, 2, 2, grid.tokens, 4, dtype=torch.float64, generator=generator)
+
+    def attend(*tensors: Tensor) -> Tensor:
+        return mechanism.attend(*tensors, grid)
+
+    assert_close(attend(q, k, v + 2 * w), attend(q, k, v) + 2 * attend(q, k, w))
+    assert_close(attend(q.flip(0), k.flip(0), v.flip(0)), attend(q, k, v).flip(0))
+    assert_close(attend(q.flip(1), k.flip(1), v.flip(1)), attend(q, k, v).flip(1))
+
+
+@pytest.mark.parametrize("mechanism", examples())
+def test_config_goes_through_json(mechanism: Mechanism) -> None:
+    assert config.from_dict(json.loads(json.dumps(mechanism.to_dict()))) == mechanism
+    assert hash(mechanism) == hash(config.from_json(config.to_json(mechanism)))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("mechanism", examples())
+def test_mask_and_flops_agree(mechanism: Mechanism, grid: TokenGrid) -> None:
+    flops = mechanism.flops(grid, 3, 16)
+    assert isinstance(flops, int) and flops > 0
+    try:
+        mask = mechanism.mask(grid)
+    except NotImplementedError:
+        return
+    assert mask.shape == (grid.tokens, grid.tokens) and mask.dtype == torch.bool
+    assert flops == 4 * int(mask.sum()) * 3 * 16
+
+
+@pytest.mark.parametrize("mechanism", examples())
+def test_unknown_backend_is_refused(mechanism: Mechanism) -> None:
+    grid = TokenGrid(3, 4)
+    with pytest.raises(ValueError, match="warp"):
+        mechanism.attend(*inputs(grid, torch.float32), grid, backend="warp")
+    with pytest.raises(ValueError, match="warp"):
+        mechanism.check_backend("warp")
+
+
+@pytest.mark.parametrize("mechanism", examples())
+def test_tokens_that_do_not_fit_the_grid(mechanism: Mechanism) -> None:
+    with pytest.raises(ValueError, match="tokens"):
+        mechanism.attend(*inputs(TokenGrid(3, 4), torch.float32), TokenGrid(3, 5))

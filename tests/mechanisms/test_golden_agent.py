@@ -1,0 +1,264 @@
+"""Agent attention against numbers recorded from the official implementation."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from golden_vectors import GoldenCase, assert_golden, golden_cases
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffattn.grid import TokenGrid
+from diffattn.mechanisms.agent import AgentAttention, agent_attention, worthwhile
+from diffattn.mechanisms.agent_weights import BIAS_SIZE, AgentWeights
+from diffattn.mechanisms.base import Context, default_scale
+from diffattn.mechanisms.merging import Merging, count_merged, destinations, match
+
+Tensors = Mapping[str, Tensor]
+
+
+def to_heads(tokens: Tensor, heads: int) -> Tensor:
+    return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)  # b h n d
+
+
+def from_heads(tokens: Tensor) -> Tensor:
+    return tokens.transpose(1, 2).flatten(2)  # b n c
+
+
+def linear(tensors: Tensors, name: str, tokens: Tensor) -> Tensor:
+    return F.linear(tokens, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
+
+
+def layer_norm(tensors: Tensors, name: str, tokens: Tensor, eps: float) -> Tensor:
+    weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+    return F.layer_norm(tokens, weight.shape, weight, bias, eps)
+
+
+def project(tensors: Tensors, name: str, query: Tensor, key: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    pairs = (("to_q", query), ("to_k", key), ("to_v", key))
+    q, k, v = (to_heads(linear(tensors, f"{name}.{layer}", tokens), heads) for layer, tokens in pairs)
+    return q, k, v
+
+
+def take(config: dict[str, Any], *known: str) -> list[Any]:
+    """The values of all keys; a key that is missing or that nobody asked for is a failure."""
+    assert set(config) == set(known), f"config keys this test does not handle: {sorted(set(config) ^ set(known))}"
+    return [config[key] for key in known]
+
+
+def check_precision(precision: str | None) -> None:
+    # "fp32" computes the logits in float32, which float32 inputs do anyway
+    assert precision in (None, "fp32"), f"attn_precision {precision!r} is not handled"
+
+
+def run_attention(case: GoldenCase, tensors: Tensors) -> None:
+    _, n, m, heads, head_dim, k_scale2, k_shortcut, precision, batch, used = take(
+        case.config,
+        *("kind", "tokens", "agents", "heads", "head_dim", "k_scale2", "k_shortcut", "attn_precision", "batch"),
+        "agent_path_used",
+    )
+    check_precision(precision)
+    assert tensors["x"].shape == (batch, n, heads * head_dim)
+    assert worthwhile(m, n) == used
+    q, k, v = project(tensors, "attn", tensors["x"], tensors["x"], heads)
+    if used:
+        agents = to_heads(linear(tensors, "attn.to_q", tensors["agent"]), heads)
+        scale = default_scale(q)
+        scales = {"scale": scale, "scale2": scale**k_scale2, "shortcut": k_shortcut}
+        out = agent_attention(q, k, v, agents, TokenGrid(1, n), **scales)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
+    assert_golden("output", linear(tensors, "attn.to_out.0", from_heads(out)), tensors["output"], case.tolerance)
+
+
+def check_merging(name: str, merging: Merging, ours: tuple[Tensor, Tensor], tensors: Tensors) -> None:
+    """The same tokens merged into the same ones, in the same order, whatever the order of the sets themselves."""
+    prefix = "agent_" if name == "agents" else ""
+    src, dst = ours
+    their_src, their_dst = tensors["src_index"], tensors["dst_index"]
+    torch.testing.assert_close(src[merging.kept], their_src[tensors[f"{prefix}kept_src"]], msg=f"{name}: kept tokens")
+    merged, into = their_src[tensors[f"{prefix}merged_src"]], their_dst[tensors[f"{prefix}merged_into"]]
+    torch.testing.assert_close(src[merging.merged], merged, msg=f"{name}: merged tokens")
+    torch.testing.assert_close(dst[merging.into], into, msg=f"{name}: destinations")
+
+
+def in_their_order(tokens: Tensor, dst: Tensor, their_dst: Tensor) -> Tensor:
+    """Merged tokens with the destinations, which end the sequence, in the order of the recorded set."""
+    kept = tokens.shape[-2] - len(dst)
+    order = torch.cat([torch.arange(kept), kept + torch.searchsorted(dst, their_dst)])
+    return tokens[..., order, :]
+
+
+def run_merge(case: GoldenCase, tensors: Tensors) -> None:
+    config = case.config
+    _, height, width, sx, sy, ratio, agent_ratio, *_, batch, random, seed, features, agents = take(
+        config,
+        *("kind", "height", "width", "sx", "sy", "ratio", "agent_ratio", "r", "agent_r", "effective_r"),
+        *("effective_agent_r", "batch", "random", "generator_seed", "num_features", "num_agents"),
+    )
+    grid, tolerance = TokenGrid(height, width), case.tolerance
+    assert len(tensors["metric"]) == batch
+    assert int(grid.cells * ratio) == config["r"]
+    assert int(grid.cells * agent_ratio) == config["agent_r"]
+    count, agent_count = (count_merged(grid, sx, sy, share) for share in (ratio, agent_ratio))
+    assert (count, agent_count) == (config["effective_r"], config["effective_agent_r"])
+
+    dst = destinations(grid, sx, sy, torch.Generator().manual_seed(seed) if random else None)
+    assert torch.equal(dst, tensors["dst_index"].sort().values)
+    pairs = match(tensors["metric"], dst)
+    assert torch.equal(pairs.src, tensors["src_index"].sort().values)
+    merging = pairs.first(count)
+    check_merging("tokens", merging, (pairs.src, pairs.dst), tensors)
+    merged = merging.merge(tensors["values"])
+    assert merged.shape[1] == features
+    assert_golden("merged", in_their_order(merged, dst, tensors["dst_index"]), tensors["merged"], tolerance)
+    assert_golden("unmerged", merging.unmerge(merged), tensors["unmerged"], tolerance)
+
+    assert worthwhile(grid.cells - agent_count, features) == (agents is not None)
+    if agents is None:
+        assert "agents" not in tensors
+        return
+    agent_merging = pairs.first(agent_count)
+    check_merging("agents", agent_merging, (pairs.src, pairs.dst), tensors)
+    made = agent_merging.merge(tensors["values"])
+    assert made.shape[1] == agents
+    assert_golden("agents", in_their_order(made, dst, tensors["dst_index"]), tensors["agents"], tolerance)
+
+
+class Recorded(AgentAttention):
+    """Draws from one generator forked from the global state at first use, as the official model-wide state does."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        object.__setattr__(self, "drawn", [])
+        object.__setattr__(self, "forked", [])
+
+    def generator(self, context: Context) -> torch.Generator:
+        self.forked or self.forked.append(super().generator(context))
+        return self.forked[0]
+
+    def destinations(self, grid: TokenGrid, batch: int, context: Context) -> Tensor:
+        self.drawn.append(super().destinations(grid, batch, context))
+        return self.drawn[-1]
+
+
+def run_block(
+    tensors: Tensors, name: str, x: Tensor, config: dict[str, Any], attend: Callable[..., Tensor], context: Tensor
+) -> Tensor:
+    """An LDM transformer block on `(b, n, c)`; `attend(q, k, v, features)` is its self-attention."""
+    heads, eps = config["heads"], config["ln_eps"]
+    normed = layer_norm(tensors, f"{name}norm1", x, eps)
+    out = attend(*project(tensors, f"{name}attn1", normed, normed, heads), x)
+    x = x + linear(tensors, f"{name}attn1.to_out.0", from_heads(out))
+    normed = layer_norm(tensors, f"{name}norm2", x, eps)
+    out = F.scaled_dot_product_attention(*project(tensors, f"{name}attn2", normed, context, heads))
+    x = x + linear(tensors, f"{name}attn2.to_out.0", from_heads(out))
+    normed = layer_norm(tensors, f"{name}norm3", x, eps)
+    hidden, gate = linear(tensors, f"{name}ff.net.0.proj", normed).chunk(2, dim=-1)
+    return x + linear(tensors, f"{name}ff.net.2", hidden * F.gelu(gate))
+
+
+def make_mechanism(patch: dict[str, Any]) -> AgentAttention:
+    ratio, max_downsample, sx, sy, agent_ratio, k_scale2, k_shortcut, precision, use_rand, *merges = take(
+        patch,
+        *("ratio", "max_downsample", "sx", "sy", "agent_ratio", "k_scale2", "k_shortcut", "attn_precision"),
+        *("use_rand", "merge_attn", "merge_crossattn", "merge_mlp"),
+    )
+    check_precision(precision)
+    assert merges == [True, False, False], f"merging elsewhere than in self-attention is not handled: {merges}"
+    blocks = {"ratio": ratio, "agent_ratio": agent_ratio, "sx": sx, "sy": sy, "max_downsample": max_downsample}
+    scales = {"k_scale2": k_scale2, "k_shortcut": k_shortcut}
+    return Recorded(agents="merge", official=True, use_rand=use_rand, **blocks, **scales)
+
+
+def run_network(case: GoldenCase, tensors: Tensors, mechanism: AgentAttention, progress: float | None = None) -> Tensor:
+    """The block, or the two blocks, with `mechanism` as their self-attention."""
+    config, x, text = case.config, tensors["x"], tensors["context"]
+    height, width = config["height"], config["width"]
+
+    def block(name: str, x: Tensor, height: int, width: int) -> Tensor:
+        downsample = math.ceil(math.sqrt(config["height"] * config["width"] // (height * width)))
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, features: Tensor) -> Tensor:
+            context = Context(features=features, downsample=downsample, progress=progress)
+            return mechanism.attend(q, k, v, TokenGrid(height, width), context=context)
+
+        return run_block(tensors, name, x, config, attend, text)
+
+    def on_picture(name: str, picture: Tensor) -> Tensor:
+        tokens = block(name, picture.flatten(2).transpose(1, 2), *picture.shape[-2:])
+        return tokens.transpose(1, 2).unflatten(-1, picture.shape[-2:])
+
+    torch.manual_seed(config["torch_seed_before_forward"])
+    if case.kind == "block":
+        (name,) = (key.removesuffix("norm1.weight") for key in tensors if key.endswith("norm1.weight"))
+        return block(name, x, height, width)
+    fine = on_picture("net.b0.", x)
+    coarse = on_picture("net.b1.", F.avg_pool2d(fine, 2))
+    return fine + F.interpolate(coarse, scale_factor=2, mode="nearest")
+
+
+def run_net(case: GoldenCase, tensors: Tensors) -> None:
+    known = {"kind", "height", "width", "heads", "head_dim", "batch", "context_dim", "ff_mult", "ln_eps", "stage"}
+    known |= {"torch_seed_before_forward", "patch_args", "blocks"}
+    unknown = set(case.config) - known
+    assert not unknown, f"config keys this test does not handle: {sorted(unknown)}"
+    assert len(tensors["x"]) == case.config["batch"]
+
+    mechanism: Any = make_mechanism(case.config["patch_args"])
+    output = run_network(case, tensors, mechanism)
+    recorded = [tensors[name] for name in sorted(tensors) if name.startswith("dst_index")]
+    if recorded or case.kind == "net":
+        assert len(mechanism.drawn) == len(recorded)
+    for drawn, want in zip(mechanism.drawn, recorded, strict=bool(recorded)):
+        assert torch.equal(drawn, want.sort().values)
+    assert_golden("output", output, tensors["output"], case.tolerance)
+
+    # the published schedule is this stage at the right progress
+    preset = replace(AgentAttention.stable_diffusion(), official=True)
+    options = ("sx", "sy", "ratio", "agent_ratio")
+    same = [stage for stage in preset.stages if all(getattr(stage, key) == getattr(mechanism, key) for key in options)]
+    shared = ("k_scale2", "k_shortcut", "max_downsample", "use_rand")
+    if same and len(recorded) == 1 and all(getattr(preset, key) == getattr(mechanism, key) for key in shared):
+        progress = same[0].until - 0.01
+        assert_golden("preset", run_network(case, tensors, preset, progress), tensors["output"], case.tolerance)
+
+
+def run_trained(case: GoldenCase, tensors: Tensors) -> None:
+    _, dim, heads, agent_num, window, batch = take(case.config, "kind", "dim", "heads", "agent_num", "window", "batch")
+    assert tensors["x"].shape == (batch, 1 + window**2, dim)
+    side = math.isqrt(agent_num)
+    assert side**2 == agent_num
+    mechanism = AgentAttention.published((side, side), window)
+    weights = mechanism.weights(heads, dim // heads)
+    assert isinstance(weights, AgentWeights)
+    own = {
+        name.removeprefix("attn."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("attn.") and not name.startswith(("attn.qkv.", "attn.proj."))
+    }
+    assert own["an_bias"].shape[-1] == BIAS_SIZE
+    weights.load_state_dict(own, strict=True)
+    q, k, v = (to_heads(tokens, heads) for tokens in linear(tensors, "attn.qkv", tensors["x"]).chunk(3, dim=-1))
+    with torch.no_grad():
+        out = mechanism.attend(q, k, v, TokenGrid(window, window, before=1), context=Context(weights=weights))
+    assert_golden("output", linear(tensors, "attn.proj", from_heads(out)), tensors["output"], case.tolerance)
+
+
+RUNNERS = {
+    "attention": run_attention,
+    "merge": run_merge,
+    "block": run_net,
+    "net": run_net,
+    "deit_agent_attention": run_trained,
+}
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", golden_cases("agent"))
+def test_golden(case: GoldenCase) -> None:
+    assert case.kind in RUNNERS, f"no runner for the kind {case.kind!r}; there are {', '.join(RUNNERS)}"
+    RUNNERS[case.kind](case, case.tensors())

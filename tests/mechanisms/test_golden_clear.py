@@ -1,0 +1,176 @@
+"""CLEAR against numbers recorded from the released code: masks, rotary tables, attention layers, whole models."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxAttention
+from golden_vectors import GoldenCase, assert_golden, golden_cases
+from torch import Tensor
+
+import diffattn
+from diffattn import ClearAttention, SoftmaxAttention, TokenGrid
+from diffattn.intercept import processor_class
+from diffattn.mechanisms.base import Context, Mechanism
+
+ATTENTION, MASKS, MODELS = {"local", "full", "down"}, {"mask"}, {"model_local", "model_full", "model_down"}
+KNOWN = {
+    "kind", "stream", "height", "width", "text_length", "window_size", "down_factor", "proportional_attention",
+    "ntk_factor", "heads", "head_dim", "dim", "batch", "qk_norm_eps", "rope_axes", "train_seq_len", "allowed", "axes",
+    "theta", "num_layers", "num_single_layers", "in_channels", "joint_attention_dim", "pooled_projection_dim",
+    "guidance_embeds", "axes_dims_rope", "processor_order",
+}  # fmt: skip
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", golden_cases("clear"))
+def test_recorded_numbers(case: GoldenCase) -> None:
+    unknown = set(case.config) - KNOWN
+    assert not unknown, f"{case.path.name} has config keys this test does not understand: {sorted(unknown)}"
+    if case.kind in MASKS:
+        check_mask(case)
+    elif case.kind == "rope":
+        check_rope(case)
+    elif case.kind in ATTENTION:
+        check_attention(case)
+    elif case.kind in MODELS:
+        check_model(case)
+    else:
+        pytest.fail(f"{case.path.name} is of a kind this test does not understand: {case.kind!r}")
+
+
+def mechanism_of(config: dict[str, Any]) -> Mechanism:
+    if config["window_size"] is None:
+        return SoftmaxAttention()
+    return ClearAttention(
+        radius=config["window_size"],
+        down_factor=config.get("down_factor"),
+        proportional=config.get("proportional_attention", False),
+        ntk_factor=config.get("ntk_factor", 1.0),
+        official=True,
+    )
+
+
+def grid_of(config: dict[str, Any]) -> TokenGrid:
+    return TokenGrid(config["height"], config["width"], before=config["text_length"])
+
+
+def check_mask(case: GoldenCase) -> None:
+    mask = mechanism_of(case.config).mask(grid_of(case.config))
+    assert torch.equal(mask, case.tensors()["mask"].bool())
+    assert int(mask.sum()) == case.config["allowed"]
+    assert mechanism_of(case.config).flops(grid_of(case.config), 1, 1) == 4 * case.config["allowed"]
+
+
+def check_rope(case: GoldenCase) -> None:
+    config, tensors = case.config, case.tensors()
+    model = tiny_flux(config["axes"], heads=1, layers=(0, 1))
+    assert model.pos_embed.theta == config["theta"]
+    with diffattn.apply(model, "clear", radius=2, ntk_factor=config["ntk_factor"]):
+        cos, sin = model.pos_embed(tensors["ids"])
+    assert_golden("cos", cos, tensors["rope_cos"], case.tolerance)
+    assert_golden("sin", sin, tensors["rope_sin"], case.tolerance)
+    assert model.pos_embed.theta == config["theta"]
+
+
+def check_attention(case: GoldenCase) -> None:
+    config, tensors = case.config, case.tensors()
+    mechanism, double = mechanism_of(config), config["stream"] == "double"
+    attention = FluxAttention(
+        query_dim=config["dim"],
+        heads=config["heads"],
+        dim_head=config["head_dim"],
+        out_dim=config["dim"],
+        bias=True,
+        added_kv_proj_dim=config["dim"] if double else None,
+        context_pre_only=False if double else None,
+        pre_only=not double,
+        eps=config["qk_norm_eps"],
+    )
+    attention.load_state_dict({key[5:]: value for key, value in tensors.items() if key.startswith("attn.")})
+    processor = processor_class(type(attention.processor), "Golden", {})()
+    processor.layer = FixedLayer(mechanism, grid_of(config), tensors.get("processor.spatial_weight"))
+    attention.set_processor(processor)
+    with torch.no_grad():
+        out = attention(
+            tensors["hidden_states"],
+            encoder_hidden_states=tensors.get("encoder_hidden_states"),
+            image_rotary_emb=(tensors["rope_cos"], tensors["rope_sin"]),
+        )
+    image, text = out if double else (out, None)
+    assert_golden("output", image, tensors["output"], case.tolerance)
+    if double:
+        assert_golden("encoder_output", text, tensors["encoder_output"], case.tolerance)
+    if "mask" in tensors:
+        assert torch.equal(mechanism.mask(grid_of(config)), tensors["mask"].bool())
+
+
+class FixedLayer:
+    """One layer with a grid given beforehand; checks fast form and reference against each other on the way."""
+
+    def __init__(self, mechanism: Mechanism, grid: TokenGrid, spatial_weight: Tensor | None) -> None:
+        self.mechanism, self.grid = mechanism, grid
+        weights = mechanism.weights(1, 1)
+        if weights is not None:
+            weights.load_state_dict({"spatial_weight": spatial_weight})
+        self.context = Context(weights=weights)
+
+    def wants(self, query: Tensor, key: Tensor) -> bool:
+        return True
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        out = self.mechanism.attend(query, key, value, self.grid, scale=scale, context=self.context)
+        reference = self.mechanism.reference(query, key, value, self.grid, scale=scale, context=self.context)
+        torch.testing.assert_close(out, reference, atol=2e-5, rtol=0)
+        return out
+
+
+def check_model(case: GoldenCase) -> None:
+    config, tensors = case.config, case.tensors()
+    model = tiny_flux(
+        config["axes_dims_rope"],
+        heads=config["heads"],
+        layers=(config["num_layers"], config["num_single_layers"]),
+        in_channels=config["in_channels"],
+        joint_attention_dim=config["joint_attention_dim"],
+        pooled_projection_dim=config["pooled_projection_dim"],
+        guidance_embeds=config["guidance_embeds"],
+    )
+    weights = {key[6:]: value for key, value in tensors.items() if key.startswith("model.")}
+    pooling = {key: weights.pop(key) for key in list(weights) if key.endswith(".processor.spatial_weight")}
+    model.load_state_dict(weights)
+    names = (
+        "hidden_states",
+        "encoder_hidden_states",
+        "pooled_projections",
+        "timestep",
+        "guidance",
+        "img_ids",
+        "txt_ids",
+    )
+    inputs = {name: tensors[name] for name in names if name in tensors}
+    with torch.no_grad():
+        teacher = model(**inputs, return_dict=False)[0]
+        handle = diffattn.apply(model, mechanism_of(config))
+        for layer in handle.layers:
+            if layer.weights is not None:
+                layer.weights.load_state_dict({"spatial_weight": pooling.pop(f"{layer.name}.processor.spatial_weight")})
+        student = model(**inputs, return_dict=False)[0]
+    assert not pooling
+    assert [f"{layer.name}.processor" for layer in handle.layers] == config["processor_order"]
+    assert_golden("teacher_output", teacher, tensors["teacher_output"], case.tolerance)
+    assert_golden("output", student, tensors["output"], case.tolerance)
+
+
+def tiny_flux(axes: list[int], heads: int, layers: tuple[int, int], **options: Any) -> FluxTransformer2DModel:
+    sizes = {"in_channels": 16, "joint_attention_dim": 24, "pooled_projection_dim": 20, **options}
+    return FluxTransformer2DModel(
+        patch_size=1,
+        num_layers=layers[0],
+        num_single_layers=layers[1],
+        attention_head_dim=sum(axes),
+        num_attention_heads=heads,
+        axes_dims_rope=tuple(axes),
+        **sizes,
+    ).eval()

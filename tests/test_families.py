@@ -1,0 +1,436 @@
+"""Every model family: the swap computes what it says, and can be undone.
+
+Nothing here trusts the library's own masks: `HandMask` lays a mask written below over the calls of the untouched model.
+"""
+
+import copy
+import functools
+import itertools
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import diffusers.hooks._helpers
+import pytest
+import torch
+from models import BUILDERS, Tiny, Tokens, flux, picture_ids, sana
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+import diffattn
+from diffattn import config
+from diffattn.mechanisms import Context, Mechanism
+from scripts import support_table
+
+pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
+
+RADIUS = 2
+TOLERANCE = 2e-5
+"""Largest absolute error of outputs divided by their root mean square."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainAttention(Mechanism):
+    """Exact attention that does not hand the call back to the model: proves the interception itself."""
+
+    type: ClassVar[str] = "plain"
+    kinds: ClassVar[frozenset[str]] = frozenset({"spatial", "temporal"})
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: diffattn.TokenGrid,
+        *,
+        scale: float | None = None,
+        backend: str = "auto",
+        context: Context = Context(),
+    ) -> Tensor:
+        grid.check(q, k)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, scale=scale)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small spend nearly all their time waiting for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain() -> Iterator[None]:
+    """Register `plain` for this module's tests only."""
+    config.register("plain")(PlainAttention)
+    yield
+    del config._registry["plain"]
+
+
+@functools.cache
+def build(name: str) -> Tiny:
+    return BUILDERS[name]()
+
+
+@functools.cache
+def own_output(name: str) -> Tensor:
+    with torch.no_grad():
+        return build(name).run()
+
+
+@pytest.fixture(params=BUILDERS)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def tiny(family: str) -> Iterator[Tiny]:
+    """The family's model, shared by all tests and given back unswapped."""
+    own_output(family)
+    yield build(family)
+    if hasattr(build(family).model, "_diffattn"):
+        diffattn.restore(build(family).model)
+
+
+def near(tokens: Tokens, radius: float) -> Tensor:
+    """What each token of one sample may see: cells the cells nearer than `radius`, the others everything."""
+    axes = (torch.arange(size) for size in (tokens.frames, tokens.rows, tokens.columns))
+    cells = torch.cartesian_prod(*axes)
+    mask = torch.ones(tokens.total, tokens.total, dtype=torch.bool)
+    inside = slice(tokens.before, tokens.before + len(cells))
+    mask[inside, inside] = ((cells[:, None] - cells[None]) ** 2).sum(-1) < radius**2
+    return mask
+
+
+class HandMask(TorchFunctionMode):
+    """Adds the hand-made masks to the attention of an unmodified model's layers."""
+
+    def __init__(self, model: nn.Module, layouts: dict[str, tuple[Tokens, ...]], radius: float = RADIUS) -> None:
+        self.masked: set[str] = set()
+        self._layer: str | None = None
+        self._calls = 0
+        self._layouts = {
+            name: layout
+            for (name, _), (pattern, layout) in itertools.product(model.named_modules(), layouts.items())
+            if re.fullmatch(pattern, name)
+        }
+        self._radius = radius
+        self._hooks = []
+        for name in self._layouts:
+            module = model.get_submodule(name)
+            self._hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self._enter_layer(name)))
+            self._hooks.append(module.register_forward_hook(lambda *_: self._enter_layer(None)))
+        super().__init__()
+
+    def _enter_layer(self, name: str | None) -> None:
+        self._layer, self._calls = name, 0
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for hook in self._hooks:
+            hook.remove()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention and self._layer is not None:
+            query, key, value, *rest = (*args, *(kwargs.pop(n) for n in ("query", "key", "value") if n in kwargs))
+            own = rest[0] if rest else kwargs.pop("attn_mask", None)
+            args = (query, key, value, self._combine(query, key, own), *rest[1:])
+        return func(*args, **kwargs)
+
+    def _combine(self, query: Tensor, key: Tensor, own: Tensor | None) -> Tensor:
+        layout = self._layouts[self._layer]
+        if len(layout) > 1 and len(query) == 1:
+            layout = (layout[self._calls],)
+        self._calls += 1
+        self.masked.add(self._layer)
+        assert {query.shape[2], key.shape[2]} == {tokens.total for tokens in layout}
+        mask = torch.stack([near(tokens, self._radius) for tokens in layout])[:, None]
+        if own is None:
+            return mask
+        return mask & own if own.dtype == torch.bool else own.masked_fill(~mask, -torch.inf)
+
+
+def by_hand(tiny: Tiny, layouts: dict[str, tuple[Tokens, ...]], **changes: Any) -> Tensor:
+    """Output of the unmodified model under the hand-made masks."""
+    with HandMask(tiny.model, layouts) as mode:
+        output = tiny.run(**changes)
+    assert mode.masked and mode.masked == set(mode._layouts)
+    return output
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got - want).abs().max() / want.square().mean().sqrt())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mechanism", ["softmax", "plain"])
+def test_exact_attention_changes_nothing(tiny: Tiny, family: str, mechanism: str) -> None:
+    handle = diffattn.apply(tiny.model, mechanism)
+    assert torch.equal(tiny.run(), own_output(family))
+    assert all(layer.reached for layer in handle.layers)
+
+
+@torch.no_grad()
+def test_clear_is_the_model_under_a_mask_made_by_hand(tiny: Tiny, family: str) -> None:
+    want = by_hand(tiny, tiny.spatial)
+    diffattn.apply(tiny.model, "clear", radius=RADIUS)
+    got = tiny.run()
+    assert error(got, want) < TOLERANCE
+    assert error(got, own_output(family)) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [name for name in BUILDERS if name in ("AnimateDiff", "SVD", "I2VGen-XL", "UNet3D")])
+def test_layers_along_the_frames_are_swapped_on_request(tiny: Tiny, family: str) -> None:
+    want = by_hand(tiny, tiny.temporal)
+    handle = diffattn.apply(
+        tiny.model, "clear", radius=RADIUS, layers=lambda name: any(re.fullmatch(key, name) for key in tiny.temporal)
+    )
+    got = tiny.run()
+    assert {layer.kind for layer in handle.layers} == {"temporal"}
+    assert error(got, want) < TOLERANCE
+    assert error(got, own_output(family)) > 1e-3
+
+
+def state_of(model: nn.Module) -> list[Any]:
+    """Whatever a swap could leave behind on a model, its modules and diffusers."""
+    modules = [(name, sorted(module.__dict__), _hooks(module)) for name, module in model.named_modules()]
+    registry = list(diffusers.hooks._helpers.AttentionProcessorRegistry._registry)
+    return [
+        modules,
+        list(model.state_dict()),
+        registry,
+        sorted(name for name in sys.modules if "_intercepted_" in name),
+    ]
+
+
+def _hooks(module: nn.Module) -> list[int]:
+    return [len(value) for key, value in sorted(module.__dict__.items()) if "hook" in key and hasattr(value, "__len__")]
+
+
+def processors_of(model: nn.Module) -> dict[str, Any]:
+    return {name: module.processor for name, module in model.named_modules() if hasattr(module, "processor")}
+
+
+@torch.no_grad()
+def test_restore_leaves_no_trace(tiny: Tiny, family: str) -> None:
+    before, processors = state_of(tiny.model), processors_of(tiny.model)
+    with diffattn.apply(tiny.model, "clear", radius=RADIUS):
+        tiny.run()
+        assert state_of(tiny.model) != before
+    assert state_of(tiny.model) == before
+    assert all(now is processors[name] for name, now in processors_of(tiny.model).items())
+    assert torch.equal(tiny.run(), own_output(family))
+
+
+@torch.no_grad()
+def test_another_model_of_the_family_is_left_alone(tiny: Tiny, family: str) -> None:
+    other = copy.deepcopy(tiny.model)
+    diffattn.apply(tiny.model, "clear", radius=RADIUS)
+    tiny.run()
+    assert torch.equal(tiny.run(other), own_output(family))
+
+
+@torch.no_grad()
+def test_set_attn_processor_equals_apply(tiny: Tiny, family: str) -> None:
+    if not hasattr(tiny.model, "set_attn_processor"):
+        assert family.startswith(("Z-Image", "Lumina2", "Mochi"))
+        with pytest.raises(ValueError, match=r"has no set_attn_processor in diffusers: use diffattn\.apply"):
+            diffattn.attn_processors(tiny.model, "clear", radius=RADIUS)
+        return
+    with diffattn.apply(tiny.model, "clear", radius=RADIUS):
+        want = tiny.run()
+    processors = diffattn.attn_processors(tiny.model, "clear", radius=RADIUS)
+    assert processors.keys() == tiny.model.attn_processors.keys()
+    tiny.model.set_attn_processor(processors)
+    assert torch.equal(tiny.run(), want)
+    diffattn.restore(tiny.model)
+    assert torch.equal(tiny.run(), own_output(family))
+
+
+@torch.no_grad()
+def test_pooled_keys_fit_every_layer(tiny: Tiny, family: str) -> None:
+    """CLEAR's extra keys: one weight per layer, and as many keys as the layer's grid has blocks."""
+    divisible = all(t.rows % 2 == 0 and t.columns % 2 == 0 for layout in tiny.spatial.values() for t in layout)
+    handle = diffattn.apply(tiny.model, "clear", radius=RADIUS, down_factor=2)
+    assert len(list(handle.parameters())) == len(handle.layers)
+    if divisible:
+        assert tiny.run().isfinite().all()
+    else:
+        with pytest.raises(ValueError, match="down_factor=2 does not divide the grid"):
+            tiny.run()
+
+
+def test_sana_is_refused() -> None:
+    model = sana().model
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"SanaLinearAttnProcessor2_0 computes no softmax attention"):
+        diffattn.apply(model, "clear", radius=RADIUS)
+    assert state_of(model) == before
+
+
+def test_blocks_that_attend_to_text_twice_are_kept() -> None:
+    """Stable Diffusion's upscaler: the first attention of its blocks is cross-attention too."""
+    tiny = BUILDERS["SD1.5"]()
+    for module in tiny.model.modules():
+        if "only_cross_attention" in vars(module):
+            module.only_cross_attention = True
+    with pytest.raises(ValueError, match="not a self-attention over the grid"):
+        diffattn.apply(tiny.model, "clear", radius=RADIUS)
+
+
+def gradients(model: nn.Module, output: Tensor) -> Tensor:
+    """Gradients of all parameters in one flat tensor."""
+    parameters = list(model.parameters())
+    return torch.cat(
+        [g.flatten() for g in torch.autograd.grad(output.square().mean(), parameters, materialize_grads=True)]
+    )
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return float((got - want).abs().max() / want.abs().max())
+
+
+def test_gradients_are_those_under_the_mask_made_by_hand(tiny: Tiny) -> None:
+    want = gradients(tiny.model, by_hand(tiny, tiny.spatial))
+    diffattn.apply(tiny.model, "clear", radius=RADIUS)
+    got = gradients(tiny.model, tiny.run())
+    assert got.isfinite().all() and want.abs().max() > 0
+    assert relative(got, want) < TOLERANCE
+
+
+OTHER_SIZES: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
+    # changed arguments of the forward, and their frames, rows and columns
+    "Flux": ({"hidden_states": torch.randn(2, 54, 4), "img_ids": picture_ids(9, 6)}, (1, 9, 6)),
+    "SD3": ({"hidden_states": torch.randn(2, 4, 18, 12)}, (1, 9, 6)),
+    "Wan": ({"hidden_states": torch.randn(2, 4, 3, 10, 8)}, (3, 5, 4)),
+    "SD1.5": ({"sample": torch.randn(2, 4, 12, 8)}, (1, 12, 8)),
+    "AnimateDiff": ({"sample": torch.randn(2, 4, 5, 12, 8)}, (1, 12, 8)),
+}
+"""As many tokens in another shape."""
+
+
+def at_other_size(tiny: Tiny, family: str) -> tuple[dict[str, Any], dict[str, tuple[Tokens, ...]]]:
+    """Arguments and layouts of `OTHER_SIZES`; the grids of coarser levels are turned likewise."""
+    changes, (frames, rows, columns) = OTHER_SIZES[family]
+    first = next(iter(tiny.spatial.values()))[0]
+    assert (first.columns, first.rows) == (rows, columns)
+    layouts = {
+        key: tuple(Tokens(t.before, frames, t.columns, t.rows, t.after) for t in layout)
+        for key, layout in tiny.spatial.items()
+    }
+    return changes, layouts
+
+
+other_sizes = pytest.mark.parametrize("family", OTHER_SIZES)
+
+
+@torch.no_grad()
+@other_sizes
+def test_the_grid_is_read_at_every_forward(tiny: Tiny, family: str) -> None:
+    changes, layouts = at_other_size(tiny, family)
+    want, want_other = by_hand(tiny, tiny.spatial), by_hand(tiny, layouts, **changes)
+    diffattn.apply(tiny.model, "clear", radius=RADIUS)
+    for _ in range(2):
+        assert error(tiny.run(), want) < TOLERANCE
+        assert error(tiny.run(**changes), want_other) < TOLERANCE
+
+
+@pytest.fixture
+def hand_made(tiny: Tiny) -> Callable[..., Tensor]:
+    """Gradients under the hand-made masks, without checkpointing whatever the model does otherwise."""
+
+    def compute(layouts: dict[str, tuple[Tokens, ...]] | None = None, **changes: Any) -> Tensor:
+        return gradients(tiny.model, by_hand(tiny, layouts or tiny.spatial, **changes))
+
+    return compute
+
+
+@pytest.fixture
+def checkpointing(tiny: Tiny) -> Iterator[Callable[[], None]]:
+    yield tiny.model.enable_gradient_checkpointing
+    tiny.model.disable_gradient_checkpointing()
+
+
+CHECKPOINTED = [
+    *OTHER_SIZES,
+    "Flux2",
+    "HunyuanVideo",
+    "LTX",
+    "CogVideoX",
+    "Qwen-Image",
+    "Z-Image-mixed",
+    "Lumina2",
+    "Mochi",
+    "SVD",
+]
+
+
+@pytest.mark.parametrize("family", CHECKPOINTED)
+def test_gradient_checkpointing_changes_no_gradient(
+    tiny: Tiny, hand_made: Callable[..., Tensor], checkpointing: Callable[[], None]
+) -> None:
+    want = hand_made()
+    checkpointing()
+    diffattn.apply(tiny.model, "clear", radius=RADIUS)
+    assert relative(gradients(tiny.model, tiny.run()), want) < TOLERANCE
+
+
+@other_sizes
+def test_checkpointed_layers_keep_the_grid_of_their_forward(
+    tiny: Tiny, family: str, hand_made: Callable[..., Tensor], checkpointing: Callable[[], None]
+) -> None:
+    """A preview of another shape between forward and backward; then a step of training of that shape."""
+    changes, layouts = at_other_size(tiny, family)
+    want, want_other = hand_made(), hand_made(layouts, **changes)
+    checkpointing()
+    diffattn.apply(tiny.model, "clear", radius=RADIUS)
+    for _ in range(2):
+        output = tiny.run()
+        with torch.no_grad():
+            tiny.run(**changes)
+        assert relative(gradients(tiny.model, output), want) < TOLERANCE
+        assert relative(gradients(tiny.model, tiny.run(**changes)), want_other) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["Flux", "SD3", "Wan"])
+def test_two_grids_that_cannot_be_told_apart_are_refused(
+    tiny: Tiny, family: str, hand_made: Callable[..., Tensor], checkpointing: Callable[[], None]
+) -> None:
+    changes, _ = at_other_size(tiny, family)
+    want = hand_made()
+    checkpointing()
+    diffattn.apply(tiny.model, "clear", radius=RADIUS)
+    first, _ = tiny.run(), tiny.run(**changes)
+    with pytest.raises(RuntimeError, match="run backward after each forward"):
+        gradients(tiny.model, first)
+    assert relative(gradients(tiny.model, tiny.run()), want) < TOLERANCE
+
+
+def test_reentrant_checkpointing_finds_the_grid_too() -> None:
+    """Its forward pass runs without gradients."""
+    tiny = flux()
+    want = gradients(tiny.model, by_hand(tiny, tiny.spatial))
+    recompute = functools.partial(checkpoint, use_reentrant=True)
+    tiny.model.enable_gradient_checkpointing(recompute)
+    changes, _ = at_other_size(tiny, "Flux")
+    diffattn.apply(tiny.model, "clear", radius=RADIUS)
+    output = tiny.run()
+    with torch.no_grad():
+        tiny.run(**changes)
+    output.square().mean().backward()
+    got = torch.cat([(p.new_zeros(p.shape) if p.grad is None else p.grad).flatten() for p in tiny.model.parameters()])
+    assert relative(got, want) < TOLERANCE
+
+
+def test_the_readme_has_the_table_of_what_runs() -> None:
+    assert support_table.README.exists()
+    text = support_table.README.read_text()
+    written = support_table.between_markers(text).group()
+    assert written == support_table.support_table(build), "run PYTHONPATH=.:tests python scripts/support_table.py"

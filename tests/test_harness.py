@@ -1,0 +1,110 @@
+"""The test harness itself: a golden set that cannot be read must not look like one that passed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from golden_vectors import OWN_SET, GoldenCase, assert_golden, golden_cases
+from safetensors.torch import save_file
+from tolerances import assert_close
+
+
+def write_case(folder: Path, name: str, **spec: object) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(spec))
+    return path
+
+
+def test_every_own_case_names_its_source_and_tolerance_and_has_its_tensors() -> None:
+    systems = sorted(folder.name for folder in OWN_SET.iterdir() if folder.is_dir())
+    assert {"agent", "clear"} <= set(systems)
+    for system in systems:
+        for parameter in golden_cases(system):
+            (case,) = parameter.values
+            assert parameter.id == f"{system}/{case.path.name}"
+            assert case.spec["source_commit"]
+            assert case.tolerance["atol"] > 0
+            tensors = case.tensors()
+            assert {name: list(tensor.shape) for name, tensor in tensors.items()} == {
+                name: entry["shape"] for name, entry in case.spec["tensors"].items()
+            }
+
+
+def test_a_further_set_replaces_the_own_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_case(tmp_path / "clear", "local_new", config={"kind": "local"})
+    write_case(tmp_path / "clear", "index", cases=[])
+    write_case(tmp_path / "clear", "tiny_config", layers=1)
+    monkeypatch.setenv("DIFFATTN_GOLDEN", str(tmp_path))
+    assert [parameter.id for parameter in golden_cases("clear")] == ["clear/local_new.json"]
+
+
+def test_a_system_that_a_further_set_lacks_is_skipped_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_case(tmp_path / "clear", "local_new")
+    monkeypatch.setenv("DIFFATTN_GOLDEN", str(tmp_path))
+    (parameter,) = golden_cases("agent")
+    (mark,) = parameter.marks
+    assert mark.name == "skip"
+    assert "no cases of agent" in mark.kwargs["reason"]
+
+
+def test_no_cases_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match="'no such system'"):
+        golden_cases("no such system")
+    monkeypatch.setenv("DIFFATTN_GOLDEN", str(tmp_path / "absent"))
+    with pytest.raises(NotADirectoryError, match="DIFFATTN_GOLDEN"):
+        golden_cases("clear")
+    monkeypatch.setenv("DIFFATTN_GOLDEN", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="should have a folder 'clear'"):
+        golden_cases("clear")
+    write_case(tmp_path / "clear", "index")
+    with pytest.raises(FileNotFoundError, match="holds no case"):
+        golden_cases("clear")
+
+
+def test_cases_of_work_to_come_are_skipped_with_their_reason() -> None:
+    marks = {parameter.values[0].kind: parameter.marks for parameter in golden_cases("clear")}
+    assert marks["local"] == []
+    assert [mark.kwargs["reason"] for mark in marks["distill_loss"]] == ["the distillation losses are not built yet"]
+
+
+def test_tensors_may_lie_in_parts(tmp_path: Path) -> None:
+    case = GoldenCase(write_case(tmp_path / "star", "unet"))
+    with pytest.raises(FileNotFoundError, match="no tensors"):
+        case.tensors()
+    save_file({"a": torch.ones(2)}, tmp_path / "star" / "unet-0.safetensors")
+    save_file({"b": torch.ones(3)}, tmp_path / "star" / "unet-1.safetensors")
+    save_file({"c": torch.ones(4)}, tmp_path / "star" / "unet_other.safetensors")
+    assert sorted(case.tensors()) == ["a", "b"]
+
+
+def test_assert_golden_names_what_differs() -> None:
+    want = torch.zeros(3)
+    tolerance = {"atol": 1e-3, "rtol": 0.0, "note": "float32"}
+    assert_golden("out", want + 5e-4, want, tolerance)
+    for wrong in (want + 2e-3, want.double(), torch.zeros(4)):
+        with pytest.raises(AssertionError, match="^out: "):
+            assert_golden("out", wrong, want, tolerance)
+
+
+def test_assert_golden_allows_bytes_their_steps() -> None:
+    want = torch.tensor([0, 255], dtype=torch.uint8)
+    assert_golden("picture", torch.tensor([1, 254], dtype=torch.uint8), want, {"u8_atol": 1})
+    with pytest.raises(AssertionError):
+        assert_golden("picture", torch.tensor([2, 255], dtype=torch.uint8), want, {"u8_atol": 1})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_assert_close_goes_by_the_dtype_of_the_result(dtype: torch.dtype) -> None:
+    want = torch.zeros(2, dtype=torch.float64)
+    inside, outside = {torch.float64: (1e-11, 1e-9), torch.float32: (1e-5, 3e-5), torch.bfloat16: (1e-2, 3e-2)}[dtype]
+    assert_close(torch.full((2,), inside, dtype=dtype), want)
+    with pytest.raises(AssertionError, match="^out"):
+        assert_close(torch.full((2,), outside, dtype=dtype), want, "out")
+
+
+def test_poisoned_memory_shows(poisoned_memory: None) -> None:
+    assert torch.empty(8).isnan().all()
+    assert torch.zeros(8).new_empty(8).isnan().all()
+    assert torch.empty_like(torch.zeros(8, dtype=torch.bfloat16)).isnan().all()
