@@ -85,9 +85,11 @@ def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return bound.arguments
 
 
-def _patch(module: nn.Module, name: str) -> int:
-    size = module.config[name]  # type: ignore[union-attr, index]
-    return size[-1] if isinstance(size, (tuple, list)) else size or 1
+def _patch(module: nn.Module, name: str, axis: int = -1) -> int:
+    """A patch size of the model's config: one for all axes, one per axis, or None for no patches."""
+    config: Any = module.config
+    size: Any = config[name]
+    return int(size[axis] if isinstance(size, (tuple, list)) else size or 1)
 
 
 def picture(argument: str = "hidden_states", before: int | None = None, after: int | None = 0) -> Read:
@@ -102,15 +104,13 @@ def picture(argument: str = "hidden_states", before: int | None = None, after: i
 
 
 def video(frames_axis: int, before: int | None = None, after: int | None = 0, patch_t: str | None = None) -> Read:
-    """5-D latents with frames on `frames_axis`, in patches of `patch_size` and `patch_t` frames."""
+    """5-D latents with frames on `frames_axis`, in patches of `patch_size` and the frames that `patch_t` names."""
 
     def read(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
         latents = call["hidden_states"]
         height, width = latents.shape[-2:]
-        size = module.config["patch_size"]  # type: ignore[union-attr, index]
-        step = size[0] if isinstance(size, (tuple, list)) else _patch(module, patch_t) if patch_t else 1
         patch = _patch(module, "patch_size")
-        frames = latents.shape[frames_axis] // step
+        frames = latents.shape[frames_axis] // (_patch(module, patch_t, axis=0) if patch_t else 1)
         return (Layout(height // patch, width // patch, frames, before=before, after=after),)
 
     return read
@@ -236,7 +236,7 @@ FAMILIES: list[Family] = [
         # its hidden_states may be tokens already
         _dit(_SD3_LAYERS, picture("controlnet_cond", before=0, after=None)),
     ),
-    Family("Wan", ("WanTransformer3DModel",), _dit(r"blocks\.\d+\.attn1", video(2))),
+    Family("Wan", ("WanTransformer3DModel",), _dit(r"blocks\.\d+\.attn1", video(2, patch_t="patch_size"))),
     Family(
         "HunyuanVideo",
         ("HunyuanVideoTransformer3DModel",),

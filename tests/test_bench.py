@@ -17,6 +17,7 @@ from diffattn.bench.accuracy import checked_queries, error_of, mask_rows, reduce
 from diffattn.bench.results import FULL, OFFICIAL
 from diffattn.bench.run import with_ratios
 from diffattn.cli import app
+from diffattn.kernels.flex import missing_compiler
 from diffattn.measure import Timing
 from diffattn.mechanisms.agent import AgentAttention
 
@@ -56,7 +57,7 @@ def test_errors_are_those_of_the_wrong_queries() -> None:
 def test_mechanisms_that_are_no_windows_meet_their_own_reference() -> None:
     grid = TokenGrid(80, 60)
     assert reduced(grid) == TokenGrid(20, 30)
-    assert reduced(TokenGrid(32, 32, frames=64, before=512)) == TokenGrid(16, 16, frames=4, before=64)
+    assert reduced(TokenGrid(32, 32, frames=64, before=512)) == TokenGrid(8, 8, frames=16, before=64)
     q, k, v = SMALL.tensors(TokenGrid(4, 4))
     assert error_of(AgentAttention(num_agents=16), q, grid, q, k, v) < 1e-5
 
@@ -155,3 +156,23 @@ def test_markdown_and_tables_mark_what_failed() -> None:
     assert text.count("refused") == 2 and "FAILED" in text
     [table] = tables(replace(result, cases=(broken,)))
     assert [row.style for row in table.rows] == [None, "red"]
+
+
+@pytest.mark.compile
+def test_the_compiled_rows_agree_with_the_reference_and_each_other() -> None:
+    if missing_compiler(torch.device("cpu")) is not None:
+        pytest.skip("FlexAttention cannot be compiled here")
+    rows = ("official", "tile", "tile-once")
+    result = run(replace(SMALL, rows=rows, grids=(TokenGrid(12, 10, before=3, after=2),), rounds=1))
+    _, official, *tiles = result.cases[0].rows
+    assert result.passed and result.skipped == () and official.official_error == 0
+    for row in tiles:
+        assert row.official_error is not None and row.official_error < 2e-5 and row.official_ratio
+
+
+def test_rows_that_cannot_run_are_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffattn.bench.contestants.free_bytes", lambda device: 1000)
+    result = run(replace(SMALL, dtype=torch.float64, rows=("tile", "tiled", "dense")))
+    assert [row.name for row in result.cases[0].rows] == [FULL, "SDPA on tiles"] and result.passed
+    assert "tile order of clear(radius=2) on 3+10x6: it has no kernel for torch.float64" in result.skipped
+    assert any(text.startswith("dense mask of") and "GiB" in text for text in result.skipped)

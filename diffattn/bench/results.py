@@ -15,6 +15,7 @@ FULL, OFFICIAL = "full SDPA", "official order"
 CPU = torch.device("cpu")
 ROWS = {
     "official": OFFICIAL,
+    "row-major": "row-major, our kernel",
     "tile": "tile order",
     "tile-once": "permuted once",
     "tiled": "SDPA on tiles",

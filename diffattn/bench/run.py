@@ -2,8 +2,8 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,21 +15,10 @@ from ..grid import TokenGrid
 from ..measure import Timing, hardware, latency, peak_memory
 from ..mechanisms import ClearAttention, Mechanism, SoftmaxAttention
 from .accuracy import TOLERANCE, difference, error_of
+from .contestants import Contestant, others, windows
 from .results import FULL, OFFICIAL, Case, Result, Row, Scaling, Settings
 
-DENSE_MEMORY = 3 * 2**30
-"""Bytes that the dense mask, boolean and additive, may take."""
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """One kernel on given tensors."""
-
-    name: str
-    mechanism: Mechanism
-    run: Callable[[], Tensor]
-    finish: Callable[[Tensor], Tensor] = field(default=lambda out: out)
-    """Brings what `run` returns to `(1, h, n, d)` in the sequence's order; not timed."""
+OTHERS = "other mechanisms"
 
 
 def run(settings: Settings, progress: bool = False) -> Result:
@@ -52,10 +41,12 @@ def run_grid(settings: Settings, grid: TokenGrid, progress: bool) -> tuple[list[
     groups: dict[str, list[Contestant]] = {}
     skipped: list[str] = []
     for radius in settings.radii:
-        groups[f"CLEAR, radius {radius:g}"], left_out = windows(settings, grid, ClearAttention(radius=radius), q, k, v)
+        groups[f"CLEAR, radius {radius:g}"], left_out = windows(
+            settings.rows, grid, ClearAttention(radius=radius), q, k, v
+        )
         skipped += left_out
     if settings.mechanisms:
-        groups["other mechanisms"] = [_other(mechanism, grid, q, k, v) for mechanism in settings.mechanisms]
+        groups[OTHERS] = [others(mechanism, grid, q, k, v) for mechanism in settings.mechanisms]
     everyone = {(title, one.name): one for title, group in groups.items() for one in group}
     everyone = {("", FULL): full, **everyone}
     errors: dict[tuple[str, str], tuple[float, float | None]] = {}
@@ -77,21 +68,9 @@ def run_grid(settings: Settings, grid: TokenGrid, progress: bool) -> tuple[list[
     cases = []
     for title, group in groups.items():
         rows = with_ratios([measured["", FULL], *(measured[title, one.name] for one in group)])
-        density = _density(group[0].mechanism, grid) if title != "other mechanisms" and group else None
+        density = _density(group[0].mechanism, grid) if title != OTHERS and group else None
         cases.append(Case(grid, title, tuple(rows), density))
     return cases, skipped
-
-
-def windows(
-    settings: Settings, grid: TokenGrid, mechanism: ClearAttention, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[list[Contestant], list[str]]:
-    """The asked-for rows of CLEAR that fit, and why the others do not."""
-    raise NotImplementedError
-
-
-def _other(mechanism: Mechanism, grid: TokenGrid, q: Tensor, k: Tensor, v: Tensor) -> Contestant:
-    mechanism.check(grid)
-    return Contestant(str(mechanism), mechanism, lambda: mechanism.attend(q, k, v, grid))
 
 
 def peak_of(one: Contestant, device: torch.device) -> int | None:

@@ -241,8 +241,10 @@ def bench(
 ) -> None:
     """Time attention kernels against full attention and against the official order, each beside its error.
 
-    Rows of CLEAR: official (FlexAttention on row-major blocks), tile (in tile order, permutation included), tile-once
-    (permuted before the clock starts), tiled (SDPA on gathered tiles, no compiler), dense (SDPA under a dense mask).
+    Rows of CLEAR: official (FlexAttention on row-major blocks, as released), row-major (the same with our kernel's
+    settings), tile (in tile order, permutation included), tile-once (permuted before the clock starts), tiled (SDPA on
+    gathered tiles, no compiler), dense (SDPA under a dense mask).
+
     A row whose error is too large gets no ratios, and the exit code is 1.
     """
     import torch

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 DEBUG = "DIFFATTN_DEBUG"
 WRONG_INPUT, INTERRUPTED = 2, 130
-EXPECTED_ERRORS = (ValueError, TypeError, ImportError, OSError, NotImplementedError)
+EXPECTED_ERRORS = (ValueError, TypeError, ImportError, OSError, NotImplementedError, MemoryError)
 """What the library raises for wrong input, files that cannot be read or written, and extras that are missing."""
 
 

@@ -11,6 +11,10 @@ from rich.table import Table
 
 from .. import config
 from ..families import FAMILIES
+from ..grid import TokenGrid
+from ..kernels import BACKENDS
+from ..kernels.call import WindowCall
+from ..mechanisms import ClearAttention
 from .arguments import describe
 
 
@@ -40,7 +44,9 @@ def families() -> list[dict[str, Any]]:
 
 def kernels(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Name of every kernel, and None or the reason why it does not run here."""
-    raise NotImplementedError
+    token = torch.empty(1, 1, 1, 8, device=device, dtype=dtype)
+    call = WindowCall(token, token, token, TokenGrid(1, 1), ClearAttention(radius=1).pattern, 1.0)
+    return [{"name": name, "why_not": backend.refuses(call)} for name, backend in BACKENDS.items()]
 
 
 def tables(found: dict[str, Any]) -> list[Table]:

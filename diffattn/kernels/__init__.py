@@ -1,12 +1,13 @@
 """How a window pattern is computed: dense, on gathered tiles, or by FlexAttention in tile order."""
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..grid import TokenGrid
-from .dense import combine_masks
-from .pattern import Pattern, dense_mask
+from .call import window_call
+from .choose import BACKENDS, Backend, Choice, run
+from .pattern import Cells, Pattern, dense_mask
+
+__all__ = ["BACKENDS", "Backend", "Cells", "Choice", "Pattern", "dense_mask", "window_attention"]
 
 
 def window_attention(
@@ -21,11 +22,15 @@ def window_attention(
     mask: Tensor | None = None,
     pooled: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Softmax attention under a window pattern."""
-    grid.check(q, k)
-    extra = 0
-    if pooled is not None:
-        k, v = torch.cat([k, pooled[0]], dim=-2), torch.cat([v, pooled[1]], dim=-2)
-        extra = pooled[0].shape[-2]
-    allowed = combine_masks(dense_mask(pattern, grid, extra).to(q.device), mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
+    """Softmax attention where cells see the cells that `pattern` allows, all other tokens and the `pooled` keys.
+
+    Other tokens see all tokens, but no pooled key. Returns `(b, h, n, c)`.
+
+    Args:
+        scale: multiplies the logits.
+        backend: "auto" or a name in `BACKENDS`; the result is the same.
+        mask: the model's own mask, bool (True = may be seen) or additive, broadcastable to (b, h, n, n). One that
+            differs from query to query is computed densely: "auto" does so, "tiled" and "flex" refuse.
+        pooled: further keys and values, each `(b, h, p, d)`, that the cells alone see.
+    """
+    return run(window_call(q, k, v, grid, pattern, scale, mask, pooled), backend)

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ..grid import TokenGrid
 
+CHUNK = 2**22
+"""Pairs of cells evaluated at once where a rule is turned into masks: keeps its integer temporaries near 100 MB."""
+
 
 class Cells(NamedTuple):
     """Coordinates of some cells: three integer tensors of one broadcastable shape."""
@@ -21,7 +24,11 @@ class Cells(NamedTuple):
 
 
 class Pattern(Protocol):
-    """A local rule on the cells of a grid. Must be hashable: kernels cache what they derive from it."""
+    """A local rule on the cells of a grid. Must be hashable: kernels cache what they derive from it.
+
+    A rule that depends on nothing but key minus query may say so by `shift_invariant = True` on its class: kernels then
+    look at one tile instead of all.
+    """
 
     def allowed(self, query: Cells, key: Cells) -> Tensor:
         """May `query` see `key`? Elementwise boolean over the broadcast shape; traceable by torch.compile."""
@@ -39,6 +46,16 @@ class Pattern(Protocol):
         ...
 
 
+def shift_invariant(pattern: Pattern) -> bool:
+    """Whether the rule says that it depends on nothing but key minus query."""
+    return bool(getattr(pattern, "shift_invariant", False))
+
+
+def covers(pattern: Pattern, grid: TokenGrid) -> bool:
+    """Whether every cell sees every cell, so that the pattern is no restriction at all."""
+    return pattern.pairs(grid) == grid.cells**2
+
+
 def dense_mask(pattern: Pattern, grid: TokenGrid, pooled: int = 0) -> Tensor:
     """The pattern as a boolean `(tokens, tokens + pooled)`: cells by the rule, other tokens see and are seen by all.
 
@@ -46,7 +63,11 @@ def dense_mask(pattern: Pattern, grid: TokenGrid, pooled: int = 0) -> Tensor:
     """
     query, key = (Cells(*(axis.view(shape) for axis in grid.positions())) for shape in ((-1, 1), (1, -1)))
     mask = torch.ones(grid.tokens, grid.tokens + pooled, dtype=torch.bool)
-    mask[grid.cell_slice, grid.cell_slice] = pattern.allowed(query, key)
+    step = max(1, CHUNK // grid.cells)
+    for start in range(0, grid.cells, step):
+        rows = Cells(*(axis[start : start + step] for axis in query))
+        stop = start + rows.row.shape[0]
+        mask[grid.before + start : grid.before + stop, grid.cell_slice] = pattern.allowed(rows, key)
     mask[: grid.before, grid.tokens :] = False
     mask[grid.before + grid.cells :, grid.tokens :] = False
     return mask

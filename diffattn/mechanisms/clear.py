@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..config import register
 from ..grid import TokenGrid
-from ..kernels import window_attention
+from ..kernels import BACKENDS, window_attention
 from ..kernels.dense import combine_masks
 from ..kernels.pattern import Cells, dense_mask
 from .base import Context, Mechanism, default_scale
@@ -116,6 +116,10 @@ class ClearAttention(Mechanism):
             raise ValueError(f"clear: down_factor must be None or an int of at least 2, got {self.down_factor!r}")
         if self.train_tokens < 2:
             raise ValueError(f"clear: train_tokens must be at least 2, got {self.train_tokens}")
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        return ("auto", *BACKENDS)
 
     @property
     def pattern(self) -> Ball:

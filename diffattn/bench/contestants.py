@@ -1,0 +1,113 @@
+"""What runs in a benchmark: CLEAR by every kernel, the released code's order of the tokens, and other mechanisms."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from ..grid import TokenGrid
+from ..kernels import BACKENDS, window_attention
+from ..kernels.block_mask import row_major_block_mask
+from ..kernels.call import WindowCall
+from ..kernels.dense import dense_bytes, free_bytes
+from ..kernels.flex import plan, run_flex
+from ..mechanisms import ClearAttention, Mechanism
+from .results import ROWS
+
+DENSE_SHARE = 0.5
+"""Share of the free memory that the dense mask may take."""
+
+
+def _unchanged(out: Any) -> Any:
+    return out
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One kernel on given tensors."""
+
+    name: str
+    mechanism: Mechanism
+    run: Callable[[], Any]
+    finish: Callable[[Any], Tensor] = field(default=_unchanged)
+    """Brings what `run` returns to `(1, h, n, d)` in the order of the tokens; not timed."""
+
+
+def others(mechanism: Mechanism, grid: TokenGrid, q: Tensor, k: Tensor, v: Tensor) -> Contestant:
+    """A mechanism as a model would call it."""
+    mechanism.check(grid)
+    return Contestant(str(mechanism), mechanism, partial(mechanism.attend, q, k, v, grid))
+
+
+def windows(
+    rows: tuple[str, ...], grid: TokenGrid, mechanism: ClearAttention, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[list[Contestant], list[str]]:
+    """The asked-for rows of CLEAR that can run, and why the others cannot."""
+    call = WindowCall(q, k, v, grid, mechanism.pattern, q.shape[-1] ** -0.5)
+    found, skipped = [], []
+    for row in rows:
+        reason = refusal(row, call)
+        if reason is not None:
+            skipped.append(f"{ROWS[row]} of {mechanism} on {grid}: {reason}")
+        else:
+            found.append(Contestant(ROWS[row], mechanism, *_functions(row, call)))
+    return found, skipped
+
+
+def refusal(row: str, call: WindowCall) -> str | None:
+    """Why a row cannot run; None where it can."""
+    if row == "dense":
+        free = free_bytes(call.q.device)
+        if free is not None and dense_bytes(call) > DENSE_SHARE * free:
+            return f"its mask needs {dense_bytes(call) / 2**30:.1f} GiB of the {free / 2**30:.1f} GiB that are free"
+    return BACKENDS[row if row in BACKENDS else "flex"].refuses(call)
+
+
+def _functions(row: str, call: WindowCall) -> tuple[Callable[[], Any], Callable[[Any], Tensor]]:
+    """What is timed, and what brings its result into the order of the tokens."""
+    q, k, v, grid, pattern, scale = call.q, call.k, call.v, call.grid, call.pattern, call.scale
+    if row == "tile-once":
+        return _permuted_once(call)
+    if row == "official":
+        blocks = row_major_block_mask(pattern, grid, q.device)
+        return partial(_released_kernel(), q, k, v, block_mask=blocks, scale=scale), _unchanged
+    if row == "row-major":
+        blocks = row_major_block_mask(pattern, grid, q.device)
+        return partial(run_flex, q, k, v, blocks, scale=scale), _unchanged
+    backend = "flex" if row == "tile" else row
+    return partial(window_attention, q, k, v, grid, pattern, scale=scale, backend=backend), _unchanged
+
+
+def _released_kernel() -> Callable[..., Tensor]:
+    """FlexAttention as the released code compiles it: stock settings.
+
+    Kept out of Inductor's cache, which cannot tell it from our kernel of other register tiles on the same graph.
+    """
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        return flex_attention(q, k, v, **options)
+
+    return torch.compile(attention, dynamic=False, options={"fx_graph_cache": False})
+
+
+def _permuted_once(call: WindowCall) -> tuple[Callable[[], Any], Callable[[Any], Tensor]]:
+    """The tile order on tensors that are in it already, as in a model that permutes once for all its layers."""
+    grid = call.grid
+    shared = plan(call.pattern, grid.shape, call.extra_keys, call.q.device)
+    extra_k, extra_v = call.extras()
+    q, k, v = (grid.split(tensor)[0] for tensor in (call.q, call.k, call.v))
+    q, k, v = shared.order.to_tiles(q), shared.order.to_tiles(k, extra_k), shared.order.to_tiles(v, extra_v)
+
+    def run() -> tuple[Tensor, Tensor | None]:
+        cells = run_flex(q, k, v, shared.block_mask, scale=call.scale)
+        return cells, call.attend_others() if grid.others else None
+
+    def finish(out: tuple[Tensor, Tensor | None]) -> Tensor:
+        cells, rest = shared.order.from_tiles(out[0]), out[1]
+        return cells if rest is None else grid.join(cells, rest)
+
+    return run, finish

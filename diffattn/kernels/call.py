@@ -1,0 +1,93 @@
+"""One request to a kernel: softmax attention under a window pattern."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..grid import TokenGrid
+from .pattern import Pattern
+
+
+@dataclass(frozen=True)
+class WindowCall:
+    """What `window_attention` was asked, with the model's mask brought to four dimensions."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grid: TokenGrid
+    pattern: Pattern
+    scale: float
+    mask: Tensor | None = None
+    """Bool (True = may be seen) or additive, `(b|1, h|1, n|1, tokens)`."""
+    pooled: tuple[Tensor, Tensor] | None = None
+    """Keys and values `(b, h, p, d)` that the cells see and the other tokens do not."""
+
+    @property
+    def pooled_count(self) -> int:
+        return 0 if self.pooled is None else self.pooled[0].shape[-2]
+
+    @property
+    def extra_keys(self) -> int:
+        """Keys that every cell sees: other tokens and pooled keys."""
+        return self.grid.others + self.pooled_count
+
+    @property
+    def masks_queries(self) -> bool:
+        """Whether the model's mask differs from query to query."""
+        return self.mask is not None and self.mask.shape[-2] > 1
+
+    @property
+    def needs_grad(self) -> bool:
+        tensors = (self.q, self.k, self.v, self.mask, *(self.pooled or ()))
+        return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+    def extras(self) -> tuple[Tensor, Tensor]:
+        """The keys and the values that every cell sees, each `(b, h, others + pooled, d)`."""
+        k, v = self.grid.split(self.k)[1], self.grid.split(self.v)[1]
+        if self.pooled is None:
+            return k, v
+        return torch.cat([k, self.pooled[0]], dim=-2), torch.cat([v, self.pooled[1]], dim=-2)
+
+    def key_mask(self) -> tuple[Tensor, Tensor] | None:
+        """A model's mask on keys, parted into cells and extras, each `(b|1, h|1, 1, keys)`; None without a mask."""
+        if self.mask is None:
+            return None
+        cells, others = self.grid.split(self.mask, dim=-1)
+        return cells, F.pad(others, (0, self.pooled_count), value=others.dtype == torch.bool)
+
+    def attend_others(self) -> Tensor:
+        """The queries off the grid: they see all tokens but no pooled keys. `(b, h, others, c)`."""
+        queries = self.grid.split(self.q)[1]
+        return F.scaled_dot_product_attention(queries, self.k, self.v, attn_mask=self.mask, scale=self.scale)
+
+    def join(self, cells: Tensor) -> Tensor:
+        """The output in the order of the tokens, from that of the cells `(b, h, cells, c)`."""
+        return self.grid.join(cells, self.attend_others()) if self.grid.others else cells
+
+
+def window_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: TokenGrid,
+    pattern: Pattern,
+    scale: float,
+    mask: Tensor | None,
+    pooled: tuple[Tensor, Tensor] | None,
+) -> WindowCall:
+    """Check the shapes and bring `mask` to `(b|1, h|1, n|1, tokens)`."""
+    grid.check(q, k)
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+        full = (q.shape[0], q.shape[1], grid.tokens, grid.tokens)
+        if mask.dim() != 4 or any(size not in (1, whole) for size, whole in zip(mask.shape, full, strict=True)):
+            raise ValueError(f"the mask must broadcast to (batch, heads, queries, keys) = {full}, got {tuple(mask.shape)}")
+        mask = mask.expand(-1, -1, -1, grid.tokens)
+        if mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)
+    if pooled is not None and pooled[0].shape[-2] != pooled[1].shape[-2]:
+        raise ValueError(f"as many pooled keys as values are needed, got {pooled[0].shape[-2]} and {pooled[1].shape[-2]}")
+    return WindowCall(q, k, v, grid, pattern, scale, mask, pooled)

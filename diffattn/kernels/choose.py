@@ -1,0 +1,145 @@
+"""Which kernel computes a window: what each can do, as data, and the choice of "auto".
+
+A backend is one file with one function on a `WindowCall` and one row in `BACKENDS`. A backend never changes the result.
+"""
+
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from .call import WindowCall
+from .flex import missing_compiler
+from .pattern import covers
+
+logger = logging.getLogger("diffattn")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a kernel is and can do. `None` in a set's place: no restriction."""
+
+    name: str
+    function: str
+    """`module:name` within `diffattn.kernels`, imported at the first call."""
+    devices: frozenset[str] | None = None
+    dtypes: frozenset[torch.dtype] | None = None
+    gradients: frozenset[str] | None = None
+    """Devices on which it has a backward pass."""
+    query_masks: bool = False
+    """Whether the model's mask may differ from query to query."""
+    mask_gradients: bool = False
+    """Whether it has gradients for an additive mask."""
+    compiled: bool = False
+    """Whether it needs torch.compile, hence a compiler."""
+
+    def refuses(self, call: WindowCall) -> str | None:
+        """Why this backend can't serve `call`; None where it can."""
+        device = call.q.device.type
+        if self.devices is not None and device not in self.devices:
+            return f"it runs on {', '.join(sorted(self.devices))}, and the tensors are on {device}"
+        if self.dtypes is not None and call.q.dtype not in self.dtypes:
+            return f"it has no kernel for {call.q.dtype}"
+        if self.gradients is not None and call.needs_grad and device not in self.gradients:
+            return f"it has no backward pass on {device}"
+        if call.masks_queries and not self.query_masks:
+            return "the model's mask differs from query to query"
+        if call.mask is not None and call.mask.requires_grad and torch.is_grad_enabled() and not self.mask_gradients:
+            return "the model's mask needs a gradient"
+        return missing_compiler(call.q.device) if self.compiled else None
+
+    @property
+    def run(self) -> Callable[[WindowCall], Tensor]:
+        module, name = self.function.split(":")
+        function: Callable[[WindowCall], Tensor] = getattr(importlib.import_module(f".{module}", __package__), name)
+        return function
+
+
+BACKENDS = MappingProxyType(
+    {
+        backend.name: backend
+        for backend in (
+            Backend("dense", "dense:dense_attention", query_masks=True, mask_gradients=True),
+            Backend("tiled", "tiled:tiled_attention"),
+            Backend(
+                "flex",
+                "flex:flex_window_attention",
+                devices=frozenset({"cpu", "cuda"}),
+                dtypes=frozenset({torch.float32, torch.float16, torch.bfloat16}),
+                gradients=frozenset({"cuda"}),
+                compiled=True,
+            ),
+        )
+    }
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that will run, and why."""
+
+    backend: str
+    reason: str
+
+
+DENSE_CELLS = 1024
+"""Up to this many cells `auto` computes the mask densely."""
+FLEX_CELLS = 4096
+"""From this many cells on `auto` spends the seconds of a compilation."""
+
+
+def choose(call: WindowCall) -> Choice:
+    """What "auto" runs `call` with."""
+    tiled, flex = BACKENDS["tiled"].refuses(call), BACKENDS["flex"].refuses(call)
+    if tiled is not None:
+        return Choice("dense", f"tiles can't serve it: {tiled}")
+    if call.pooled is None and covers(call.pattern, call.grid):
+        return Choice("dense", "the window covers the grid")
+    if call.grid.cells <= DENSE_CELLS:
+        return Choice("dense", f"the pattern saves nothing on {call.grid.cells} cells")
+    if torch.compiler.is_compiling():
+        return Choice("tiled", "an outer torch.compile traces plain operations")
+    if flex is not None:
+        return Choice("tiled", f"flex can't serve it: {flex}")
+    if call.grid.cells < FLEX_CELLS:
+        return Choice("tiled", f"{call.grid.cells} cells do not repay a compilation")
+    return Choice("flex", "fewest keys per query")
+
+
+def run(call: WindowCall, backend: str) -> Tensor:
+    """Compute `call` with `backend`, or with what `choose` says for "auto"."""
+    if backend == "auto":
+        choice = choose(call)
+        if not torch.compiler.is_compiling():
+            _announce(call, choice)
+        return BACKENDS[choice.backend].run(call)
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
+    reason = BACKENDS[backend].refuses(call)
+    if reason is not None:
+        others = [name for name, other in BACKENDS.items() if other.refuses(call) is None]
+        raise ValueError(f"backend={backend!r} can't serve this call: {reason}; can: auto, {', '.join(others)}")
+    return BACKENDS[backend].run(call)
+
+
+_announced: set[tuple[object, ...]] = set()
+
+
+def _announce(call: WindowCall, choice: Choice) -> None:
+    """One log line for each distinct pattern, grid, dtype, device and choice."""
+    key = (call.pattern, call.grid, call.q.dtype, call.q.device, choice)
+    if key not in _announced:
+        _announced.add(key)
+        logger.info(
+            "%s on %s tokens, %s, %s: backend %s (%s)",
+            call.pattern,
+            call.grid,
+            str(call.q.dtype).removeprefix("torch."),
+            call.q.device,
+            choice.backend,
+            choice.reason,
+        )

@@ -1,0 +1,123 @@
+"""The order of the tokens in which a window is dense: tile by tile instead of row by row.
+
+    cell (f, y, x)  ->  tile (f // tf, y // ty, x // tx), then place (f % tf, y % ty, x % tx) within the tile
+
+Both are row-major. Grids that the tile does not divide are padded with zero cells at their ends.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .pattern import Cells, Pattern
+
+Shape = tuple[int, int, int]
+
+
+@functools.lru_cache(maxsize=1024)
+def tile_shape(pattern: Pattern, shape: Shape, cells: int, blocks: bool) -> Shape:
+    """The tile of `cells` cells (a power of two), sides powers of two, whose windows hold the fewest keys.
+
+    Counted over the padded grid. `blocks`: windows consist of whole tiles. Among equals the wider tile, whose rows are
+    longer runs in memory.
+    """
+    power = int(math.log2(cells))
+    sides = [(2**f, 2**y, 2 ** (power - f - y)) for f in range(power + 1) for y in range(power + 1 - f)]
+
+    def cost(tile: Shape) -> int:
+        total = 1
+        for axis, (size, step) in enumerate(zip(shape, tile, strict=True)):
+            spans = (pattern.span(axis, low, min(low + step, size), size) for low in range(0, size, step))
+            if blocks:
+                spans = ((low // step * step, -(-high // step) * step) for low, high in spans)
+            total *= sum(step * (high - low) for low, high in spans)
+        return total
+
+    return min(sides, key=lambda tile: (cost(tile), tile))
+
+
+@dataclass(frozen=True)
+class TileOrder:
+    """Cells of a grid of `shape` (frames, rows, columns) ordered by tiles of `tile`, whose sides are powers of two."""
+
+    shape: Shape
+    tile: Shape
+
+    @property
+    def counts(self) -> Shape:
+        """Tiles along frames, rows and columns."""
+        frames, rows, columns = (-(-size // step) for size, step in zip(self.shape, self.tile, strict=True))
+        return frames, rows, columns
+
+    @property
+    def block(self) -> int:
+        """Cells of a tile."""
+        return math.prod(self.tile)
+
+    @property
+    def tiles(self) -> int:
+        return math.prod(self.counts)
+
+    @property
+    def cells(self) -> int:
+        """Cells in tile order, padding included."""
+        return self.tiles * self.block
+
+    @property
+    def ragged(self) -> bool:
+        """Whether there is padding."""
+        return self.cells != math.prod(self.shape)
+
+    def _parted(self, cells: Tensor) -> Tensor:
+        """`b h cells d` in tile order -> `b h F Y X tf ty tx d`."""
+        return cells.unflatten(2, (*self.counts, *self.tile))
+
+    def to_tiles(self, cells: Tensor, extra: Tensor | None = None) -> Tensor:
+        """Cells `(b, h, cells, d)` from row-major to tile order, padded with zeros, then `extra` `(b, h, e, d)`."""
+        grid = cells.unflatten(2, self.shape)
+        if self.ragged:
+            wide = (count * step - size for count, step, size in zip(self.counts, self.tile, self.shape, strict=True))
+            frames, rows, columns = wide
+            grid = F.pad(grid, (0, 0, 0, columns, 0, rows, 0, frames))
+        sizes = [part for pair in zip(self.counts, self.tile, strict=True) for part in pair]
+        source = grid.reshape(*grid.shape[:2], *sizes, grid.shape[-1]).permute(0, 1, 2, 4, 6, 3, 5, 7, 8)
+        if extra is None or extra.shape[2] == 0:
+            return source.reshape(*cells.shape[:2], self.cells, cells.shape[-1])
+        out = cells.new_empty(*cells.shape[:2], self.cells + extra.shape[2], cells.shape[-1])
+        self._parted(out[:, :, : self.cells]).copy_(source)
+        out[:, :, self.cells :].copy_(extra)
+        return out
+
+    def from_tiles(self, cells: Tensor) -> Tensor:
+        """Undo `to_tiles`, without the extra tokens: `(b, h, padded, d)` -> `(b, h, cells, d)`."""
+        grid = self._parted(cells).permute(0, 1, 2, 5, 3, 6, 4, 7, 8)
+        sizes = [count * step for count, step in zip(self.counts, self.tile, strict=True)]
+        grid = grid.reshape(*grid.shape[:2], *sizes, grid.shape[-1])
+        frames, rows, columns = self.shape
+        return grid[:, :, :frames, :rows, :columns].reshape(*grid.shape[:2], frames * rows * columns, grid.shape[-1])
+
+    def coordinates(self, index: Tensor) -> Cells:
+        """Where the cells at `index` of the tile order lie; of padding, coordinates beyond the grid. int32.
+
+        Written for vector units: shifts within the tile, and for the tile a float32 division, exact below 2^22 tiles.
+        Table look-ups would cost a quarter of the kernel's time on a CPU, integer division three times the kernel.
+        """
+        index = index.to(torch.int32)
+        bits = [int(math.log2(side)) for side in self.tile]
+        _, rows, columns = self.counts
+        tile = index >> sum(bits)
+        line = _divide(tile, columns)
+        plane = _divide(line, rows)
+        frame = (plane << bits[0]) + ((index >> (bits[1] + bits[2])) & (self.tile[0] - 1))
+        row = ((line - plane * rows) << bits[1]) + ((index >> bits[2]) & (self.tile[1] - 1))
+        column = ((tile - line * columns) << bits[2]) + (index & (self.tile[2] - 1))
+        return Cells(frame, row, column)
+
+
+def _divide(index: Tensor, divisor: int) -> Tensor:
+    """index // divisor for 0 <= index < 2^22."""
+    return index if divisor == 1 else torch.floor((index.to(torch.float32) + 0.5) * (1.0 / divisor)).to(torch.int32)
