@@ -26,7 +26,9 @@ from torch import Tensor, nn
 
 from . import config
 from .mechanisms.base import Mechanism
-from .swap import Handle, ModelSwap, StepChoice, commit, models_of, plan_all, resolve, swaps_of
+from .model_swap import ModelSwap
+from .plan import StepChoice, models_of, plan_all, resolve
+from .swap import Handle, commit, swaps_of
 
 logger = logging.getLogger("diffattn")
 

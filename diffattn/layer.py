@@ -124,6 +124,8 @@ class SwappedLayer:
     """Has the model's forward come to this layer's exit?"""
     grid: TokenGrid | None = None
     """Grid of the last call."""
+    shapes: tuple[Tensor, Tensor | None] | None = field(default=None, repr=False)
+    """Query and mask of the last call, without their data."""
 
     def wants(self, query: Tensor, key: Tensor) -> bool:
         """False for exact mechanisms, outside the chosen steps and below `min_tokens`: the model's own attention.
@@ -141,6 +143,8 @@ class SwappedLayer:
         mask = as_four_axes(mask)
         features, self.features = self.features, None
         self.grid = grids[0]
+        if not torch.compiler.is_compiling():
+            self.shapes = without_data(query), None if mask is None else without_data(mask)
         if len(grids) == 1:
             return self._attend(query, key, value, grids[0], mask, features, scale)
         samples = []
@@ -161,8 +165,12 @@ class SwappedLayer:
         features: Tensor | None,
         scale: float | None,
     ) -> Tensor:
+        context = self._context(grid, mask, features)
+        return self.mechanism.attend(query, key, value, grid, scale=scale, backend=self.backend, context=context)
+
+    def _context(self, grid: TokenGrid, mask: Tensor | None, features: Tensor | None) -> Context:
         needs = self.mechanism.needs
-        context = Context(
+        return Context(
             mask=mask,
             weights=self.weights,
             features=features,
@@ -170,7 +178,26 @@ class SwappedLayer:
             downsample=self.latent.downsample(grid) if self.latent and "downsample" in needs else 1,
             call_index=self.index if "call_index" in needs else 0,
         )
-        return self.mechanism.attend(query, key, value, grid, scale=scale, backend=self.backend, context=context)
+
+    def flops(self, mechanism: Mechanism) -> int:
+        """What `mechanism` would compute in the last call, for one sample."""
+        assert self.grid is not None and self.shapes is not None
+        query, mask = self.shapes
+        context = self._context(self.grid, mask, None)
+        return mechanism.flops(self.grid, query.shape[1], query.shape[3], context=context)
+
+    def explain_backend(self) -> str:
+        """The kernel of the last call, and why "auto" chose it."""
+        if self.grid is None or self.shapes is None:
+            return self.backend
+        query, mask = self.shapes
+        context = self._context(self.grid, mask, None)
+        return self.mechanism.explain_backend(query, query, query, self.grid, self.backend, context)
+
+
+def without_data(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape, dtype and device that holds a single number."""
+    return tensor.new_empty(()).expand(tensor.shape)
 
 
 def as_four_axes(mask: Tensor | None) -> Tensor | None:

@@ -3,11 +3,13 @@
 import itertools
 import re
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from .grid import TokenGrid
 from .mechanisms.softmax import SoftmaxAttention
-from .swap import ModelSwap, attention_modules, models_of, swaps_of
+from .model_swap import ModelSwap
+from .plan import attention_modules, models_of
+from .swap import swaps_of
 
 
 @dataclass(frozen=True)
@@ -69,20 +71,10 @@ def _row(model: str, name: str, swap: ModelSwap) -> Row:
     layer = swap.layers[name]
     if not swap.in_place(name):
         return Row(model, name, False, f"replaced by {type(layer.module.processor).__name__} since")
-    grid = layer.grid
-    if grid is None:
-        return Row(model, name, True, f"{layer.mechanism} [{layer.backend}]")
-    heads = cast(int, layer.module.heads)
-    head_dim = cast(int, layer.module.inner_dim) // heads
-    return Row(
-        model,
-        name,
-        True,
-        f"{layer.mechanism} [{layer.backend}]",
-        grid,
-        SoftmaxAttention().flops(grid, heads, head_dim),
-        layer.mechanism.flops(grid, heads, head_dim),
-    )
+    note = f"{layer.mechanism} [{layer.explain_backend()}]"
+    if layer.grid is None:
+        return Row(model, name, True, note)
+    return Row(model, name, True, note, layer.grid, layer.flops(SoftmaxAttention()), layer.flops(layer.mechanism))
 
 
 def _lines(rows: list[Row]) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import diffattn
 from diffattn.adapters import Adapter, expected_parameters, mechanism_weights
-from diffattn.swap import plan_all, resolve
+from diffattn.plan import plan_all, resolve
 
 
 def official_tensors(model: nn.Module, **options: Any) -> dict[str, Tensor]:

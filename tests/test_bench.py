@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from diffattn import ClearAttention, SoftmaxAttention, TokenGrid
 from diffattn.bench import Case, Row, Settings, markdown, run, tables
 from diffattn.bench.accuracy import checked_queries, error_of, mask_rows, reduced
+from diffattn.bench.contestants import windows
 from diffattn.bench.results import FULL, OFFICIAL
 from diffattn.bench.run import with_ratios
 from diffattn.cli import app
@@ -176,3 +177,11 @@ def test_rows_that_cannot_run_are_named_with_the_reason(monkeypatch: pytest.Monk
     assert [row.name for row in result.cases[0].rows] == [FULL, "SDPA on tiles"] and result.passed
     assert "tile order of clear(radius=2) on 3+10x6: it has no kernel for torch.float64" in result.skipped
     assert any(text.startswith("dense mask of") and "GiB" in text for text in result.skipped)
+
+
+def test_the_dense_mask_of_a_large_grid_runs_only_when_asked_for() -> None:
+    grid = TokenGrid(100, 100)
+    tensors = replace(SMALL, heads=1).tensors(grid)
+    found, skipped = windows(None, grid, ClearAttention(radius=2), *tensors)
+    assert "dense mask" not in [one.name for one in found] and any("--backends dense" in text for text in skipped)
+    assert [one.name for one in windows(("dense",), grid, ClearAttention(radius=2), *tensors)[0]] == ["dense mask"]

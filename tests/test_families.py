@@ -429,6 +429,20 @@ def test_reentrant_checkpointing_finds_the_grid_too() -> None:
     assert relative(got, want) < TOLERANCE
 
 
+def test_a_model_computed_again_as_a_whole_is_read_again() -> None:
+    """Two grids of as many tokens are under way, and each is known when its turn comes."""
+    tiny = flux()
+    changes, layouts = at_other_size(tiny, "Flux")
+    want = [
+        gradients(tiny.model, by_hand(tiny, tiny.spatial)),
+        gradients(tiny.model, by_hand(tiny, layouts, **changes)),
+    ]
+    diffattn.apply(tiny.model, "clear", radius=RADIUS)
+    outputs = [checkpoint(lambda call=call: tiny.run(**call), use_reentrant=False) for call in ({}, changes)]
+    for output, gradient in zip(outputs, want, strict=True):
+        assert relative(gradients(tiny.model, output), gradient) < TOLERANCE
+
+
 def test_the_readme_has_the_table_of_what_runs() -> None:
     assert support_table.README.exists()
     text = support_table.README.read_text()

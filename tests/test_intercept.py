@@ -68,12 +68,14 @@ class DispatchProcessor:
 
 
 class TorchProcessor:
-    """Calls like diffusers' older processors."""
+    """Calls like diffusers' older processors; may call another processor first."""
 
     def __init__(self) -> None:
         self.call: dict[str, Any] = {}
 
-    def __call__(self, attn: Any, hidden_states: Tensor, *, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, attn: Any, hidden_states: Tensor, *, key: Tensor, value: Tensor, first: Any = None) -> Tensor:
+        if first is not None:
+            first(attn, hidden_states, key=key, value=value)
         return F.scaled_dot_product_attention(hidden_states, key, value, **self.call)
 
 
@@ -240,6 +242,16 @@ def test_a_failing_call_leaves_no_layer_behind(made: Any) -> None:
     with pytest.raises(NotImplementedError):
         failing(None, q, key=k, value=v)
     assert torch.equal(plain(None, q, key=k, value=v), F.scaled_dot_product_attention(q, k, v))
+
+
+def test_a_call_within_a_call_has_its_own_layer(made: Any) -> None:
+    q, k, v = qkv()
+    cls = made(TorchProcessor)
+    outer, inner = cls(), cls()
+    outer.layer = Recorder()
+    out = outer(None, q, key=k, value=v, first=inner)
+    assert len(outer.layer.calls) == 1
+    assert torch.equal(out, v.mean(2, keepdim=True).expand_as(q))
 
 
 def test_processors_that_are_modules(made: Any) -> None:

@@ -20,6 +20,8 @@ from .results import ROWS
 
 DENSE_SHARE = 0.5
 """Share of the free memory that the dense mask may take."""
+DENSE_TOKENS = 8192
+"""Tokens beyond which the dense mask, far slower than full attention, runs only when asked for by name."""
 
 
 def _unchanged(out: Any) -> Any:
@@ -44,13 +46,15 @@ def others(mechanism: Mechanism, grid: TokenGrid, q: Tensor, k: Tensor, v: Tenso
 
 
 def windows(
-    rows: tuple[str, ...], grid: TokenGrid, mechanism: ClearAttention, q: Tensor, k: Tensor, v: Tensor
+    rows: tuple[str, ...] | None, grid: TokenGrid, mechanism: ClearAttention, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[list[Contestant], list[str]]:
-    """The asked-for rows of CLEAR that can run, and why the others cannot."""
+    """The asked-for rows of CLEAR (None: all that are worth their time), and why others do not run."""
     call = WindowCall(q, k, v, grid, mechanism.pattern, q.shape[-1] ** -0.5)
     found, skipped = [], []
-    for row in rows:
+    for row in ROWS if rows is None else rows:
         reason = refusal(row, call)
+        if rows is None and row == "dense" and grid.tokens > DENSE_TOKENS:
+            reason = "it takes many times full attention's time; --backends dense runs it"
         if reason is not None:
             skipped.append(f"{ROWS[row]} of {mechanism} on {grid}: {reason}")
         else:

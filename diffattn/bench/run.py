@@ -60,7 +60,11 @@ def run_grid(settings: Settings, grid: TokenGrid, progress: bool) -> tuple[list[
         del out
     official.clear()
     timings = latency(
-        {key: one.run for key, one in everyone.items()}, settings.rounds, device=settings.device, progress=progress
+        {key: one.run for key, one in everyone.items()},
+        settings.rounds,
+        warmup=0,
+        device=settings.device,
+        progress=progress,
     )
     measured = {}
     for key, one in everyone.items():

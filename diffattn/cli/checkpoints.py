@@ -12,8 +12,9 @@ from torch import nn
 
 from ..grid import TokenGrid
 from ..mechanisms.base import Mechanism
+from ..plan import COMPONENTS
 from ..report import Summary, summary
-from ..swap import COMPONENTS, Handle, apply
+from ..swap import Handle, apply
 
 BUNDLED = "tiny"
 

@@ -5,19 +5,22 @@ that box is looked at once: full where all its cells see each other, partial whe
 follow the cells as full blocks of their own.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..grid import TokenGrid
 from .order import TileOrder
-from .pattern import CHUNK, Cells, Pattern, shift_invariant
+from .pattern import CHUNK, Cells, Pattern, cached, shift_invariant
+
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""FlexAttention's `mask_mod`: batch, head, query and key index to whether the key is seen."""
 
 
-def mask_rule(pattern: Pattern, order: TileOrder, extra: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def mask_rule(pattern: Pattern, order: TileOrder, extra: int) -> Rule:
     """FlexAttention's `mask_mod`: the pattern on positions in tile order; padding is never seen, extra keys always."""
     frames, rows, columns = order.shape
 
@@ -31,7 +34,9 @@ def mask_rule(pattern: Pattern, order: TileOrder, extra: int) -> Callable[[Tenso
     return rule
 
 
-def tile_block_mask(pattern: Pattern, order: TileOrder, extra: int = 0, device: torch.device | str = "cpu") -> BlockMask:
+def tile_block_mask(
+    pattern: Pattern, order: TileOrder, extra: int = 0, device: torch.device | str = "cpu"
+) -> BlockMask:
     """The BlockMask of cell queries in tile order against cells in tile order and `extra` further keys.
 
     Time O(pairs in touched blocks), or O(tiles x reach) for a shift-invariant pattern; memory O(tiles x reach).
@@ -39,15 +44,33 @@ def tile_block_mask(pattern: Pattern, order: TileOrder, extra: int = 0, device: 
     keys, seen, full = touched_blocks(pattern, order)
     further = torch.arange(order.tiles, order.tiles + -(-extra // order.block), dtype=torch.int32)
     keys = torch.cat([keys, further.expand(order.tiles, -1)], dim=1)
-    partial = torch.nn.functional.pad(seen & ~full, (0, further.numel()), value=False)
-    full = torch.nn.functional.pad(full, (0, further.numel()), value=True)
-    blocks = order.tiles + further.numel()
-    lists = [tensor.to(device) for flags in (partial, full) for tensor in _block_list(keys, flags, blocks)]
+    partial = F.pad(seen & ~full, (0, further.numel()), value=False)
+    full = F.pad(full, (0, further.numel()), value=True)
+    lengths = order.cells, order.cells + extra
+    return _block_mask(keys, partial, full, order.block, mask_rule(pattern, order, extra), lengths, device)
+
+
+def _block_mask(
+    keys: Tensor,
+    partial: Tensor,
+    full: Tensor,
+    block: int,
+    rule: Rule,
+    lengths: tuple[int, int],
+    device: torch.device | str,
+) -> BlockMask:
+    """The BlockMask of candidate `keys` `(query blocks, candidates)`, of which some are `partial` and some `full`."""
+    blocks = -(-lengths[1] // block)
+    some, some_keys = _block_list(keys, partial, blocks)
+    whole, whole_keys = _block_list(keys, full, blocks)
     return BlockMask.from_kv_blocks(
-        *lists,
-        BLOCK_SIZE=(order.block, order.block),
-        mask_mod=mask_rule(pattern, order, extra),
-        seq_lengths=(order.cells, order.cells + extra),
+        some.to(device),
+        some_keys.to(device),
+        whole.to(device),
+        whole_keys.to(device),
+        BLOCK_SIZE=(block, block),
+        mask_mod=rule,
+        seq_lengths=lengths,
         compute_q_blocks=torch.device(device).type != "cpu",
     )
 
@@ -83,7 +106,8 @@ def touched_blocks(pattern: Pattern, order: TileOrder) -> tuple[Tensor, Tensor, 
     step = max(1, CHUNK // (index.shape[1] * order.block**2))
     cuts = range(0, order.tiles, step)
     parts = [_judge(pattern, order, [m[i : i + step] for m in mine], [n[i : i + step] for n in near]) for i in cuts]
-    return index, *(torch.cat(part) for part in zip(*parts, strict=True))
+    seen, full = (torch.cat(part) for part in zip(*parts, strict=True))
+    return index, seen, full
 
 
 def _spread(axes: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,7 +115,9 @@ def _spread(axes: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return axes[0][:, :, None, None], axes[1][:, None, :, None], axes[2][:, None, None, :]
 
 
-def _judge_by_offset(pattern: Pattern, order: TileOrder, mine: list[Tensor], near: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _judge_by_offset(
+    pattern: Pattern, order: TileOrder, mine: list[Tensor], near: list[Tensor]
+) -> tuple[Tensor, Tensor]:
     """`_judge` for a rule on key minus query: from one tile and all the offsets there are; padding is never full."""
     offsets = [theirs - own[:, None] for own, theirs in zip(mine, near, strict=True)]
     lows = [int(offset.min()) for offset in offsets]
@@ -106,7 +132,7 @@ def _judge_by_offset(pattern: Pattern, order: TileOrder, mine: list[Tensor], nea
 
 
 def _judge(pattern: Pattern, order: TileOrder, mine: list[Tensor], near: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Any seen, all seen, each `(tiles, candidates)`, for tiles at `mine` `(tiles,)` and candidates at `near`, per axis."""
+    """Any seen, all seen, each `(tiles, candidates)`, for tiles at `mine` and candidates at `near`."""
     query, key, valid = [], [], []
     for axis, (side, size) in enumerate(zip(order.tile, order.shape, strict=True)):
         local = torch.arange(side, dtype=torch.int32)
@@ -127,8 +153,10 @@ def _judge(pattern: Pattern, order: TileOrder, mine: list[Tensor], near: list[Te
     return allowed.any(-1), allowed.all(-1)
 
 
-@functools.lru_cache(maxsize=16)
-def row_major_block_mask(pattern: Pattern, grid: TokenGrid, device: torch.device | str = "cpu", block: int = 128) -> BlockMask:
+@cached(16)
+def row_major_block_mask(
+    pattern: Pattern, grid: TokenGrid, device: torch.device | str = "cpu", block: int = 128
+) -> BlockMask:
     """The BlockMask in the order the model has, as CLEAR's released code keeps it: the yardstick of `diffattn bench`.
 
     Its rule divides positions by the width, as theirs does. Time O(tokens^2).
@@ -152,14 +180,7 @@ def row_major_block_mask(pattern: Pattern, grid: TokenGrid, device: torch.device
         query = torch.arange(number * block, min((number + 1) * block, grid.tokens))[:, None]
         allowed = rule(key, key, query, key)
         missing = blocks * block - grid.tokens
-        seen[number] = torch.nn.functional.pad(allowed, (0, missing)).unflatten(1, (-1, block)).any(2).any(0)
-        full[number] = torch.nn.functional.pad(allowed, (0, missing), value=True).unflatten(1, (-1, block)).all(2).all(0)
+        seen[number] = F.pad(allowed, (0, missing)).unflatten(1, (-1, block)).any(2).any(0)
+        full[number] = F.pad(allowed, (0, missing), value=True).unflatten(1, (-1, block)).all(2).all(0)
     keys = torch.arange(blocks, dtype=torch.int32).expand(blocks, -1)
-    lists = [tensor.to(device) for flags in (seen & ~full, full) for tensor in _block_list(keys, flags, blocks)]
-    return BlockMask.from_kv_blocks(
-        *lists,
-        BLOCK_SIZE=(block, block),
-        mask_mod=rule,
-        seq_lengths=(grid.tokens, grid.tokens),
-        compute_q_blocks=torch.device(device).type != "cpu",
-    )
+    return _block_mask(keys, seen & ~full, full, block, rule, (grid.tokens, grid.tokens), device)

@@ -84,10 +84,14 @@ def window_call(
         mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
         full = (q.shape[0], q.shape[1], grid.tokens, grid.tokens)
         if mask.dim() != 4 or any(size not in (1, whole) for size, whole in zip(mask.shape, full, strict=True)):
-            raise ValueError(f"the mask must broadcast to (batch, heads, queries, keys) = {full}, got {tuple(mask.shape)}")
+            raise ValueError(
+                f"the mask must broadcast to (batch, heads, queries, keys) = {full}, got {tuple(mask.shape)}"
+            )
         mask = mask.expand(-1, -1, -1, grid.tokens)
         if mask.dtype != torch.bool:
             mask = mask.to(q.dtype)
     if pooled is not None and pooled[0].shape[-2] != pooled[1].shape[-2]:
-        raise ValueError(f"as many pooled keys as values are needed, got {pooled[0].shape[-2]} and {pooled[1].shape[-2]}")
+        raise ValueError(
+            f"as many pooled keys as values are needed, got {pooled[0].shape[-2]} and {pooled[1].shape[-2]}"
+        )
     return WindowCall(q, k, v, grid, pattern, scale, mask, pooled)

@@ -3,7 +3,6 @@
 A backend is one file with one function on a `WindowCall` and one row in `BACKENDS`. A backend never changes the result.
 """
 
-import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +12,10 @@ import torch
 from torch import Tensor
 
 from .call import WindowCall
-from .flex import missing_compiler
+from .dense import dense_attention
+from .flex import flex_window_attention, missing_compiler
 from .pattern import covers
+from .tiled import tiled_attention
 
 logger = logging.getLogger("diffattn")
 
@@ -24,8 +25,8 @@ class Backend:
     """What a kernel is and can do. `None` in a set's place: no restriction."""
 
     name: str
-    function: str
-    """`module:name` within `diffattn.kernels`, imported at the first call."""
+    run: Callable[[WindowCall], Tensor]
+    """Computes a call that `refuses` has nothing against."""
     devices: frozenset[str] | None = None
     dtypes: frozenset[torch.dtype] | None = None
     gradients: frozenset[str] | None = None
@@ -50,24 +51,20 @@ class Backend:
             return "the model's mask differs from query to query"
         if call.mask is not None and call.mask.requires_grad and torch.is_grad_enabled() and not self.mask_gradients:
             return "the model's mask needs a gradient"
-        return missing_compiler(call.q.device) if self.compiled else None
-
-    @property
-    def run(self) -> Callable[[WindowCall], Tensor]:
-        module, name = self.function.split(":")
-        function: Callable[[WindowCall], Tensor] = getattr(importlib.import_module(f".{module}", __package__), name)
-        return function
+        if self.compiled and not torch.compiler.is_compiling():
+            return missing_compiler(call.q.device)
+        return None
 
 
 BACKENDS = MappingProxyType(
     {
         backend.name: backend
         for backend in (
-            Backend("dense", "dense:dense_attention", query_masks=True, mask_gradients=True),
-            Backend("tiled", "tiled:tiled_attention"),
+            Backend("dense", dense_attention, query_masks=True, mask_gradients=True),
+            Backend("tiled", tiled_attention),
             Backend(
                 "flex",
-                "flex:flex_window_attention",
+                flex_window_attention,
                 devices=frozenset({"cpu", "cuda"}),
                 dtypes=frozenset({torch.float32, torch.float16, torch.bfloat16}),
                 gradients=frozenset({"cuda"}),
@@ -94,15 +91,16 @@ FLEX_CELLS = 4096
 
 def choose(call: WindowCall) -> Choice:
     """What "auto" runs `call` with."""
-    tiled, flex = BACKENDS["tiled"].refuses(call), BACKENDS["flex"].refuses(call)
+    tiled = BACKENDS["tiled"].refuses(call)
     if tiled is not None:
         return Choice("dense", f"tiles can't serve it: {tiled}")
-    if call.pooled is None and covers(call.pattern, call.grid):
-        return Choice("dense", "the window covers the grid")
     if call.grid.cells <= DENSE_CELLS:
         return Choice("dense", f"the pattern saves nothing on {call.grid.cells} cells")
     if torch.compiler.is_compiling():
         return Choice("tiled", "an outer torch.compile traces plain operations")
+    if call.pooled is None and covers(call.pattern, call.grid):
+        return Choice("dense", "the window covers the grid")
+    flex = BACKENDS["flex"].refuses(call)
     if flex is not None:
         return Choice("tiled", f"flex can't serve it: {flex}")
     if call.grid.cells < FLEX_CELLS:

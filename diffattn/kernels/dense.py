@@ -4,8 +4,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..grid import TokenGrid
 from .call import WindowCall
-from .pattern import covers, dense_mask
+from .pattern import Pattern, cached, covers, dense_mask
+
+KEPT_PAIRS = 2**24
+"""Masks of up to this many pairs (16 MB) are kept from call to call; building one takes longer than its SDPA."""
 
 
 def combine_masks(pattern: Tensor, mask: Tensor | None) -> Tensor:
@@ -25,15 +29,25 @@ def dense_attention(call: WindowCall) -> Tensor:
 
     Raises `MemoryError` where the mask would not fit in what is free, instead of trying.
     """
-    if call.pooled is None and covers(call.pattern, call.grid):
-        return F.scaled_dot_product_attention(call.q, call.k, call.v, attn_mask=call.mask, scale=call.scale)
     if not torch.compiler.is_compiling():
+        if call.pooled is None and covers(call.pattern, call.grid):
+            return F.scaled_dot_product_attention(call.q, call.k, call.v, attn_mask=call.mask, scale=call.scale)
         refuse_oversize(call)
     k, v = call.k, call.v
     if call.pooled is not None:
         k, v = torch.cat([k, call.pooled[0]], dim=-2), torch.cat([v, call.pooled[1]], dim=-2)
-    allowed = combine_masks(dense_mask(call.pattern, call.grid, call.pooled_count).to(call.q.device), call.mask)
+    small = call.grid.tokens * (call.grid.tokens + call.pooled_count) <= KEPT_PAIRS
+    build = kept_mask if small else device_mask
+    allowed = combine_masks(build(call.pattern, call.grid, call.pooled_count, call.q.device), call.mask)
     return F.scaled_dot_product_attention(call.q, k, v, attn_mask=allowed, scale=call.scale)
+
+
+def device_mask(pattern: Pattern, grid: TokenGrid, pooled: int, device: torch.device) -> Tensor:
+    """`dense_mask` on `device`."""
+    return dense_mask(pattern, grid, pooled).to(device)
+
+
+kept_mask = cached(8)(device_mask)
 
 
 def dense_bytes(call: WindowCall) -> int:

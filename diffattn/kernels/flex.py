@@ -24,14 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from ..grid import TokenGrid
 from .block_mask import tile_block_mask
 from .call import WindowCall
 from .order import TileOrder, tile_shape
-from .pattern import Pattern
+from .pattern import Pattern, cached
 
 BLOCK_CELLS = {"cpu": 32, "cuda": 128}
-"""Cells of a block. CPU: 4 x 8 beats 8 x 8 by 7% at radius 8 and equals it at 16. CUDA kernels want multiples of 128."""
+"""Cells of a block. CPU: 4 x 8 beats 8 x 8 by 7% at radius 8 and equals it at 16. CUDA wants multiples of 128."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +43,10 @@ class Plan:
     block_mask: BlockMask
 
 
-@functools.lru_cache(maxsize=32)
-def plan(pattern: Pattern, shape: tuple[int, int, int], extra: int, device: torch.device, block: int | None = None) -> Plan:
+@cached(32)
+def plan(
+    pattern: Pattern, shape: tuple[int, int, int], extra: int, device: torch.device, block: int | None = None
+) -> Plan:
     """The plan for a grid of `shape` (frames, rows, columns) with `extra` further keys."""
     cells = block or BLOCK_CELLS.get(device.type, 128)
     order = TileOrder(shape, tile_shape(pattern, shape, cells, blocks=True))
@@ -71,7 +72,14 @@ def _compiled(*key: object) -> Callable[..., Tensor]:
 
 
 def run_flex(
-    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, *, scale: float, bias: Tensor | None = None, compiled: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    compiled: bool = True,
 ) -> Tensor:
     """FlexAttention of tensors already in the order of `block_mask`.
 

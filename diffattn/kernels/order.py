@@ -5,7 +5,6 @@
 Both are row-major. Grids that the tile does not divide are padded with zero cells at their ends.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -13,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .pattern import Cells, Pattern
+from .pattern import Cells, Pattern, cached
 
 Shape = tuple[int, int, int]
 
 
-@functools.lru_cache(maxsize=1024)
+@cached(1024)
 def tile_shape(pattern: Pattern, shape: Shape, cells: int, blocks: bool) -> Shape:
     """The tile of `cells` cells (a power of two), sides powers of two, whose windows hold the fewest keys.
 
@@ -37,7 +36,8 @@ def tile_shape(pattern: Pattern, shape: Shape, cells: int, blocks: bool) -> Shap
             total *= sum(step * (high - low) for low, high in spans)
         return total
 
-    return min(sides, key=lambda tile: (cost(tile), tile))
+    costs = [cost(tile) for tile in sides]
+    return sides[costs.index(min(costs))]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ The kernels know nothing of mechanisms. A pattern is a rule on cell coordinates 
 blocks, masks, gathering) follows from these two.
 """
 
-from typing import NamedTuple, Protocol
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +15,25 @@ from ..grid import TokenGrid
 
 CHUNK = 2**22
 """Pairs of cells evaluated at once where a rule is turned into masks: keeps its integer temporaries near 100 MB."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def cached(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """`functools.lru_cache` for a pure function that a trace may call too: there it runs anew, as torch would warn."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        kept = functools.lru_cache(size)(function)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **options: P.kwargs) -> R:
+            return function(*args, **options) if torch.compiler.is_compiling() else kept(*args, **options)  # type: ignore[arg-type]
+
+        return call
+
+    return decorate
 
 
 class Cells(NamedTuple):
@@ -51,6 +72,7 @@ def shift_invariant(pattern: Pattern) -> bool:
     return bool(getattr(pattern, "shift_invariant", False))
 
 
+@cached(1024)
 def covers(pattern: Pattern, grid: TokenGrid) -> bool:
     """Whether every cell sees every cell, so that the pattern is no restriction at all."""
     return pattern.pairs(grid) == grid.cells**2

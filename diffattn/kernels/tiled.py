@@ -1,4 +1,4 @@
-"""SDPA on gathered tiles: every tile of queries against its own window of keys. No compiler, any device, differentiable.
+"""SDPA on gathered tiles: each tile of queries against its own window of keys. No compiler, any device, a backward.
 
 The grid is cut into tiles. A tile's window is the smallest box that holds all its queries may see, moved inward at the
 borders so that all windows have one size and lie within the grid; the rule itself is a boolean mask per tile. Tiles
@@ -9,7 +9,6 @@ Time O(n (window + tile) d). Memory beyond inputs and output: `BUDGET` bytes, or
 backward pass computes each tile again, so that only the inputs are kept.
 """
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,10 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..grid import TokenGrid
 from .call import WindowCall
 from .order import tile_shape
-from .pattern import Cells, Pattern, shift_invariant
+from .pattern import Cells, Pattern, cached, shift_invariant
 
 TILE_CELLS = 256
 """Queries in a tile. Of 32 ... 512 on 2 CPU cores (4 heads x 64, float32, 128 x 128 tokens) 16 x 16 is fastest."""
@@ -76,7 +74,7 @@ class Windows:
             yield Strips(whole, count, ragged)
 
 
-@functools.lru_cache(maxsize=256)
+@cached(256)
 def windows(pattern: Pattern, shape: tuple[int, int, int], tile: tuple[int, int, int]) -> Windows:
     """Cut a grid of `shape` (frames, rows, columns) into tiles and find their windows."""
     starts, sizes = [], []
@@ -88,7 +86,9 @@ def windows(pattern: Pattern, shape: tuple[int, int, int], tile: tuple[int, int,
     return Windows(shape, tile, (sizes[0], sizes[1], sizes[2]), (starts[0], starts[1], starts[2]))
 
 
-def tile_mask(pattern: Pattern, cut: Windows, height: tuple[int, int], strips: Strips, extra: int, device: torch.device) -> Tensor:
+def tile_mask(
+    pattern: Pattern, cut: Windows, height: tuple[int, int], strips: Strips, extra: int, device: torch.device
+) -> Tensor:
     """Who sees whom in the tiles at one height: `(strips, queries, window + extra)`, True for the extra keys."""
 
     def around(low: int, high: int, place: int) -> Tensor:
@@ -101,13 +101,15 @@ def tile_mask(pattern: Pattern, cut: Windows, height: tuple[int, int], strips: S
     query = Cells(
         around(*cut.queries(0, height[0]), 1), around(*cut.queries(1, height[1]), 2), first + around(0, strips.width, 3)
     )
-    key = Cells(around(*cut.keys(0, height[0]), 4), around(*cut.keys(1, height[1]), 5), begin + around(0, cut.window[2], 6))
+    key = Cells(
+        around(*cut.keys(0, height[0]), 4), around(*cut.keys(1, height[1]), 5), begin + around(0, cut.window[2], 6)
+    )
     allowed = pattern.allowed(query, key)
     shape = torch.broadcast_shapes(*(part.shape for part in (*query, *key)))
     return F.pad(allowed.expand(shape).flatten(4).flatten(1, 3), (0, extra), value=True)
 
 
-@functools.lru_cache(maxsize=16)
+@cached(16)
 def tile_masks(pattern: Pattern, cut: Windows, strips: Strips, extra: int, device: torch.device) -> tuple[Tensor, ...]:
     """`tile_mask` at all heights; equal ones, all but those at the borders, share memory."""
     known: dict[object, Tensor] = {}
@@ -173,7 +175,9 @@ class Work(NamedTuple):
         planes = q.shape[0] * q.shape[1]
         pairs = cut.tile[0] * cut.tile[1] * cut.tile[2] * keys * (planes if operands.cell_mask is not None else 1)
         tokens = frames * rows * cut.window[2] + keys
-        strip = planes * tokens * (k.shape[-1] + operands.v.shape[-1]) * k.element_size() + pairs * (1 + k.element_size())
+        strip = planes * tokens * (k.shape[-1] + operands.v.shape[-1]) * k.element_size() + pairs * (
+            1 + k.element_size()
+        )
         return cut.strips(max(1, self.budget // strip))
 
     def masks(self, strips: Strips, extra: int, device: torch.device) -> Iterator[Tensor]:
@@ -182,7 +186,9 @@ class Work(NamedTuple):
         return iter(tile_masks(self.pattern, self.cut, strips, extra, device))
 
 
-def merged_mask(rule: Tensor, cells: Tensor | None, extra: Tensor | None, height: tuple[int, int], cut: Windows) -> Tensor:
+def merged_mask(
+    rule: Tensor, cells: Tensor | None, extra: Tensor | None, height: tuple[int, int], cut: Windows
+) -> Tensor:
     """The rule `(strips, n, m)` and the model's mask on the gathered keys, broadcastable to `(b * h, strips, n, m)`."""
     if cells is None or extra is None:
         return rule[None]
@@ -193,7 +199,7 @@ def merged_mask(rule: Tensor, cells: Tensor | None, extra: Tensor | None, height
 
 
 def with_extra(windows: Tensor, extra: Tensor) -> Tensor:
-    """`b h strips f y x d` and `b h e d` -> `(b * h, strips, window + e, d)`; a view where there is nothing to append."""
+    """`b h strips f y x d` and `b h e d` -> `(b * h, strips, window + e, d)`; without extra keys a view."""
     keys = windows.flatten(3, 5)
     if extra.shape[2]:
         keys = torch.cat([keys, extra.unsqueeze(2).expand(-1, -1, keys.shape[2], -1, -1)], dim=3)
@@ -226,13 +232,13 @@ class TiledAttention(torch.autograd.Function):
     """`attend_rows` that keeps its inputs alone and computes every tile again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, work: Work, *operands: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, work: Work, *operands: Tensor) -> Tensor:
         ctx.work = work
         ctx.save_for_backward(*operands)
         return attend_rows(Operands(*operands), work)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         work, operands = ctx.work, Operands(*ctx.saved_tensors)
         q, k, v, extra_k, extra_v, cell_mask, extra_mask = operands
         totals = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in operands[:5]]

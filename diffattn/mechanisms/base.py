@@ -89,6 +89,10 @@ class Mechanism:
         """Names that `attend` takes as `backend`."""
         return ("auto",)
 
+    def explain_backend(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, backend: str, context: Context) -> str:
+        """Which kernel `attend` runs and why, for `diffattn.summary`; only shapes, dtypes and devices are looked at."""
+        return backend
+
     def check_backend(self, backend: str) -> None:
         """Raise `ValueError` for a backend that this mechanism does not have."""
         if backend not in self.backends:

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from ..config import register
 from ..grid import TokenGrid
 from ..kernels import BACKENDS, window_attention
+from ..kernels.call import window_call
+from ..kernels.choose import choose
 from ..kernels.dense import combine_masks
 from ..kernels.pattern import Cells, dense_mask
 from .base import Context, Mechanism, default_scale
@@ -178,6 +180,14 @@ class ClearAttention(Mechanism):
             mask=context.mask,
             pooled=self.pooled_keys(k, v, grid, context),
         )
+
+    def explain_backend(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, backend: str, context: Context) -> str:
+        if backend != "auto":
+            return backend
+        pooled = k[..., : self.pooled(grid), :], v[..., : self.pooled(grid), :]
+        call = window_call(q, k, v, grid, self.pattern, 1.0, context.mask, pooled if self.down_factor else None)
+        choice = choose(call)
+        return f"{choice.backend}: {choice.reason}"
 
     def reference(
         self,

@@ -1,5 +1,7 @@
 """What the kernel tests share: patterns that are no mechanism's, one call with its dense reference, the tolerances."""
 
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -32,7 +34,10 @@ class Disc:
         return max(low - reach, 0), min(high + reach, size)
 
     def pairs(self, grid: TokenGrid) -> int:
-        return int(dense_mask(self, TokenGrid(grid.height, grid.width, grid.frames)).sum())
+        reach = int(self.radius)
+        places = itertools.product(*(range(-min(reach, size - 1), min(reach, size - 1) + 1) for size in grid.shape))
+        near = (place for place in places if sum(offset**2 for offset in place) < self.radius**2)
+        return sum(math.prod(size - abs(o) for size, o in zip(grid.shape, place, strict=True)) for place in near)
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,9 @@ class Lattice:
     side: int
 
     def allowed(self, query: Cells, key: Cells) -> Tensor:
-        block = (query.row // self.side == key.row // self.side) & (query.column // self.side == key.column // self.side)
+        block = (query.row // self.side == key.row // self.side) & (
+            query.column // self.side == key.column // self.side
+        )
         return block & ((query.row + query.column + key.row + key.column) % 2 == 0)
 
     def span(self, axis: int, low: int, high: int, size: int) -> tuple[int, int]:
@@ -55,7 +62,7 @@ class Lattice:
 
 
 class Case(NamedTuple):
-    """A call, the leaves one may differentiate, and the result by explicit exponentials in the same dtype or float64."""
+    """A call, the leaves one may differentiate, and the result by explicit exponentials in float64."""
 
     call: WindowCall
     leaves: tuple[Tensor, ...]
@@ -79,7 +86,7 @@ def tolerance() -> dict[torch.dtype, float]:
 
 @pytest.fixture(scope="session")
 def make_case() -> Callable[..., Case]:
-    """`make_case(grid, pattern, batch, heads, dim, pooled, mask, dtype, grad)`; mask: None, "bool", "bias" or "query"."""
+    """`make_case(grid, pattern, ...)`; mask: None, "bool" and "bias" on the keys, "query" on pairs."""
 
     def make(
         grid: TokenGrid,

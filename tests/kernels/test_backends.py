@@ -59,7 +59,9 @@ def test_equals_the_reference(backend, grid, pattern, pooled, mask, make_case, t
 @pytest.mark.parametrize("backend", ["dense", "tiled", "flex"], indirect=True)
 def test_equals_the_reference_in_lower_precision(backend, dtype, disc, make_case, tolerance):
     for mask in (None, "bool", "bias"):
-        case = make_case(TokenGrid(11, 14, before=5), disc(4), batch=2, heads=3, dim=32, pooled=2, mask=mask, dtype=dtype)
+        case = make_case(
+            TokenGrid(11, 14, before=5), disc(4), batch=2, heads=3, dim=32, pooled=2, mask=mask, dtype=dtype
+        )
         check(case, backend(case.call), tolerance)
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from diffattn.grid import TokenGrid
-from diffattn.kernels import BACKENDS, window_attention
-from diffattn.kernels import dense, flex
+from diffattn.kernels import dense, flex, window_attention
 from diffattn.kernels.call import window_call
 from diffattn.kernels.choose import choose
 
@@ -28,6 +27,7 @@ def compiler(monkeypatch):
 @pytest.fixture
 def light_call(disc):
     """A call on many tokens without the dense reference."""
+
     def make(grid, pattern=None, *, dtype=torch.float32, grad=False, mask=None, pooled=None):
         q, k, v = (torch.zeros(1, 1, grid.tokens, 4, dtype=dtype, requires_grad=grad) for _ in range(3))
         return window_call(q, k, v, grid, pattern or disc(3), 0.5, mask, pooled)
@@ -126,8 +126,3 @@ def test_wrong_shapes_are_refused(disc):
         window_attention(q, q, q, TokenGrid(2, 3), disc(1), scale=0.5)
     with pytest.raises(ValueError, match=r"must broadcast to .* got \(1, 1, 1, 3\)"):
         window_attention(q, q, q, grid, disc(1), scale=0.5, mask=torch.ones(1, 1, 1, 3, dtype=torch.bool))
-
-
-def test_every_backend_can_be_imported():
-    for backend in BACKENDS.values():
-        assert callable(backend.run)

@@ -1,4 +1,4 @@
-"""FlexAttention in tile order: its blocks are those of the dense mask, and the compiled kernel gives the same numbers."""
+"""FlexAttention in tile order: its blocks are those of the dense mask, the compiled kernel gives the same numbers."""
 
 import math
 import time
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffattn.grid import TokenGrid
-from diffattn.kernels import flex, window_attention
+from diffattn.kernels import flex
 from diffattn.kernels.block_mask import mask_rule, row_major_block_mask, tile_block_mask
 from diffattn.kernels.order import TileOrder, tile_shape
 from diffattn.kernels.pattern import dense_mask
@@ -31,6 +31,7 @@ def blocks_of(mask):
 
 def by_blocks(allowed, block):
     """Whether any, and whether all, of the pairs in each block are allowed; ragged ends by what there is of them."""
+
     def parted(value):
         rows, columns = (-size % block for size in allowed.shape)
         full = torch.nn.functional.pad(allowed, (0, columns, 0, rows), value=value)

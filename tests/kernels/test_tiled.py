@@ -8,10 +8,10 @@ from diffattn.grid import TokenGrid
 from diffattn.kernels import window_attention
 from diffattn.kernels.tiled import tiled_attention, windows
 
-GRID = TokenGrid(13, 22, frames=2, before=3, after=2)
+GRID = TokenGrid(9, 14, frames=2, before=3, after=2)
 
 
-@pytest.mark.parametrize("tile", [(1, 1, 1), (1, 4, 4), (2, 3, 5), (1, 16, 8), (9, 99, 99)])
+@pytest.mark.parametrize("tile", [(1, 2, 3), (1, 4, 4), (2, 3, 5), (1, 16, 8), (9, 99, 99)])
 @pytest.mark.parametrize("budget", [1, 2**16, 2**30])
 def test_tiles_and_budget_do_not_change_the_result(tile, budget, disc, make_case, tolerance):
     case = make_case(GRID, disc(4), pooled=2, mask="bias", grad=True)
@@ -36,7 +36,9 @@ def test_windows_lie_in_the_grid_and_hold_all_that_may_be_seen(name, request):
 def test_backward_keeps_the_inputs_and_nothing_larger(disc, make_case):
     case = make_case(TokenGrid(32, 32), disc(6), grad=True)
     kept: dict[int, int] = {}
-    with saved_tensors_hooks(lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) and x, lambda x: x):
+    with saved_tensors_hooks(
+        lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) and x, lambda x: x
+    ):
         tiled_attention(case.call)
     assert sum(kept.values()) <= 4 * case.call.q.untyped_storage().nbytes()
 

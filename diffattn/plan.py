@@ -1,0 +1,186 @@
+"""What a swap would do, decided and checked before anything is changed."""
+
+import fnmatch
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+from torch import nn
+
+from . import config, intercept
+from .families import Layers, Read, family_of, find_layers, owner_of
+from .layer import GridReader, LatentReader, SwappedLayer
+from .mechanisms.base import Mechanism
+from .model_swap import ModelSwap
+from .steps import StepCounter
+
+COMPONENTS = ("unet", "transformer", "transformer_2")
+"""Parts of a pipeline that `apply` takes unless told otherwise."""
+
+LayerChoice = str | Iterable[str] | Callable[[str], bool] | None
+StepChoice = slice | Callable[[int], bool] | None
+
+
+def resolve(mechanism: Mechanism | str, **options: Any) -> Mechanism:
+    """A mechanism from its config or its short name and options."""
+    if isinstance(mechanism, str):
+        return config.create(mechanism, **options)
+    if not isinstance(mechanism, Mechanism):
+        raise TypeError(
+            f"mechanism must be a short name or a config such as ClearAttention(radius=16), got {mechanism!r}"
+        )
+    if options:
+        raise ValueError(f"options {sorted(options)} go with a short name; {type(mechanism).__name__} carries its own")
+    return mechanism
+
+
+def models_of(target: Any, components: Iterable[str] | None = None) -> list[nn.Module]:
+    """The models of a pipeline that `apply` takes, or the model itself."""
+    if isinstance(target, nn.Module):
+        if components is not None:
+            raise ValueError(
+                f"components= names parts of a pipeline, but the target is the model {type(target).__name__}"
+            )
+        return [unwrap(target)]
+    parts = getattr(target, "components", None)
+    if not isinstance(parts, dict):
+        raise TypeError(f"expected a diffusers pipeline or model, got {type(target).__name__}")
+    chosen = [name for name in COMPONENTS if parts.get(name) is not None] if components is None else list(components)
+    for name in chosen:
+        if not isinstance(parts.get(name), nn.Module):
+            models = sorted(key for key, part in parts.items() if isinstance(part, nn.Module))
+            raise ValueError(f"{type(target).__name__} has no model {name!r}; its models: {', '.join(models)}")
+    if not chosen:
+        raise ValueError(f"{type(target).__name__} has none of {', '.join(COMPONENTS)}; name its model by components=")
+    return [unwrap(parts[name]) for name in chosen]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile(model)`."""
+    return getattr(model, "_orig_mod", model)
+
+
+def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Dotted name -> every module that computes by a processor."""
+    return {name: module for name, module in model.named_modules() if callable(getattr(module, "processor", None))}
+
+
+def own_processor(module: nn.Module) -> Any:
+    """A layer's processor, or the one under ours."""
+    processor: Any = module.processor
+    return processor.layer.original if isinstance(getattr(processor, "layer", None), SwappedLayer) else processor
+
+
+def plan_all(
+    target: Any,
+    mechanism: Mechanism,
+    layers: LayerChoice = None,
+    steps: StepChoice = None,
+    backend: str = "auto",
+    components: Iterable[str] | None = None,
+    min_tokens: int = 0,
+) -> list[ModelSwap]:
+    """`plan` for every model of `target`, with a common step counter; changes nothing."""
+    models = models_of(target, components)
+    if steps is not None and isinstance(target, nn.Module):
+        raise ValueError("steps= counts the steps of a pipeline; pass the pipeline, not its model")
+    counter = None if isinstance(target, nn.Module) else StepCounter(target)
+    chosen = step_predicate(steps)
+    swaps = [plan(model, mechanism, layers=layers, backend=backend, min_tokens=min_tokens) for model in models]
+    for swap in swaps:
+        swap.state.steps, swap.state.chosen = counter, chosen
+    return swaps
+
+
+def plan(model: nn.Module, mechanism: Mechanism, *, layers: LayerChoice, backend: str, min_tokens: int) -> ModelSwap:
+    """Decide which layers are swapped, raising for whatever cannot be; changes nothing."""
+    family = family_of(model)
+    mechanism.check_backend(backend)
+    if getattr(mechanism, "ntk_factor", 1.0) != 1.0 and family.rope is None:
+        raise ValueError(f"ntk_factor scales a rotary embedding read at every call, which {family.name} does not have")
+    swap = ModelSwap(model, family, mechanism)
+    swap.state.needs_progress = "progress" in mechanism.needs
+    modules = attention_modules(model)
+    entries = find_layers(family, [name for name in modules if not _in_cross_block(model, name)])
+    chosen = _choose(entries, layers)
+    latent = LatentReader(family.latent) if family.latent else None
+    readers: dict[tuple[str, Read], GridReader] = {}
+    for name, module in modules.items():
+        reason = _reason_to_keep(name, module, entries, chosen, mechanism, explicit=layers is not None)
+        if reason is not None:
+            swap.kept[name] = reason
+            continue
+        entry, owner = entries[name], owner_of(entries[name], name)
+        swap.layers[name] = SwappedLayer(
+            name=name,
+            module=module,
+            kind=entry.kind,
+            mechanism=mechanism,
+            backend=backend,
+            reader=readers.setdefault((owner, entry.read), GridReader(entry.read)),
+            state=swap.state,
+            index=len(swap.layers),
+            original=own_processor(module),
+            min_tokens=min_tokens,
+            latent=latent,
+            weights=_weights(mechanism, module),
+        )
+    if not swap.layers:
+        reasons = "; ".join(sorted(set(swap.kept.values()))) or "it has no attention layers"
+        raise ValueError(f"no layer of {type(model).__name__} can carry {mechanism}: {reasons}")
+    return swap
+
+
+def _in_cross_block(model: nn.Module, name: str) -> bool:
+    """Is the layer in a UNet block that attends to text alone, twice?"""
+    return bool(vars(model.get_submodule(name.rpartition(".")[0])).get("only_cross_attention", False))
+
+
+def _reason_to_keep(
+    name: str, module: nn.Module, entries: dict[str, Layers], chosen: set[str], mechanism: Mechanism, explicit: bool
+) -> str | None:
+    if name not in entries:
+        return "not a self-attention over the grid"
+    if name not in chosen:
+        return "left out by layers="
+    if not explicit and entries[name].kind not in mechanism.kinds:
+        return f"{entries[name].kind} attention: {mechanism.type} takes it only by layers="
+    processor = own_processor(module)
+    if not intercept.has_exit(processor):
+        return f"{type(processor).__name__} computes no softmax attention by a call that can be swapped"
+    return None
+
+
+def _choose(names: Iterable[str], layers: LayerChoice) -> set[str]:
+    """The layers that a glob, globs or a predicate pick."""
+    names = list(names)
+    if layers is None:
+        return set(names)
+    if callable(layers):
+        chosen = {name for name in names if layers(name)}
+    else:
+        globs = [layers] if isinstance(layers, str) else list(layers)
+        unmatched = [glob for glob in globs if not fnmatch.filter(names, glob)]
+        if unmatched:
+            raise ValueError(
+                f"layers={unmatched[0]!r} matches none of {len(names)} layers, such as {', '.join(names[:3])}"
+            )
+        chosen = {name for glob in globs for name in fnmatch.filter(names, glob)}
+    if not chosen:
+        raise ValueError(f"layers= picks none of {len(names)} layers, such as {', '.join(names[:3])}")
+    return chosen
+
+
+def _weights(mechanism: Mechanism, module: nn.Module) -> nn.Module | None:
+    heads, inner_dim = cast(int, module.heads), cast(int, module.inner_dim)
+    return mechanism.weights(heads, inner_dim // heads)
+
+
+def step_predicate(steps: StepChoice) -> Callable[[int, int], bool] | None:
+    """`steps=` as a predicate on the step and the number of steps."""
+    if steps is None:
+        return None
+    if isinstance(steps, slice):
+        return lambda step, total: step in range(*steps.indices(total))
+    if callable(steps):
+        return lambda step, total: bool(steps(step))
+    raise TypeError(f"steps must be a slice or a predicate on the step number, got {steps!r}")
