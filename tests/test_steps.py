@@ -62,8 +62,14 @@ def seen() -> Iterator[list[float]]:
     Probe.seen.clear()
 
 
-def sd_vae() -> AutoencoderKL:
-    return AutoencoderKL(block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=2)  # fmt: skip
+def tiny_vae(**options: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=2,
+        **options,
+    )
 
 
 class StableDiffusion:
@@ -76,7 +82,7 @@ class StableDiffusion:
         unet = sd15().model
         unet.register_to_config(sample_size=64)
         return StableDiffusionPipeline(
-            vae=sd_vae(), text_encoder=None, tokenizer=None, unet=unet, scheduler=self.scheduler(),
+            vae=tiny_vae(), text_encoder=None, tokenizer=None, unet=unet, scheduler=self.scheduler(),
             safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
 
@@ -110,7 +116,7 @@ class Flux:
     calls_per_step, layer = 2, "transformer_blocks.0.attn"
 
     def pipe(self) -> Any:
-        vae = AutoencoderKL(latent_channels=1, block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=2, shift_factor=0.0)  # fmt: skip
+        vae = tiny_vae(latent_channels=1, shift_factor=0.0)
         return FluxPipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, None, None, flux().model)
 
     def arguments(self, pipe: Any) -> dict[str, Any]:
@@ -146,7 +152,14 @@ class Wan:
     calls_per_step, layer = 2, "blocks.0.attn1"
 
     def pipe(self) -> Any:
-        vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)  # fmt: skip
+        vae = AutoencoderKLWan(
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+        )
         scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
         return WanPipeline(None, None, vae, scheduler, transformer=wan().model)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..grid import TokenGrid
 from .call import WindowCall
 from .order import tile_shape
 from .pattern import Cells, Pattern, cached, shift_invariant
@@ -282,12 +283,19 @@ def tile_key_mask(call: WindowCall) -> tuple[Tensor | None, Tensor | None]:
     return cells.squeeze(2).unflatten(2, call.grid.shape).unsqueeze(-1), extra
 
 
+def best_windows(pattern: Pattern, grid: TokenGrid) -> Windows:
+    """The cut of `grid` whose windows hold the fewest keys."""
+    tile = tile_shape(pattern, grid.shape, TILE_CELLS, blocks=False)
+    return windows(
+        pattern, grid.shape, (min(tile[0], grid.frames), min(tile[1], grid.height), min(tile[2], grid.width))
+    )
+
+
 def tiled_attention(call: WindowCall, *, tile: tuple[int, int, int] | None = None, budget: int = BUDGET) -> Tensor:
     """SDPA on gathered tiles of `tile` (frames, rows, columns) cells; None chooses. See the module for the method."""
     grid = call.grid
-    tile = tile or tile_shape(call.pattern, grid.shape, TILE_CELLS, blocks=False)
-    tile = (min(tile[0], grid.frames), min(tile[1], grid.height), min(tile[2], grid.width))
-    work = Work(call.pattern, windows(call.pattern, grid.shape, tile), call.scale, budget)
+    cut = best_windows(call.pattern, grid) if tile is None else windows(call.pattern, grid.shape, tile)
+    work = Work(call.pattern, cut, call.scale, budget)
     q, k, v = (grid.split(tensor)[0].unflatten(2, grid.shape) for tensor in (call.q, call.k, call.v))
     cell_mask, extra_mask = tile_key_mask(call)
     operands = Operands(q, k, v, *call.extras(), cell_mask, extra_mask)

@@ -64,6 +64,13 @@ def test_auto_is_dense_where_the_pattern_saves_nothing(light_call, compiler, dis
     assert (choice.backend, choice.reason) == ("dense", "the window covers the grid")
 
 
+def test_auto_is_dense_where_tiles_save_too_little(light_call, compiler, disc):
+    choice = choose(light_call(TokenGrid(48, 48), disc(8)))
+    assert choice.backend == "dense"
+    assert "900 keys a query of 2304" in choice.reason
+    assert choose(light_call(TokenGrid(60, 60), disc(4))).backend == "tiled"
+
+
 def test_auto_is_dense_for_masks_that_differ_by_query(light_call, compiler):
     grid = TokenGrid(40, 40)
     mask = torch.ones(grid.tokens, grid.tokens, dtype=torch.bool)
