@@ -34,7 +34,7 @@ def tiny() -> Tiny:
         ({"mechanism": "clear", "radius": -4}, "radius must be a positive number, got -4"),
         ({"mechanism": "clear", "radius": 2, "down_factor": 1}, "down_factor must be None or an int of at least 2"),
         ({"mechanism": ClearAttention(radius=2), "radius": 3}, "go with a short name"),
-        ({"mechanism": "clear", "radius": 2, "layers": "blocks.*"}, "matches none of 4 layers, such as transformer_blo"),
+        ({"mechanism": "clear", "radius": 2, "layers": "blocks.*"}, "matches none of 4 layers, such as transformer"),
         ({"mechanism": "clear", "radius": 2, "layers": ["*", "typo"]}, "layers='typo' matches none"),
         ({"mechanism": "clear", "radius": 2, "layers": lambda name: False}, "picks none of 4 layers"),
         ({"mechanism": "clear", "radius": 2, "components": ["unet"]}, "components= names parts of a pipeline"),
