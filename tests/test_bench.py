@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 from diffattn import ClearAttention, SoftmaxAttention, TokenGrid
 from diffattn.bench import Case, Row, Settings, markdown, run, tables
 from diffattn.bench.accuracy import checked_queries, error_of, mask_rows, reduced
-from diffattn.bench.contestants import windows
-from diffattn.bench.results import FULL, OFFICIAL
+from diffattn.bench.contestants import select
+from diffattn.bench.results import FULL, OFFICIAL, ROW_MAJOR
 from diffattn.bench.run import with_ratios
 from diffattn.cli import app
+from diffattn.kernels.call import WindowCall
 from diffattn.kernels.flex import missing_compiler
 from diffattn.measure import Timing
 from diffattn.mechanisms.agent import AgentAttention
@@ -28,7 +29,7 @@ SMALL = Settings(
 
 
 def _row(name: str, seconds: float, passed: bool = True) -> Row:
-    return Row(name, "clear", Timing((seconds,)), 10, 2**20, 1e-7, passed, None, None, None)
+    return Row(name, "clear", Timing((seconds,)), 10, 2**20, 1e-7, passed, None, None, None, None)
 
 
 @pytest.mark.parametrize("grid", [TokenGrid(7, 5, before=3, after=2), TokenGrid(3, 4, frames=5)], ids=str)
@@ -64,8 +65,9 @@ def test_mechanisms_that_are_no_windows_meet_their_own_reference() -> None:
 
 
 def test_ratios_are_over_full_attention_and_the_official_order() -> None:
-    full, official, tile = with_ratios([_row(FULL, 8), _row(OFFICIAL, 4), _row("tile order", 1)])
-    assert (tile.full_ratio, tile.official_ratio) == (8, 4)
+    rows = [_row(FULL, 8), _row(OFFICIAL, 4), _row(ROW_MAJOR, 2), _row("tile order", 1)]
+    full, official, _, tile = with_ratios(rows)
+    assert (tile.full_ratio, tile.official_ratio, tile.row_major_ratio) == (8, 4, 2)
     assert (full.full_ratio, official.official_ratio) == (1, 1)
 
 
@@ -154,7 +156,7 @@ def test_markdown_and_tables_mark_what_failed() -> None:
     [case] = result.cases
     broken = replace(case, rows=tuple(with_ratios([case.rows[0], replace(case.rows[1], passed=False)])))
     text = markdown(replace(result, cases=(broken,)))
-    assert text.count("refused") == 2 and "FAILED" in text
+    assert text.count("refused") == 3 and "FAILED" in text
     [table] = tables(replace(result, cases=(broken,)))
     assert [row.style for row in table.rows] == [None, "red"]
 
@@ -163,7 +165,7 @@ def test_markdown_and_tables_mark_what_failed() -> None:
 def test_the_compiled_rows_agree_with_the_reference_and_each_other() -> None:
     if missing_compiler(torch.device("cpu")) is not None:
         pytest.skip("FlexAttention cannot be compiled here")
-    rows = ("official", "tile", "tile-once")
+    rows = ("official", "row-major", "tile", "tile-once")
     result = run(replace(SMALL, rows=rows, grids=(TokenGrid(12, 10, before=3, after=2),), rounds=1))
     _, official, *tiles = result.cases[0].rows
     assert result.passed and result.skipped == () and official.official_error == 0
@@ -180,8 +182,8 @@ def test_rows_that_cannot_run_are_named_with_the_reason(monkeypatch: pytest.Monk
 
 
 def test_the_dense_mask_of_a_large_grid_runs_only_when_asked_for() -> None:
-    grid = TokenGrid(100, 100)
-    tensors = replace(SMALL, heads=1).tensors(grid)
-    found, skipped = windows(None, grid, ClearAttention(radius=2), *tensors)
-    assert "dense mask" not in [one.name for one in found] and any("--backends dense" in text for text in skipped)
-    assert [one.name for one in windows(("dense",), grid, ClearAttention(radius=2), *tensors)[0]] == ["dense mask"]
+    tensors = replace(SMALL, heads=1).tensors(TokenGrid(100, 100))
+    call = WindowCall(*tensors, TokenGrid(100, 100), ClearAttention(radius=2).pattern, 1.0)
+    rows, skipped = select(None, call)
+    assert "tiled" in rows and "dense" not in rows and "--backends dense" in skipped["dense"]
+    assert select(("dense",), call) == (["dense"], {})

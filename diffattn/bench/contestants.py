@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ..grid import TokenGrid
-from ..kernels import BACKENDS, window_attention
+from ..kernels import BACKENDS, Cells, Pattern, window_attention
 from ..kernels.block_mask import row_major_block_mask
 from ..kernels.call import WindowCall
 from ..kernels.dense import dense_bytes, free_bytes
 from ..kernels.flex import plan, run_flex
+from ..kernels.order import TileOrder
 from ..mechanisms import ClearAttention, Mechanism
 from .results import ROWS
 
@@ -50,16 +51,21 @@ def windows(
 ) -> tuple[list[Contestant], list[str]]:
     """The asked-for rows of CLEAR (None: all that are worth their time), and why others do not run."""
     call = WindowCall(q, k, v, grid, mechanism.pattern, q.shape[-1] ** -0.5)
-    found, skipped = [], []
+    chosen, skipped = select(rows, call)
+    found = [Contestant(ROWS[row], mechanism, *_functions(row, call)) for row in chosen]
+    return found, [f"{ROWS[row]} of {mechanism} on {grid}: {reason}" for row, reason in skipped.items()]
+
+
+def select(rows: tuple[str, ...] | None, call: WindowCall) -> tuple[list[str], dict[str, str]]:
+    """The rows that run, and the others with the reason."""
+    skipped = {}
     for row in ROWS if rows is None else rows:
         reason = refusal(row, call)
-        if rows is None and row == "dense" and grid.tokens > DENSE_TOKENS:
+        if reason is None and rows is None and row == "dense" and call.grid.tokens > DENSE_TOKENS:
             reason = "it takes many times full attention's time; --backends dense runs it"
         if reason is not None:
-            skipped.append(f"{ROWS[row]} of {mechanism} on {grid}: {reason}")
-        else:
-            found.append(Contestant(ROWS[row], mechanism, *_functions(row, call)))
-    return found, skipped
+            skipped[row] = reason
+    return [row for row in (ROWS if rows is None else rows) if row not in skipped], skipped
 
 
 def refusal(row: str, call: WindowCall) -> str | None:
@@ -77,13 +83,52 @@ def _functions(row: str, call: WindowCall) -> tuple[Callable[[], Any], Callable[
     if row == "tile-once":
         return _permuted_once(call)
     if row == "official":
-        blocks = row_major_block_mask(pattern, grid, q.device)
+        blocks = row_major(pattern, grid, q.device, released_place(grid))
         return partial(_released_kernel(), q, k, v, block_mask=blocks, scale=scale), _unchanged
     if row == "row-major":
-        blocks = row_major_block_mask(pattern, grid, q.device)
+        blocks = row_major(pattern, grid, q.device, TileOrder(grid.shape, (1, 1, 1)).coordinates)
         return partial(run_flex, q, k, v, blocks, scale=scale), _unchanged
     backend = "flex" if row == "tile" else row
     return partial(window_attention, q, k, v, grid, pattern, scale=scale, backend=backend), _unchanged
+
+
+Place = Callable[[Tensor], Cells]
+"""Number of a cell, row-major -> its coordinates."""
+
+
+def row_major(pattern: Pattern, grid: TokenGrid, device: torch.device, place: Place) -> BlockMask:
+    """The released code's 128 x 128 blocks, with a rule that finds the coordinates by `place`."""
+    blocks = row_major_block_mask(pattern, grid, device)
+    first, end = grid.before, grid.before + grid.cells
+
+    def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        allowed = pattern.allowed(place(query - first), place(key - first))
+        if grid.others:
+            allowed = allowed | (query < first) | (query >= end) | (key < first) | (key >= end)
+        return allowed
+
+    return BlockMask.from_kv_blocks(
+        blocks.kv_num_blocks,
+        blocks.kv_indices,
+        blocks.full_kv_num_blocks,
+        blocks.full_kv_indices,
+        BLOCK_SIZE=blocks.BLOCK_SIZE,
+        mask_mod=rule,
+        seq_lengths=blocks.seq_lengths,
+        compute_q_blocks=device.type != "cpu",
+    )
+
+
+def released_place(grid: TokenGrid) -> Place:
+    """Coordinates by the released code's two integer divisions; frames, which it does not know, take two more."""
+    rows, columns = grid.height, grid.width
+
+    def place(index: Tensor) -> Cells:
+        if grid.frames == 1:
+            return Cells(torch.zeros_like(index), index // columns, index % columns)
+        return Cells(index // (rows * columns), index // columns % rows, index % columns)
+
+    return place
 
 
 def _released_kernel() -> Callable[..., Tensor]:

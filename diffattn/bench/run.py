@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..grid import TokenGrid
-from ..measure import Timing, hardware, latency, peak_memory
-from ..mechanisms import ClearAttention, Mechanism, SoftmaxAttention
+from ..measure import Timing, attention_share, hardware, latency, peak_memory
+from ..mechanisms import ClearAttention, SoftmaxAttention
 from .accuracy import TOLERANCE, difference, error_of
 from .contestants import Contestant, others, windows
-from .results import FULL, OFFICIAL, Case, Result, Row, Scaling, Settings
+from .results import FULL, OFFICIAL, ROW_MAJOR, Case, Result, Row, Scaling, Settings
 
 OTHERS = "other mechanisms"
 
@@ -72,7 +72,7 @@ def run_grid(settings: Settings, grid: TokenGrid, progress: bool) -> tuple[list[
     cases = []
     for title, group in groups.items():
         rows = with_ratios([measured["", FULL], *(measured[title, one.name] for one in group)])
-        density = _density(group[0].mechanism, grid) if title != OTHERS and group else None
+        density = attention_share([(group[0].mechanism, grid, 1, 1)]) if title != OTHERS and group else None
         cases.append(Case(grid, title, tuple(rows), density))
     return cases, skipped
 
@@ -96,23 +96,29 @@ def _row(
 ) -> Row:
     passed = error <= TOLERANCE[settings.dtype]  # False for NaN
     flops = one.mechanism.flops(grid, settings.heads, settings.head_dim)
-    return Row(one.name, str(one.mechanism), timing, flops, peak, error, passed, official_error, None, None)
+    return Row(one.name, str(one.mechanism), timing, flops, peak, error, passed, official_error, None, None, None)
 
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:
-    """Rows with their speed-ups over full attention and over the official order; none for rows that failed."""
-    baselines = {row.name: row for row in rows if row.passed and row.name in (FULL, OFFICIAL)}
+    """Rows with their speed-ups over the baselines; none for rows, or over baselines, that failed."""
+    medians = {row.name: row.timing.median for row in rows if row.passed}
 
-    def ratio(row: Row, name: str) -> float | None:
-        if not row.passed or name not in baselines:
-            return None
-        return baselines[name].timing.median / row.timing.median
+    def ratio(row: Row, baseline: str) -> float | None:
+        return medians[baseline] / row.timing.median if row.passed and baseline in medians else None
 
-    return [replace(row, full_ratio=ratio(row, FULL), official_ratio=ratio(row, OFFICIAL)) for row in rows]
+    return [
+        replace(
+            row,
+            full_ratio=ratio(row, FULL),
+            official_ratio=ratio(row, OFFICIAL),
+            row_major_ratio=ratio(row, ROW_MAJOR),
+        )
+        for row in rows
+    ]
 
 
 def run_scaling(settings: Settings, progress: bool) -> Iterator[Scaling]:
-    """The tile order at the first grid and at one with twice its rows and columns, in turns."""
+    """CLEAR as a model calls it, at the first grid and at one with twice its rows and columns, in turns."""
     small = settings.grids[0]
     large = TokenGrid(2 * small.height, 2 * small.width, small.frames, small.before, small.after)
     inputs = {grid: settings.tensors(grid) for grid in (small, large)}
@@ -125,7 +131,3 @@ def run_scaling(settings: Settings, progress: bool) -> Iterator[Scaling]:
                 raise ValueError(f"no scaling: {mechanism} on {grid} is {error:.1e} from its reference")
         timings = latency(functions, settings.rounds, device=settings.device, progress=progress)
         yield Scaling(str(mechanism), small, large, timings[small], timings[large])
-
-
-def _density(mechanism: Mechanism, grid: TokenGrid) -> float:
-    return mechanism.flops(grid, 1, 1) / SoftmaxAttention().flops(grid, 1, 1)

@@ -145,10 +145,11 @@ def summarize(
     width: int | None = None,
     frames: int = 1,
     text_tokens: int = 0,
+    like: torch.Tensor | None = None,
 ) -> list[Part]:
     """Every attention layer under `mechanism` and its cost for a picture of this size in pixels, without weights.
 
-    The size defaults to that of a bundled pipeline, else 1024.
+    The size defaults to that of a bundled pipeline, else 1024. `like` has the device and dtype it would run with.
     """
     native = native_call(source)
     height, width = height or native.get("height", 1024), width or native.get("width", 1024)
@@ -161,13 +162,16 @@ def summarize(
             )
         grid = TokenGrid(height // pixels, width // pixels, frames, before=text_tokens)
         with apply(model, mechanism, layers=layers) as handle:
-            assume_grid(model, handle, grid)
+            assume_grid(model, handle, grid, torch.empty(0) if like is None else like)
             parts.append(Part(name, grid, summary(model)))
     return parts
 
 
-def assume_grid(model: nn.Module, handle: Handle, grid: TokenGrid) -> None:
-    """Tell the swapped layers of `model` the grid that a forward would: a UNet halves it from level to level."""
+def assume_grid(model: nn.Module, handle: Handle, grid: TokenGrid, like: torch.Tensor) -> None:
+    """Tell the swapped layers of `model` what a forward would: a UNet halves the grid from level to level.
+
+    `like` has the device and dtype of the queries.
+    """
     for layer in handle.layers:
         factor = 2 ** _level(model, layer.name)
         rows, columns = -(-grid.height // factor), -(-grid.width // factor)
@@ -176,6 +180,9 @@ def assume_grid(model: nn.Module, handle: Handle, grid: TokenGrid) -> None:
         else:
             frames = 1 if hasattr(model, "down_blocks") else grid.frames
             layer.grid = TokenGrid(rows, columns, frames, grid.before, grid.after)
+        module: Any = layer.module
+        shape = (1, module.heads, layer.grid.tokens, module.inner_dim // module.heads)
+        layer.shapes = like.new_empty(()).expand(shape), None
 
 
 def _level(model: nn.Module, name: str) -> int:

@@ -9,7 +9,21 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .frame import Device, Dtype, Grid, Layers, Options, Seed, UnusedSeed, app, examples, opened, output_option, quiet
+from .frame import (
+    Device,
+    Dtype,
+    Grid,
+    Layers,
+    Options,
+    Seed,
+    UnusedSeed,
+    app,
+    examples,
+    opened,
+    output_option,
+    quiet,
+    whole,
+)
 
 
 @app.command(
@@ -43,7 +57,7 @@ def demo(
 
     locate(model)
     prompts = prompt or demonstration.default_prompts(model)
-    methods = demonstration.default_methods(radius or (4, 8))
+    methods = demonstration.default_methods(whole(radius or (4, 8)))
     pipe = opened(model, device, dtype)
     given = {"num_inference_steps": steps, "height": height, "width": width}
     call = {**native_call(model), **{key: value for key, value in given.items() if value is not None}}
@@ -160,15 +174,18 @@ def summary(
     dtype: Dtype = "float32",
     output: Annotated[Path | None, output_option("Also write the rows as JSON.")] = None,
 ) -> None:
-    """Show what a swap would do to a model: every attention layer, its tokens and its cost. Loads no weights."""
+    """Show what a swap would do to a model: every attention layer, its tokens, cost and kernel. Loads no weights."""
+    import torch
+
     from ..files import write_json
     from .arguments import parse_device, parse_dtype, parse_mechanism
     from .checkpoints import summarize
 
-    parse_dtype(dtype, parse_device(device))
+    where = parse_device(device)
+    like = torch.empty(0, device=where, dtype=parse_dtype(dtype, where))
     chosen = parse_mechanism(mechanism, option or ())
     with quiet(ours=True):
-        parts = summarize(model, chosen, layers, height, width, frames, text_tokens)
+        parts = summarize(model, chosen, layers, height, width, frames, text_tokens, like)
     for part in parts:
         typer.echo(part.text)
     if output is not None:
@@ -241,9 +258,9 @@ def bench(
 ) -> None:
     """Time attention kernels against full attention and against the official order, each beside its error.
 
-    Rows of CLEAR: official (FlexAttention on row-major blocks, as released), row-major (the same with our kernel's
-    settings), tile (in tile order, permutation included), tile-once (permuted before the clock starts), tiled (SDPA on
-    gathered tiles, no compiler), dense (SDPA under a dense mask; on large grids only when asked for).
+    Rows of CLEAR: official (FlexAttention on row-major blocks, as released), row-major (the same blocks in our kernel,
+    so that only the order differs), tile (in tile order, permutation included), tile-once (permuted before the clock
+    starts), tiled (SDPA on gathered tiles, no compiler), dense (SDPA under a dense mask; on large grids only by name).
 
     A row whose error is too large gets no ratios, and the exit code is 1.
     """
@@ -257,7 +274,7 @@ def bench(
         torch.set_num_threads(threads)
     settings = benchmark.Settings(
         grids=tuple(parse_grid(text_, before=text) for text_ in grid or ["128x128"]),
-        radii=tuple(radius or (8, 16)),
+        radii=whole(radius or (8, 16)),
         mechanisms=tuple(parse_mechanism_text(name) for name in mechanism or ["agent"]),
         rows=tuple(backends) if backends else None,
         heads=heads,

@@ -14,15 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from tqdm.auto import tqdm
 
 from ..draw import Entry, error_map, sheet
 from ..files import write_json, written
-from ..measure import Timing, attention_share, hardware, hardware_line, psnr, ssim, synchronize
+from ..measure import Timing, hardware, hardware_line, psnr, ssim, synchronize
 from ..mechanisms import ClearAttention, Mechanism
 from ..mechanisms.agent import AgentAttention
-from ..swap import Handle, apply
+from ..report import summary
+from ..swap import apply
 from ..tiny.shapes import caption, held_out_scenes
 from .checkpoints import native_call
 
@@ -155,21 +157,11 @@ def swapped(pipe: Any, column: Column, make: Callable[[], Any]) -> tuple[Any, fl
         synchronize(pipe.device)
         seconds = time.perf_counter() - start
         if handle:
-            column.share = share_of(handle)
+            column.share = summary(pipe).share or 1.0
     finally:
         if handle:
             handle.restore()
     return result, seconds
-
-
-def share_of(handle: Handle) -> float:
-    """Attention computed by the swapped layers in their last call, over full attention."""
-    calls = []
-    for layer in handle.layers:
-        module: Any = layer.module
-        if layer.grid is not None:
-            calls.append((layer.mechanism, layer.grid, module.heads, module.inner_dim // module.heads))
-    return attention_share(calls)
 
 
 def compare(columns: Sequence[Column]) -> None:
@@ -205,26 +197,23 @@ def draw_sheet(demo: Demo) -> Image.Image:
 
 
 def table(demo: Demo) -> Table:
-    """The methods beside each other; times are medians over the prompts."""
-    full = demo.columns[0].timing.median
-    result = Table(caption=hardware_line(demo.machine), caption_justify="left")
+    """The methods beside each other: medians over the prompts of seconds per picture and distance to full attention."""
+    result = Table(caption=hardware_line(demo.machine), caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     result.add_column("method", no_wrap=True)
-    for head in ("seconds", "min-max", "speed-up", "attention computed", "PSNR"):
+    for head in ("seconds", "min-max", "speed-up", "attention", "PSNR dB", "SSIM"):
         result.add_column(head, justify="right", no_wrap=True)
-    has_ssim = any(column.ssim for column in demo.columns)
-    if has_ssim:
-        result.add_column("SSIM", justify="right")
+    full = demo.columns[0]
     for column in demo.columns:
         timing = column.timing
-        cells = [
+        result.add_row(
             column.name,
             f"{timing.median:.2f}",
             f"{timing.min:.2f}-{timing.max:.2f}",
-            f"{full / timing.median:.2f}x",
+            f"{full.timing.median / timing.median:.2f}x",
             f"{column.share:.1%}",
-            _decibel(statistics.median(column.psnr)),
-        ]
-        result.add_row(*cells, *([f"{statistics.median(column.ssim):.3f}"] if has_ssim else []))
+            "-" if column is full else f"{statistics.median(column.psnr):.1f}",
+            f"{statistics.median(column.ssim):.3f}" if column.ssim and column is not full else "-",
+        )
     return result
 
 
@@ -252,4 +241,4 @@ def save(demo: Demo, folder: Path) -> tuple[Path, Path]:
 
 
 def _decibel(value: float) -> str:
-    return "equal" if math.isinf(value) else f"{value:.1f} dB"
+    return "infinite" if math.isinf(value) else f"{value:.1f} dB"

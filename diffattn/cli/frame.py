@@ -8,7 +8,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -119,6 +119,11 @@ def opened(model: str, device: str, dtype: str, offload: bool = False) -> Any:
     where = parse_device(device)
     with quiet():
         return open_pipeline(model, device=where, dtype=parse_dtype(dtype, where), offload=offload)
+
+
+def whole(numbers: Iterable[float]) -> tuple[float, ...]:
+    """Numbers without a fraction as integers, which print shorter."""
+    return tuple(int(number) if float(number).is_integer() else number for number in numbers)
 
 
 @contextlib.contextmanager

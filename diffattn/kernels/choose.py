@@ -52,9 +52,11 @@ class Backend:
             return "the model's mask differs from query to query"
         if call.mask is not None and call.mask.requires_grad and torch.is_grad_enabled() and not self.mask_gradients:
             return "the model's mask needs a gradient"
-        if self.compiled and not torch.compiler.is_compiling():
-            return missing_compiler(call.q.device)
-        return None
+        if not self.compiled:
+            return None
+        if torch.compiler.is_compiling():
+            return "an outer torch.compile is tracing, and its blocks must be laid out before"
+        return missing_compiler(call.q.device)
 
 
 BACKENDS = MappingProxyType(
@@ -84,12 +86,17 @@ class Choice:
     reason: str
 
 
+# Measured on 2 busy CPU cores, 4 heads x 64, float32, no text, medians of 9 interleaved rounds, in ms:
+#   cells      radius   dense   tiled   flex     tokens / keys of a tile
+#   32 x 32    8          24      88     40      1.1
+#   48 x 48    8          69     147     52      2.6
+#   64 x 64    16        228     278    113      1.9
+#   64 x 64    8         384     222     76      4.6
+#   128 x 128  8           -     594    272     18
 DENSE_CELLS = 1024
-"""Up to this many cells `auto` computes the mask densely: at 32 x 32, radius 8, dense 77 ms, flex 92 ms, tiled 275 ms
-(2 busy CPU cores, 4 heads x 64, float32, medians of 9)."""
-TILED_SAVING = 5
-"""Times that tiles must shorten the keys of a query to pay: with 8.5 (64 x 64, radius 4) they take 467 ms and the dense
-mask 738 ms, with 2.6 (48 x 48, radius 8) 662 ms and 336 ms."""
+"""Up to this many cells `auto` computes the mask densely."""
+TILED_SAVING = 4
+"""Times that tiles must shorten the keys of a query to pay."""
 DENSE_MOST = 4096
 """Cells beyond which `auto` never builds the dense mask for its speed."""
 FLEX_CELLS = 4096

@@ -18,6 +18,7 @@ where keys are pooled). A pooled key counts once, as published, though it stands
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ class Ball:
 
     radius: float
     radius_t: float | None = None
+    shift_invariant: ClassVar[bool] = True
 
     def allowed(self, query: Cells, key: Cells) -> Tensor:
         frames, rows, columns = query.frame - key.frame, query.row - key.row, query.column - key.column

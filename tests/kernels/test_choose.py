@@ -67,7 +67,7 @@ def test_auto_is_dense_where_the_pattern_saves_nothing(light_call, compiler, dis
 def test_auto_is_dense_where_tiles_save_too_little(light_call, compiler, disc):
     choice = choose(light_call(TokenGrid(48, 48), disc(8)))
     assert choice.backend == "dense"
-    assert "900 keys a query of 2304" in choice.reason
+    assert "1024 keys a query of 2304" in choice.reason
     assert choose(light_call(TokenGrid(60, 60), disc(4))).backend == "tiled"
 
 

@@ -98,6 +98,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.compile
 @needs_compiler
 @pytest.mark.parametrize(("grid", "options", "dtype"), COMPILED, ids=str)
 def test_the_compiled_kernel_equals_the_reference(grid, options, dtype, disc, make_case, tolerance):
@@ -106,6 +107,7 @@ def test_the_compiled_kernel_equals_the_reference(grid, options, dtype, disc, ma
     assert (result - case.expected).abs().max() <= tolerance[dtype]
 
 
+@pytest.mark.compile
 @needs_compiler
 def test_layers_share_one_compilation_and_the_order_outside_gives_the_same(disc, make_case):
     pattern, grid = disc(3), TokenGrid(16, 16)
@@ -120,6 +122,7 @@ def test_layers_share_one_compilation_and_the_order_outside_gives_the_same(disc,
     assert torch.equal(shared.order.from_tiles(outside), results[1])
 
 
+@pytest.mark.compile
 @needs_compiler
 def test_row_major_order_gives_the_same(disc, make_case, tolerance):
     grid = TokenGrid(15, 16, before=9)

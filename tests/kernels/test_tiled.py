@@ -43,7 +43,8 @@ def test_backward_keeps_the_inputs_and_nothing_larger(disc, make_case):
     assert sum(kept.values()) <= 4 * case.call.q.untyped_storage().nbytes()
 
 
-def test_the_models_compilation_takes_it_in(disc):
+@pytest.mark.compile
+def test_the_models_compilation_takes_it_in(disc, tolerance):
     grid, pattern = TokenGrid(40, 40, before=4), disc(5)
     q = torch.randn(1, 2, grid.tokens, 8)
 
@@ -51,4 +52,4 @@ def test_the_models_compilation_takes_it_in(disc):
         return window_attention(x * 2, x, x, grid, pattern, scale=0.3) + 1
 
     traced = torch.compile(block, fullgraph=True, backend="eager")
-    assert torch.equal(traced(q), block(q))
+    assert (traced(q) - block(q)).abs().max() <= tolerance[torch.float32]

@@ -8,6 +8,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 from diffattn import ClearAttention, TokenGrid
+from diffattn.kernels.pattern import shift_invariant
 from diffattn.mechanisms.base import Context
 from diffattn.mechanisms.clear import PooledKeys
 from diffattn.mechanisms.softmax import softmax_reference
@@ -149,3 +150,8 @@ def test_a_grid_that_the_factor_does_not_divide() -> None:
 def test_bad_options(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClearAttention(**options)  # type: ignore[arg-type]
+
+
+def test_the_pattern_says_that_only_offsets_count() -> None:
+    """What makes the block mask of an 8K picture a matter of a second."""
+    assert shift_invariant(ClearAttention(radius=8).pattern)
