@@ -11,7 +11,7 @@ from ..measure import Timing
 from ..mechanisms import Mechanism
 from .accuracy import TOLERANCE
 
-FULL, OFFICIAL, ROW_MAJOR = "full SDPA", "official order", "row-major"
+FULL, OFFICIAL, ROW_MAJOR = "full SDPA", "official", "row-major"
 CPU = torch.device("cpu")
 ROWS = {
     "official": OFFICIAL,

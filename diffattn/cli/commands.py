@@ -18,6 +18,7 @@ from .frame import (
     Seed,
     UnusedSeed,
     app,
+    cpu_threads,
     examples,
     opened,
     output_option,
@@ -46,6 +47,9 @@ def demo(
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's own.")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="In pixels. Default: the pipeline's own.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="In pixels. Default: the pipeline's own.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads. Default: 1 for the bundled pipeline, too small for more.")
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -61,7 +65,7 @@ def demo(
     pipe = opened(model, device, dtype)
     given = {"num_inference_steps": steps, "height": height, "width": width}
     call = {**native_call(model), **{key: value for key, value in given.items() if value is not None}}
-    with quiet(ours=True):
+    with quiet(ours=True), cpu_threads(threads or (1 if native_call(model) else None)):
         result = demonstration.run(pipe, prompts, methods, seed=seed, call=call, progress=True)
     sheet, numbers = demonstration.save(result, output)
     Console().print(demonstration.table(result))
@@ -264,14 +268,11 @@ def bench(
 
     A row whose error is too large gets no ratios, and the exit code is 1.
     """
-    import torch
 
     from .. import bench as benchmark
     from .arguments import parse_device, parse_dtype, parse_grid, parse_mechanism_text
 
     where = parse_device(device)
-    if threads is not None:
-        torch.set_num_threads(threads)
     settings = benchmark.Settings(
         grids=tuple(parse_grid(text_, before=text) for text_ in grid or ["128x128"]),
         radii=whole(radius or (8, 16)),
@@ -285,7 +286,8 @@ def bench(
         dtype=parse_dtype(dtype, where),
         scaling=scaling,
     )
-    result = benchmark.run(settings, progress=True)
+    with cpu_threads(threads):
+        result = benchmark.run(settings, progress=True)
     paths = benchmark.save(result, output)
     console = Console()
     for table in benchmark.tables(result):

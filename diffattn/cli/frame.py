@@ -127,6 +127,19 @@ def whole(numbers: Iterable[float]) -> tuple[float, ...]:
 
 
 @contextlib.contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Compute with so many CPU threads (None: as many as before)."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before if count is None else count)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def quiet(ours: bool = False) -> Iterator[None]:
     """Silence what diffusers and transformers say below errors, and with `ours` this library's warnings too."""
     if os.environ.get(DEBUG):
