@@ -93,13 +93,14 @@ class LatentReader:
 
 
 class Features:
-    """A forward pre-hook on a block that keeps its input until the layer has used it."""
+    """A forward pre-hook on a block that keeps its input until the layer has used it; dense steps need none."""
 
     def __init__(self, layer: "SwappedLayer") -> None:
         self._layer = layer
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._layer.features = args[0] if args else kwargs["hidden_states"]
+        block_input = args[0] if args else kwargs["hidden_states"]
+        self._layer.features = None if self._layer.state.dense else block_input
 
 
 @dataclass(eq=False)

@@ -301,3 +301,17 @@ def test_an_untrained_swap_says_so_once(tiny: Tiny, caplog: pytest.LogCaptureFix
         diffattn.apply(tiny.model, "clear", radius=2)
         diffattn.apply(tiny.model, "clear", radius=3)
     assert caplog.text.count("clear takes the place of the attention that the model was trained with") == 1
+
+
+def test_a_dense_step_keeps_no_block_input() -> None:
+    pipe = flux_pipeline()
+    pipe.scheduler.set_timesteps(4)
+    handle = diffattn.apply(pipe, "agent", agents="merge", steps=slice(1, None))
+    blocks = [pipe.transformer.get_submodule(layer.name.rpartition(".")[0]) for layer in handle.layers]
+    kept: list[bool] = []
+    for layer, block in zip(handle.layers, blocks, strict=True):
+        block.register_forward_pre_hook(lambda *_, layer=layer: kept.append(layer.features is not None))
+    for timestep in (1.0, 0.75):
+        pipe.transformer(**{**flux().inputs, "timestep": torch.full((2,), timestep)})
+    assert kept == [False] * len(blocks) + [True] * len(blocks)
+    assert all(layer.features is None for layer in handle.layers)
