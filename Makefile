@@ -10,7 +10,7 @@ WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench build
+.PHONY: help setup demo test check docs format bench build
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,7 +20,7 @@ setup: $(INSTALLED) ## make .venv with the library and everything for developmen
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python 3.11 or later is needed, got %d.%d: set PYTHON=..." % v[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo,metrics,train]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo,metrics,train,quantized]'
 	@touch $@
 
 demo: $(INSTALLED) ## draw pictures with full and with cheap attention, into outputs/demo
@@ -29,10 +29,15 @@ demo: $(INSTALLED) ## draw pictures with full and with cheap attention, into out
 test: $(INSTALLED) ## run the whole test suite
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(ARGS)
 
-check: $(INSTALLED) ## formatting, lint and types
+check: $(INSTALLED) ## formatting, lint, types, and the documents
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	PYTHONPATH=.:tests $(BIN)/python scripts/composition_table.py docs/composition.md --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs: $(INSTALLED) ## the documents as a site, into build/site
+	$(BIN)/mkdocs build --strict
 
 format: $(INSTALLED) ## write what `make check` asks of formatting and import order
 	$(BIN)/ruff format .

@@ -1,19 +1,35 @@
 """Attention that costs less, for the diffusion pipelines people already use."""
 
+from . import tiny
 from .adapters import load, save
 from .config import register
 from .grid import TokenGrid
-from .mechanisms import AgentAttention, ClearAttention, Mechanism, SoftmaxAttention
+from .mechanisms import (
+    AgentAttention,
+    ClearAttention,
+    DualScopeAttention,
+    HaloAttention,
+    LinearAttention,
+    Mechanism,
+    NeighborhoodAttention,
+    SoftmaxAttention,
+    TokenMergeAttention,
+)
 from .report import summary
 from .swap import Handle, apply, attn_processors, restore
 
 __all__ = [
     "AgentAttention",
     "ClearAttention",
+    "DualScopeAttention",
+    "HaloAttention",
     "Handle",
+    "LinearAttention",
     "Mechanism",
+    "NeighborhoodAttention",
     "SoftmaxAttention",
     "TokenGrid",
+    "TokenMergeAttention",
     "apply",
     "attn_processors",
     "load",
@@ -21,4 +37,5 @@ __all__ = [
     "restore",
     "save",
     "summary",
+    "tiny",
 ]

@@ -34,20 +34,32 @@ _serial = itertools.count()
 class Layer(Protocol):
     """What an exit hands its call to: `diffattn.layer.SwappedLayer`."""
 
-    def wants(self, query: Tensor, key: Tensor) -> bool:
+    def wants(self, query: Tensor, key: Tensor, parallel_config: Any = None) -> bool:
         """Does the mechanism compute this call, or the model's own attention? Both tensors are (b, h, n, d)."""
         ...
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-        """The mechanism's output, all tensors (b, h, n, d)."""
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        parallel_config: Any = None,
+    ) -> Tensor:
+        """The mechanism's output, all tensors (b, h, n, d); with a `parallel_config` this rank's tokens of each."""
         ...
 
 
 class Exit:
-    """Stands for the two attention functions inside one rebound `__call__`; `layer` is the layer being computed."""
+    """Stands for the two attention functions inside one rebound `__call__`; `layer` is the layer being computed.
 
-    def __init__(self, dispatch: Callable[..., Tensor] | None) -> None:
+    With `prompts` the processor is an IP-Adapter's: what follows the layer's own attention goes to picture prompts.
+    """
+
+    def __init__(self, dispatch: Callable[..., Tensor] | None, prompts: bool = False) -> None:
         self._dispatch = dispatch
+        self._prompts = prompts
         # an attribute of the object from the start: torch.compile would compile anew once it appears
         self.layer: Layer | None = None
 
@@ -68,7 +80,7 @@ class Exit:
     ) -> Tensor:
         """diffusers' dispatcher, tensors (b, n, h, d)."""
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        if self.layer is None or not self.layer.wants(q, k):
+        if self.layer is None or not self.layer.wants(q, k, parallel_config):
             assert self._dispatch is not None
             return self._dispatch(
                 query,
@@ -83,14 +95,9 @@ class Exit:
                 backend=backend,
                 parallel_config=parallel_config,
             )
-        if parallel_config is not None:
-            raise NotImplementedError(
-                "this model runs with diffusers' context parallelism, where a layer sees a part of the tokens only; "
-                "call diffattn.restore first"
-            )
         _refuse(dropout_p, is_causal)
         k, v = repeat_heads(k, v, q.shape[1]) if enable_gqa else (k, v)
-        return self.layer.attend(q, k, v, attn_mask, scale).transpose(1, 2)
+        return self._take().attend(q, k, v, attn_mask, scale, parallel_config).transpose(1, 2)
 
     def scaled_dot_product_attention(
         self,
@@ -110,7 +117,15 @@ class Exit:
             )
         _refuse(dropout_p, is_causal)
         key, value = repeat_heads(key, value, query.shape[1]) if enable_gqa else (key, value)
-        return self.layer.attend(query, key, value, attn_mask, scale)
+        return self._take().attend(query, key, value, attn_mask, scale)
+
+    def _take(self) -> Layer:
+        """The layer, for one call: further ones, for picture prompts, stay with the model whatever their keys."""
+        assert self.layer is not None
+        layer = self.layer
+        if self._prompts:
+            self.layer = None
+        return layer
 
 
 def _refuse(dropout_p: float, is_causal: bool) -> None:
@@ -142,7 +157,7 @@ def processor_class(base: type, prefix: str, attributes: dict[str, Any]) -> type
 
     Named `<prefix><base's name>` and built by `cls()` like its base. `release` forgets it.
     """
-    exit_ = Exit(base.__call__.__globals__.get(DISPATCH))
+    exit_ = Exit(base.__call__.__globals__.get(DISPATCH), prompts="IPAdapter" in base.__name__)
     inner, module = _rebind(base.__call__, exit_)
 
     @functools.wraps(base.__call__)
@@ -179,6 +194,21 @@ def _rebind(function: Any, exit_: Exit) -> tuple[Callable[..., Any], types.Modul
     )
     bound.__kwdefaults__ = function.__kwdefaults__
     return bound, module
+
+
+def without_swap(processor: Any) -> Any:
+    """The processor as its family makes it: diffusers builds processors anew by their class, and that may be ours."""
+    cls = type(processor)
+    if "__globals_name__" not in vars(cls):
+        return processor
+    own: Any = object.__new__(cls.__bases__[0])
+    own.__dict__.update(settings_of(processor))
+    return own
+
+
+def settings_of(processor: Any) -> dict[str, Any]:
+    """What a swapped processor's attributes say beside its layer: also what was set since, such as scales."""
+    return {name: value for name, value in processor.__dict__.items() if name != "layer"}
 
 
 def release(cls: type) -> None:

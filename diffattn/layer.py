@@ -1,11 +1,13 @@
 """What one swapped layer knows when its attention is computed: mechanism, weights, grid, step."""
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import context_parallel
 from .families import Layout, Read, arguments
 from .grid import TokenGrid
 from .mechanisms.base import Context, Mechanism
@@ -25,6 +27,8 @@ class GridReader:
     def __init__(self, read: Read) -> None:
         self._read = read
         self.layouts: tuple[Layout, ...] | None = None
+        self._module: nn.Module | None = None
+        self._splits_text: bool | None = None
         self._forwards: dict[int, _Forward] = {}
         self._recording = False
         self._backward = _NO_BACKWARD
@@ -33,18 +37,33 @@ class GridReader:
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.layouts = self._read(module, arguments(module, args, kwargs))
+        self._module, self._splits_text = module, None
+        if context_parallel.is_parallel(module):
+            with contextlib.suppress(NotImplementedError):  # for the layers to raise, if they are wanted
+                self.splits_text()
         self._recording = torch.is_grad_enabled()
         self._backward = torch._C._current_graph_task_id()
 
     def grids(self, tokens: int) -> tuple[TokenGrid, ...]:
         """One grid for the whole batch, or one per sample where they differ."""
+        first, *others = (layout.grid(tokens) for layout in self.layouts_of(tokens))
+        return (first, *others) if any(grid != first for grid in others) else (first,)
+
+    def layouts_of(self, tokens: int) -> tuple[Layout, ...]:
+        """The layouts of the forward that a call with this many tokens belongs to."""
         layouts = self.layouts if torch.compiler.is_compiling() else self._recall(tokens)
         if layouts is None:
             raise RuntimeError(
                 "a swapped layer was called outside its model, so its token grid is unknown; restore first"
             )
-        first, *others = (layout.grid(tokens) for layout in layouts)
-        return (first, *others) if any(grid != first for grid in others) else (first,)
+        return layouts
+
+    def splits_text(self) -> bool:
+        """Does context parallelism split text as a stream of its own? Looked up once a forward, if possible eagerly."""
+        if self._splits_text is None:
+            assert self._module is not None
+            self._splits_text = context_parallel.splits_text(self._module)
+        return self._splits_text
 
     def _recall(self, tokens: int) -> tuple[Layout, ...] | None:
         last = self._forwards.get(tokens)
@@ -128,7 +147,7 @@ class SwappedLayer:
     shapes: tuple[Tensor, Tensor | None] | None = field(default=None, repr=False)
     """Query and mask of the last call, without their data."""
 
-    def wants(self, query: Tensor, key: Tensor) -> bool:
+    def wants(self, query: Tensor, key: Tensor, parallel_config: Any = None) -> bool:
         """False for exact mechanisms, outside the chosen steps and below `min_tokens`: the model's own attention.
 
         So it is where the keys are not the queries' own tokens, as those of picture prompts (IP-Adapter) are not.
@@ -136,12 +155,35 @@ class SwappedLayer:
         if query.shape[2] != key.shape[2]:
             return False
         self.reached = True
-        return not (self.mechanism.exact or self.state.dense or query.shape[2] < self.min_tokens)
+        if self.mechanism.exact or self.state.dense or values_replace_attention():
+            return False
+        if parallel_config is None or not self.min_tokens:
+            return query.shape[2] >= self.min_tokens
+        return context_parallel.count_tokens(parallel_config, query) >= self.min_tokens
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-        """The mechanism on (b, h, n, d); sample by sample where their grids differ."""
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        parallel_config: Any = None,
+    ) -> Tensor:
+        """The mechanism on (b, h, n, d), where the tokens may be those of one rank among several."""
+        if parallel_config is None:
+            return self._attend_all(query, key, value, as_four_axes(mask), scale)
+        shards = context_parallel.shards(parallel_config, query, self.reader)
+        context_parallel.check_mechanism(self.mechanism, self.weights, query, shards.heads[shards.rank])
+        mask = shards.gather_mask(as_four_axes(mask))
+        q, k, v = (shards.gather(tensor) for tensor in (query, key, value))
+        return shards.scatter(self._attend_all(q, k, v, mask, scale))
+
+    def _attend_all(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+    ) -> Tensor:
+        """The mechanism on all tokens; sample by sample where their grids differ."""
         grids = self.reader.grids(query.shape[2])
-        mask = as_four_axes(mask)
         features, self.features = self.features, None
         self.grid = grids[0]
         if not torch.compiler.is_compiling():
@@ -176,6 +218,8 @@ class SwappedLayer:
             weights=self.weights,
             features=features,
             progress=self.state.progress,
+            timestep=self.state.timestep,
+            sigma=self.state.sigma,
             downsample=self.latent.downsample(grid) if self.latent and "downsample" in needs else 1,
             call_index=self.index if "call_index" in needs else 0,
         )
@@ -194,6 +238,15 @@ class SwappedLayer:
         query, mask = self.shapes
         context = self._context(self.grid, mask, None)
         return self.mechanism.explain_backend(query, query, query, self.grid, self.backend, context)
+
+
+def values_replace_attention() -> bool:
+    """Is this the perturbed forward of PAG? There diffusers answers every call of softmax attention with its values.
+
+    A mechanism that makes no such call, or calls of other sizes, would attend as ever, and guidance would do nothing.
+    """
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(type(mode).__name__ == "AttentionScoreSkipFunctionMode" for mode in modes)
 
 
 def without_data(tensor: Tensor) -> Tensor:
@@ -215,14 +268,33 @@ class State:
     steps: StepCounter | None = None
     chosen: Any = None
     """Predicate on the step, given by `steps=`; None: every step."""
-    needs_progress: bool = False
+    needs: frozenset[str] = frozenset()
+    """`Mechanism.needs`: what is not needed is not filled in."""
     dense: bool = False
     progress: float | None = None
+    timestep: float | None = None
+    sigma: float | None = None
+
+    @property
+    def counts_steps(self) -> bool:
+        """Does anything depend on the step of the pipeline?"""
+        return self.steps is not None and (self.chosen is not None or bool(self.needs & {"progress", "sigma"}))
+
+    @property
+    def reads_timestep(self) -> bool:
+        """Does anything depend on the timestep of a model call? Reading it waits for the device."""
+        return self.counts_steps or "timestep" in self.needs
 
     def update(self, timestep: Tensor | float) -> None:
-        """Take the timestep of one model call."""
-        if self.steps is None or (self.chosen is None and not self.needs_progress):
+        """Take the timestep of one model call; of several the largest counts."""
+        if not self.reads_timestep:
             return
-        self.steps.update(timestep)
+        value = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
+        self.timestep = value if "timestep" in self.needs else None
+        if not self.counts_steps:
+            return
+        assert self.steps is not None
+        self.steps.update(value)
         self.dense = self.chosen is not None and not self.chosen(self.steps.step, self.steps.total)
-        self.progress = self.steps.progress if self.needs_progress else None
+        self.progress = self.steps.progress if "progress" in self.needs else None
+        self.sigma = self.steps.sigma if "sigma" in self.needs else None

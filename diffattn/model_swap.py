@@ -102,7 +102,7 @@ class ModelSwap:
 
     @torch.compiler.disable
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.state.steps is not None:
+        if self.state.reads_timestep:
             self.state.update(arguments(module, args, kwargs)[self.family.timestep])
         self._warn_of_replaced()
 
@@ -111,7 +111,8 @@ class ModelSwap:
         self._seen |= in_place
         replaced = frozenset(self._seen - in_place)
         if replaced and replaced != self._replaced:
-            names = sorted({type(self.layers[name].module.processor).__name__ for name in replaced})
+            processors = (intercept.without_swap(self.layers[name].module.processor) for name in replaced)
+            names = sorted({type(processor).__name__ for processor in processors})
             logger.warning(
                 "%d of %d swapped layers were replaced by %s: call diffattn.apply again",
                 len(replaced),
@@ -126,6 +127,8 @@ class ModelSwap:
         if self._proven or not self._seen:
             return
         missed = [name for name in sorted(self._seen - self._replaced) if not self.layers[name].reached]
+        if missed and may_skip(self.model):
+            return  # a later forward decides
         if len(missed) == len(self._seen):
             raise RuntimeError(
                 f"the model ran, but none of its {len(missed)} swapped layers came to an attention call (first: "
@@ -143,12 +146,15 @@ class ModelSwap:
         """Give the layers that still carry our processor their own back, and take the hooks away."""
         for name, layer in self.layers.items():
             if self.in_place(name):
-                for setting in ("_attention_backend", "_parallel_config"):
-                    if setting in layer.processor.__dict__:
-                        setattr(layer.original, setting, layer.processor.__dict__[setting])
+                layer.original.__dict__.update(intercept.settings_of(layer.processor))
                 layer.module.processor = layer.original
+            elif type(layer.module.processor) in self._classes.values():
+                # diffusers built it anew by its class
+                layer.module.processor = intercept.without_swap(layer.module.processor)
             elif name in self._seen:
                 logger.warning("%s carries %s now: left as it is", name, type(layer.module.processor).__name__)
+            # diffusers may hold it, to set it again later: from then on it is the model's own attention
+            layer.processor.layer = None
         for hook in self._hooks:
             hook.remove()
         for action in reversed(self._on_undo):
@@ -164,3 +170,9 @@ class ModelSwap:
 def current(model: nn.Module) -> ModelSwap | None:
     """The swap in place on a model."""
     return getattr(model, _ATTRIBUTE, None)
+
+
+def may_skip(model: nn.Module) -> bool:
+    """Does a cache of diffusers hang on the model, which skips whole layers in some forwards?"""
+    registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
+    return any(hook._is_stateful for registry in registries if registry for hook in registry.hooks.values())

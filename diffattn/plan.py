@@ -67,7 +67,9 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
 def own_processor(module: nn.Module) -> Any:
     """A layer's processor, or the one under ours."""
     processor: Any = module.processor
-    return processor.layer.original if isinstance(getattr(processor, "layer", None), SwappedLayer) else processor
+    if isinstance(getattr(processor, "layer", None), SwappedLayer):
+        return processor.layer.original
+    return intercept.without_swap(processor)
 
 
 def plan_all(
@@ -83,6 +85,11 @@ def plan_all(
     models = models_of(target, components)
     if steps is not None and isinstance(target, nn.Module):
         raise ValueError("steps= counts the steps of a pipeline; pass the pipeline, not its model")
+    if "sigma" in mechanism.needs and isinstance(target, nn.Module):
+        raise ValueError(
+            f"{mechanism} needs sigma, the share of noise, which the scheduler of a pipeline tells; pass the pipeline, "
+            f"not its model"
+        )
     counter = None if isinstance(target, nn.Module) else StepCounter(target)
     chosen = step_predicate(steps)
     swaps = [plan(model, mechanism, layers=layers, backend=backend, min_tokens=min_tokens) for model in models]
@@ -98,7 +105,7 @@ def plan(model: nn.Module, mechanism: Mechanism, *, layers: LayerChoice, backend
     if getattr(mechanism, "ntk_factor", 1.0) != 1.0 and family.rope is None:
         raise ValueError(f"ntk_factor scales a rotary embedding read at every call, which {family.name} does not have")
     swap = ModelSwap(model, family, mechanism)
-    swap.state.needs_progress = "progress" in mechanism.needs
+    swap.state.needs = mechanism.needs
     modules = attention_modules(model)
     entries = find_layers(family, [name for name in modules if not _in_cross_block(model, name)])
     chosen = _choose(entries, layers)
@@ -144,6 +151,9 @@ def _reason_to_keep(
         return "left out by layers="
     if not explicit and entries[name].kind not in mechanism.kinds:
         return f"{entries[name].kind} attention: {mechanism.type} takes it only by layers="
+    along_frames = any(entry.kind == "temporal" for entry in entries.values())
+    if not explicit and mechanism.across_frames and along_frames and entries[name].kind != "temporal":
+        return f"attention within one frame: {mechanism.type} would change nothing"
     processor = own_processor(module)
     if not intercept.has_exit(processor):
         return f"{type(processor).__name__} computes no softmax attention by a call that can be swapped"

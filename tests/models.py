@@ -335,18 +335,20 @@ def cogvideox15() -> Tiny:
     return tiny
 
 
-def qwen_image() -> Tiny:
-    model = _make(
-        "QwenImageTransformer2DModel",
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        axes_dims_rope=(4, 6, 6),
-    )
+_QWEN_IMAGE = dict(
+    patch_size=2,
+    in_channels=4,
+    out_channels=4,
+    num_layers=2,
+    attention_head_dim=16,
+    num_attention_heads=2,
+    joint_attention_dim=12,
+    axes_dims_rope=(4, 6, 6),
+)
+
+
+def qwen_image(**changes: Any) -> Tiny:
+    model = _make("QwenImageTransformer2DModel", **{**_QWEN_IMAGE, **changes})
     inputs = dict(
         hidden_states=draw(2, ROWS * COLUMNS, 4),
         encoder_hidden_states=draw(2, TEXT, 12),

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from compiling import Graphs, compile_blocks
 from models import Tiny, flux, picture_ids, sd3, wan
 from tolerances import assert_close
-from torch import nn
 
 import diffattn
 
@@ -26,26 +26,6 @@ def fresh() -> Iterator[None]:
     yield
     torch._dynamo.reset()
     torch.set_num_threads(threads)
-
-
-class Graphs:
-    """A backend that runs graphs as they are and counts them."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        self.count += 1
-        return graph
-
-
-def compile_blocks(model: nn.Module, backend: Any) -> None:
-    """As diffusers does, and likewise where the model does not name its repeated blocks."""
-    if getattr(model, "_repeated_blocks", None):
-        model.compile_repeated_blocks(fullgraph=True, backend=backend)
-    else:
-        for block in model.transformer_blocks:
-            block.compile(fullgraph=True, backend=backend)
 
 
 @torch.no_grad()

@@ -1,11 +1,10 @@
 """Every model family: the swap computes what it says, and can be undone.
 
-Nothing here trusts the library's own masks: `HandMask` lays a mask written below over the calls of the untouched model.
+Nothing here trusts the library's own masks: `hand_masks` lays others over the calls of the untouched model.
 """
 
 import copy
 import functools
-import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -15,10 +14,10 @@ from typing import Any, ClassVar
 import diffusers.hooks._helpers
 import pytest
 import torch
+from hand_masks import RADIUS, TOLERANCE, by_hand, error, gradients, relative
 from models import BUILDERS, Tiny, Tokens, flux, picture_ids, sana
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import diffattn
@@ -27,10 +26,6 @@ from diffattn.mechanisms import Context, Mechanism
 from scripts import support_table
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
-
-RADIUS = 2
-TOLERANCE = 2e-5
-"""Largest absolute error of outputs divided by their root mean square."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,77 +90,6 @@ def tiny(family: str) -> Iterator[Tiny]:
     yield build(family)
     if hasattr(build(family).model, "_diffattn"):
         diffattn.restore(build(family).model)
-
-
-def near(tokens: Tokens, radius: float) -> Tensor:
-    """What each token of one sample may see: cells the cells nearer than `radius`, the others everything."""
-    axes = (torch.arange(size) for size in (tokens.frames, tokens.rows, tokens.columns))
-    cells = torch.cartesian_prod(*axes)
-    mask = torch.ones(tokens.total, tokens.total, dtype=torch.bool)
-    inside = slice(tokens.before, tokens.before + len(cells))
-    mask[inside, inside] = ((cells[:, None] - cells[None]) ** 2).sum(-1) < radius**2
-    return mask
-
-
-class HandMask(TorchFunctionMode):
-    """Adds the hand-made masks to the attention of an unmodified model's layers."""
-
-    def __init__(self, model: nn.Module, layouts: dict[str, tuple[Tokens, ...]], radius: float = RADIUS) -> None:
-        self.masked: set[str] = set()
-        self._layer: str | None = None
-        self._calls = 0
-        self._layouts = {
-            name: layout
-            for (name, _), (pattern, layout) in itertools.product(model.named_modules(), layouts.items())
-            if re.fullmatch(pattern, name)
-        }
-        self._radius = radius
-        self._hooks = []
-        for name in self._layouts:
-            module = model.get_submodule(name)
-            self._hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self._enter_layer(name)))
-            self._hooks.append(module.register_forward_hook(lambda *_: self._enter_layer(None)))
-        super().__init__()
-
-    def _enter_layer(self, name: str | None) -> None:
-        self._layer, self._calls = name, 0
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        for hook in self._hooks:
-            hook.remove()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention and self._layer is not None:
-            query, key, value, *rest = (*args, *(kwargs.pop(n) for n in ("query", "key", "value") if n in kwargs))
-            own = rest[0] if rest else kwargs.pop("attn_mask", None)
-            args = (query, key, value, self._combine(query, key, own), *rest[1:])
-        return func(*args, **kwargs)
-
-    def _combine(self, query: Tensor, key: Tensor, own: Tensor | None) -> Tensor:
-        layout = self._layouts[self._layer]
-        if len(layout) > 1 and len(query) == 1:
-            layout = (layout[self._calls],)
-        self._calls += 1
-        self.masked.add(self._layer)
-        assert {query.shape[2], key.shape[2]} == {tokens.total for tokens in layout}
-        mask = torch.stack([near(tokens, self._radius) for tokens in layout])[:, None]
-        if own is None:
-            return mask
-        return mask & own if own.dtype == torch.bool else own.masked_fill(~mask, -torch.inf)
-
-
-def by_hand(tiny: Tiny, layouts: dict[str, tuple[Tokens, ...]], **changes: Any) -> Tensor:
-    """Output of the unmodified model under the hand-made masks."""
-    with HandMask(tiny.model, layouts) as mode:
-        output = tiny.run(**changes)
-    assert mode.masked and mode.masked == set(mode._layouts)
-    return output
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    return float((got - want).abs().max() / want.square().mean().sqrt())
 
 
 @torch.no_grad()
@@ -283,18 +207,6 @@ def test_blocks_that_attend_to_text_twice_are_kept() -> None:
             module.only_cross_attention = True
     with pytest.raises(ValueError, match="not a self-attention over the grid"):
         diffattn.apply(tiny.model, "clear", radius=RADIUS)
-
-
-def gradients(model: nn.Module, output: Tensor) -> Tensor:
-    """Gradients of all parameters in one flat tensor."""
-    parameters = list(model.parameters())
-    return torch.cat(
-        [g.flatten() for g in torch.autograd.grad(output.square().mean(), parameters, materialize_grads=True)]
-    )
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    return float((got - want).abs().max() / want.abs().max())
 
 
 def test_gradients_are_those_under_the_mask_made_by_hand(tiny: Tiny) -> None:

@@ -1,7 +1,10 @@
 """What only a CUDA device can show: the same numbers from the same code, in half precision too, with gradients."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from context_parallel_ranks import ON_GPUS, RANKS, run_ranks
 from models import flux
 from tolerances import TOLERANCE
 
@@ -44,3 +47,17 @@ def test_a_model_on_the_device(dtype: torch.dtype) -> None:
         swapped = model(**inputs, return_dict=False)[0]
     assert swapped.isfinite().all() and not torch.equal(swapped, plain)
     assert torch.equal(model(**inputs, return_dict=False)[0], plain)
+
+
+@pytest.mark.dist
+@pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason=f"needs {RANKS} CUDA devices")
+def test_context_parallelism_over_nccl(tmp_path: Path) -> None:
+    for found in run_ranks(tmp_path, "cuda"):
+        assert set(found) == set(ON_GPUS)
+        for name, result in found.items():
+            assert "failed" not in result, result["failed"]
+            if name == "ring":
+                assert result["type"] == "NotImplementedError"
+            else:
+                assert result["error"] < 1e-4 and result["change"] > 1e-3, name
+                assert result.get("restored", True), name

@@ -42,12 +42,23 @@ class Recorder:
 
     def __init__(self, wanted: bool = True) -> None:
         self.wanted = wanted
+        self.parallel_configs: list[Any] = []
         self.calls: list[tuple[Tensor, Tensor, Tensor, Tensor | None, float | None]] = []
 
-    def wants(self, query: Tensor, key: Tensor) -> bool:
+    def wants(self, query: Tensor, key: Tensor, parallel_config: Any = None) -> bool:
+        self.parallel_configs.append(parallel_config)
         return self.wanted
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        parallel_config: Any = None,
+    ) -> Tensor:
+        self.parallel_configs.append(parallel_config)
         self.calls.append((query, key, value, mask, scale))
         return value.mean(2, keepdim=True).expand_as(query)
 
@@ -226,12 +237,23 @@ def test_dropout_and_causal_order_are_refused(made: Any, base: type, call: dict[
         processor(None, q, key=k, value=v)
 
 
-def test_context_parallelism_is_refused(made: Any) -> None:
+def test_context_parallelism_is_the_layers_or_the_models(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever computes a call is told that its tokens are those of one rank."""
+    given = []
+
+    def note(query: Tensor, *args: Any, parallel_config: Any, **kwargs: Any) -> Tensor:
+        given.append(parallel_config)
+        return query
+
+    monkeypatch.setitem(DispatchProcessor.__call__.__globals__, "dispatch_attention_fn", note)
     q, k, v = qkv()
-    processor = made(DispatchProcessor)()
-    processor.layer, processor.call = Recorder(), {"parallel_config": object()}
-    with pytest.raises(NotImplementedError, match="context parallelism"):
+    config = object()
+    for wanted in (True, False):
+        processor = made(DispatchProcessor)()
+        processor.layer, processor.call = Recorder(wanted), {"parallel_config": config}
         processor(None, q, key=k, value=v)
+        assert processor.layer.parallel_configs == [config] * (2 if wanted else 1)
+        assert given == ([] if wanted else [config])
 
 
 def test_a_failing_call_leaves_no_layer_behind(made: Any) -> None:

@@ -18,7 +18,7 @@ LAYERS = (
     {"grid", "config", "files"},
     {"kernels"},
     {"mechanisms"},
-    {"families", "intercept", "steps"},
+    {"context_parallel", "families", "intercept", "steps"},
     {"layer"},
     {"model_swap"},
     {"plan"},

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
     AutoencoderKL,
     AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
     FluxPipeline,
@@ -20,13 +23,13 @@ from diffusers import (
     WanPipeline,
     WanVideoToVideoPipeline,
 )
-from models import flux, sd15, wan
+from models import animatediff, flux, sd15, wan
 from torch import Tensor
 from torch.nn import functional as F
 
 import diffattn
 from diffattn.mechanisms.base import Mechanism
-from diffattn.steps import StepCounter
+from diffattn.steps import StepCounter, noise_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +239,10 @@ def test_an_interrupted_run_does_not_count_on(seen: list[float]) -> None:
     assert seen == [0.0, 0.0]
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation")  # HeunDiscreteScheduler's own, under NumPy 2
+by_numpy = pytest.mark.filterwarnings("ignore:__array__ implementation")  # some schedulers' own, under NumPy 2
+
+
+@by_numpy
 def test_a_second_order_scheduler(seen: list[float]) -> None:
     case = StableDiffusionHeun()
     pipe = case.pipe()
@@ -261,3 +267,169 @@ def test_steps_need_a_pipeline() -> None:
         diffattn.apply(model, "clear", radius=2, steps=slice(2, None))
     with pytest.raises(TypeError, match="steps must be a slice or a predicate"):
         diffattn.apply(Flux().pipe(), "clear", radius=2, steps=3)  # type: ignore[arg-type]
+
+
+def scheduled(scheduler: Any, steps: int = 4, **options: Any) -> Any:
+    scheduler.set_timesteps(steps, **options)
+    return scheduler
+
+
+SCHEDULERS = [
+    DDIMScheduler(beta_schedule="scaled_linear"),
+    CogVideoXDDIMScheduler(snr_shift_scale=3.0),
+    EulerDiscreteScheduler(beta_schedule="scaled_linear"),
+    EulerDiscreteScheduler(use_karras_sigmas=True),
+    EulerDiscreteScheduler(  # Stable Video Diffusion's, whose timesteps are log(sigma)/4
+        timestep_type="continuous",
+        prediction_type="v_prediction",
+        use_karras_sigmas=True,
+        sigma_max=700.0,
+        sigma_min=0.002,
+    ),
+    UniPCMultistepScheduler(),
+    UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    FlowMatchEulerDiscreteScheduler(shift=3.0),
+    FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+]
+
+
+@by_numpy
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda scheduler: type(scheduler).__name__)
+def test_the_share_of_noise_is_what_the_scheduler_adds(scheduler: Any) -> None:
+    """Noise of 1 added to latents of 0, and of 0 to latents of 1: the two weights, without a word of sigma."""
+    scheduler = scheduled(scheduler, 6)
+    for index, timestep in enumerate(scheduler.timesteps):
+        if hasattr(scheduler, "add_noise"):
+            clean, noise = torch.ones(1, 1), torch.zeros(1, 1)
+            signal = float(scheduler.add_noise(clean, noise, timestep[None].to(scheduler.timesteps.dtype)))
+            added = float(scheduler.add_noise(noise, clean, timestep[None].to(scheduler.timesteps.dtype)))
+        else:
+            signal = float(scheduler.scale_noise(torch.ones(1), timestep[None], torch.zeros(1)))
+            added = float(scheduler.scale_noise(torch.zeros(1), timestep[None], torch.ones(1)))
+        if scheduler.config.get("invert_sigmas"):
+            signal, added = added, signal
+        assert noise_share(scheduler, index) == pytest.approx(added / (added + signal), abs=1e-4)
+
+
+def test_a_scheduler_without_noise_levels_is_refused() -> None:
+    class Scheduler:
+        timesteps = torch.arange(3)
+
+    with pytest.raises(ValueError, match="phase_by='timestep'"):
+        noise_share(Scheduler(), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseProbe(Probe):
+    """Exact attention that notes timestep and share of noise."""
+
+    type = "noise_probe"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"timestep", "sigma"})
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: Any,
+        *,
+        scale: Any = None,
+        backend: str = "auto",
+        context: Any = None,
+    ) -> Tensor:
+        self.seen.append((context.timestep, context.sigma))
+        assert context.progress is None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, scale=scale)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_timestep_and_noise_reach_the_mechanism(case: Any, seen: list[Any]) -> None:
+    pipe = case.pipe()
+    pipe.set_progress_bar_config(disable=True)
+    with diffattn.apply(pipe, NoiseProbe(), layers=case.layer):
+        for _ in range(2):
+            seen.clear()
+            case.run(pipe, 4)
+            scheduler, per_step = pipe.scheduler, case.calls_per_step
+            shares = [noise_share(scheduler, index) for index in range(4)]
+            assert [share for _, share in seen] == [share for share in shares for _ in range(per_step)]
+            assert shares == sorted(shares, reverse=True) and shares[0] > 0.9 > shares[-1]
+            unit = 1000 if isinstance(case, Flux) else 1  # Flux gets its timestep between 0 and 1
+            want = scheduler.timesteps.repeat_interleave(per_step) / unit
+            torch.testing.assert_close(torch.tensor([time for time, _ in seen]), want.float())
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_noise_in_image_to_image(case: Any, seen: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = case.pipe()
+    pipe.set_progress_bar_config(disable=True)
+    monkeypatch.setitem(globals(), "Probe", NoiseProbe)
+    case.run_from_picture(pipe, 6)  # strength 0.5: the last 3 steps, the first of them dense
+    per_step = case.calls_per_step
+    assert len(seen) == 2 * per_step and seen[0][1] > seen[-1][1]
+    unit = 1000 if isinstance(case, Flux) else 1
+    if isinstance(case, Flux | Wan):  # flow matching: the timestep is 1000 times the share
+        for time, share in seen:
+            assert share == pytest.approx(time * unit / 1000, abs=2e-3)
+    else:
+        signal = pipe.scheduler.alphas_cumprod[[int(time) for time, _ in seen]]
+        want = (1 - signal).sqrt() / ((1 - signal).sqrt() + signal.sqrt())
+        torch.testing.assert_close(torch.tensor([share for _, share in seen]), want)
+
+
+def test_a_mechanism_without_needs_reads_nothing(seen: list[Any]) -> None:
+    """Reading a timestep waits for the device."""
+    pipe = Flux().pipe()
+    handle = diffattn.apply(pipe, "clear", radius=2)
+    assert not handle.layers[0].state.reads_timestep
+    assert diffattn.apply(pipe, "clear", radius=2, steps=slice(1, None)).layers[0].state.reads_timestep
+
+
+def test_dual_scope_in_the_animatediff_pipeline() -> None:
+    """Its phases switch within a run, and its layers are those along the frames."""
+    model = animatediff().model
+    model.register_to_config(sample_size=8)
+    pipe = AnimateDiffPipeline(tiny_vae(), None, None, model, None, DDIMScheduler(steps_offset=1, clip_sample=False))
+    pipe.set_progress_bar_config(disable=True)
+    width = model.config.cross_attention_dim
+
+    text = {"prompt_embeds": torch.ones(1, 5, width), "negative_prompt_embeds": torch.zeros(1, 5, width)}
+    call = {**text, "num_frames": 6, "height": 16, "width": 24, "num_inference_steps": 2, "output_type": "latent"}
+
+    def run() -> Tensor:
+        return pipe(**call, generator=torch.Generator().manual_seed(0)).frames
+
+    own = run()
+    options: dict[str, Any] = {"padding": 0, "top_k": 2}
+    outs = []
+    for threshold in (0, 300, 2000):  # timesteps 501 and 1: all early, one of each, all late
+        phases = {"local_phase": (threshold, 20, 0), "global_phase": (threshold, 0, 20)}
+        with diffattn.apply(pipe, "dual_scope", **options, **phases) as handle:
+            assert all("motion_modules" in layer.name for layer in handle.layers)
+            outs.append(run())
+    assert torch.equal(run(), own)
+    for i, out in enumerate(outs):
+        assert all(not torch.allclose(out, other, atol=1e-4) for other in [own, *outs[:i]])
+
+
+def test_dual_scope_by_noise_in_a_video_transformer() -> None:
+    case = Wan()
+    pipe = case.pipe()
+    pipe.set_progress_bar_config(disable=True)
+
+    def run(mechanism: Any) -> Tensor:
+        with diffattn.apply(pipe, mechanism):
+            call = {**case.arguments(pipe), "height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 4}
+            return pipe(**call, generator=torch.Generator().manual_seed(0)).frames
+
+    options: dict[str, Any] = {"padding": 0, "top_k": 1}
+    by_noise = diffattn.DualScopeAttention(
+        phase_by="sigma", local_phase=(0.6, 5, 0), global_phase=(0.6, 0, 5), **options
+    )
+    by_time = diffattn.DualScopeAttention(local_phase=(600, 5, 0), global_phase=(600, 0, 5), **options)
+    late = diffattn.DualScopeAttention(local_phase=(None, 5, 0), global_phase=None, **options)
+    assert torch.equal(run(by_noise), run(by_time))
+    assert not torch.allclose(run(by_noise), run(late), atol=1e-4)

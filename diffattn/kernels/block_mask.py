@@ -1,8 +1,9 @@
 """FlexAttention's BlockMask of a window pattern, from geometry: never queries x keys.
 
 In tile order a block is a tile, and the blocks a tile may touch are the box of tiles its span reaches. Each pair in
-that box is looked at once: full where all its cells see each other, partial where some do. Keys that every cell sees
-follow the cells as full blocks of their own.
+that box is looked at once: full where all its cells see each other, partial where some do. Of a rule on tiles one cell
+speaks for all of its tile; where the blocks are those tiles, only the ones with padding are partial. Keys that every
+cell sees follow the cells as full blocks of their own.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from ..grid import TokenGrid
 from .order import TileOrder
-from .pattern import CHUNK, Cells, Pattern, cached, shift_invariant
+from .pattern import CHUNK, Cells, Pattern, Shape, cached, moves_by, tile_of
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """FlexAttention's `mask_mod`: batch, head, query and key index to whether the key is seen."""
@@ -101,13 +102,15 @@ def touched_blocks(pattern: Pattern, order: TileOrder) -> tuple[Tensor, Tensor, 
     near = [start[own][:, None] + torch.arange(width) for start, own, width in zip(starts, mine, widths, strict=True)]
     frame, row, column = _spread(near)
     index = ((frame * rows + row) * columns + column).flatten(1)
-    if shift_invariant(pattern):
-        return index, *_judge_by_offset(pattern, order, mine, near)
-    step = max(1, CHUNK // (index.shape[1] * order.block**2))
-    cuts = range(0, order.tiles, step)
-    parts = [_judge(pattern, order, [m[i : i + step] for m in mine], [n[i : i + step] for n in near]) for i in cuts]
-    seen, full = (torch.cat(part) for part in zip(*parts, strict=True))
-    return index, seen, full
+    whole = _spread([(n + 1) * side <= size for n, side, size in zip(near, order.tile, order.shape, strict=True)])
+    if moves_by(pattern, order.tile):
+        seen, full = _judge_by_offset(pattern, order, mine, near)
+    else:
+        step = max(1, CHUNK // (index.shape[1] * order.block**2))
+        cuts = range(0, order.tiles, step)
+        parts = [_judge(pattern, order, [m[i : i + step] for m in mine], [n[i : i + step] for n in near]) for i in cuts]
+        seen, full = (torch.cat(part) for part in zip(*parts, strict=True))
+    return index, seen, full & (whole[0] & whole[1] & whole[2]).flatten(1)
 
 
 def _spread(axes: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,7 +121,7 @@ def _spread(axes: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 def _judge_by_offset(
     pattern: Pattern, order: TileOrder, mine: list[Tensor], near: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """`_judge` for a rule on key minus query: from one tile and all the offsets there are; padding is never full."""
+    """`_judge` for a rule that moves with the tiles: from one tile and all the offsets there are."""
     offsets = [theirs - own[:, None] for own, theirs in zip(mine, near, strict=True)]
     lows = [int(offset.min()) for offset in offsets]
     around = [torch.arange(low, int(offset.max()) + 1)[None] for low, offset in zip(lows, offsets, strict=True)]
@@ -126,31 +129,40 @@ def _judge_by_offset(
     tables = _judge(pattern, endless, [torch.zeros(1, dtype=torch.int32)] * 3, around)
     sizes = [axis.shape[1] for axis in around]
     place = _spread([offset - low for offset, low in zip(offsets, lows, strict=True)])
-    seen, full = (table.view(sizes)[place] for table in tables)
-    whole = _spread([(n + 1) * side <= size for n, side, size in zip(near, order.tile, order.shape, strict=True)])
-    return seen.flatten(1), (full & whole[0] & whole[1] & whole[2]).flatten(1)
+    seen, full = (table.view(sizes)[place].flatten(1) for table in tables)
+    return seen, full
 
 
 def _judge(pattern: Pattern, order: TileOrder, mine: list[Tensor], near: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Any seen, all seen, each `(tiles, candidates)`, for tiles at `mine` and candidates at `near`."""
     query, key, valid = [], [], []
-    for axis, (side, size) in enumerate(zip(order.tile, order.shape, strict=True)):
-        local = torch.arange(side, dtype=torch.int32)
+    for axis, (side, size, step) in enumerate(zip(order.tile, order.shape, _speakers(pattern, order), strict=True)):
+        local = torch.arange(0, side, step, dtype=torch.int32)
         own = mine[axis].to(torch.int32)[:, None] * side + local  # tiles, side
         theirs = near[axis].to(torch.int32)[:, :, None] * side + local  # tiles, width, side
         places = [own.shape[0]] + [1] * 9
-        places[4 + axis] = side
+        places[4 + axis] = local.numel()
         query.append(own.clamp(max=size - 1).view(places))  # a padded query counts as its neighbour
         places = [theirs.shape[0]] + [1] * 9
-        places[1 + axis], places[7 + axis] = theirs.shape[1], side
+        places[1 + axis], places[7 + axis] = theirs.shape[1], local.numel()
         key.append(theirs.view(places))
         valid.append((theirs < size).view(places))
     allowed = pattern.allowed(Cells(*query), Cells(*key))
     if order.ragged:
         allowed = allowed & valid[0] & valid[1] & valid[2]
     allowed = allowed.expand(torch.broadcast_shapes(*(part.shape for part in (*query, *key))))
-    allowed = allowed.reshape(allowed.shape[0], -1, order.block**2)
+    allowed = allowed.flatten(4).flatten(1, 3)
     return allowed.any(-1), allowed.all(-1)
+
+
+def _speakers(pattern: Pattern, order: TileOrder) -> Shape:
+    """Every how many cells, per axis, one has to be asked: cells of one tile of the pattern answer alike."""
+    tile = tile_of(pattern)
+    if tile is None:
+        return 1, 1, 1
+    pairs = zip(tile, order.tile, strict=True)
+    frames, rows, columns = (min(pair) if max(pair) % min(pair) == 0 else 1 for pair in pairs)
+    return frames, rows, columns
 
 
 @cached(16)

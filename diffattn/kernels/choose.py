@@ -15,8 +15,10 @@ from torch import Tensor
 from .call import WindowCall
 from .dense import dense_attention
 from .flex import flex_window_attention, missing_compiler
+from .natten import has_library, natten_attention, natten_refuses
 from .pattern import covers
 from .tiled import best_windows, tiled_attention
+from .xformers import xformers_attention, xformers_refuses
 
 logger = logging.getLogger("diffattn")
 
@@ -38,6 +40,10 @@ class Backend:
     """Whether it has gradients for an additive mask."""
     compiled: bool = False
     """Whether it needs torch.compile, hence a compiler."""
+    any_pattern: bool = True
+    """Whether it serves every pattern."""
+    objects: Callable[[WindowCall], str | None] | None = None
+    """What else it has against a call: something not installed, a pattern or a size it does not know."""
 
     def refuses(self, call: WindowCall) -> str | None:
         """Why this backend can't serve `call`; None where it can."""
@@ -52,6 +58,8 @@ class Backend:
             return "the model's mask differs from query to query"
         if call.mask is not None and call.mask.requires_grad and torch.is_grad_enabled() and not self.mask_gradients:
             return "the model's mask needs a gradient"
+        if self.objects is not None:
+            return self.objects(call)
         if not self.compiled:
             return None
         if torch.compiler.is_compiling():
@@ -73,9 +81,29 @@ BACKENDS = MappingProxyType(
                 gradients=frozenset({"cuda"}),
                 compiled=True,
             ),
+            Backend(
+                "natten",
+                natten_attention,
+                devices=frozenset({"cpu", "cuda"}),
+                dtypes=frozenset({torch.float32, torch.float16, torch.bfloat16}),
+                gradients=frozenset({"cuda"}),
+                any_pattern=False,
+                objects=natten_refuses,
+            ),
+            Backend(
+                "xformers",
+                xformers_attention,
+                devices=frozenset({"cuda"}),
+                dtypes=frozenset({torch.float32, torch.float16, torch.bfloat16}),
+                objects=xformers_refuses,
+            ),
         )
     }
 )
+
+
+GENERAL_BACKENDS = tuple(name for name, backend in BACKENDS.items() if backend.any_pattern)
+"""Those that serve every pattern."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +131,20 @@ FLEX_CELLS = 4096
 """From this many cells on `auto` spends the seconds of a compilation."""
 
 
+def natten_has_kernel(call: WindowCall) -> bool:
+    """Whether NATTEN serves `call` with a kernel of its own, not by an uncompiled FlexAttention."""
+    if torch.compiler.is_compiling() or call.q.device.type != "cuda" or not has_library():
+        return False
+    return BACKENDS["natten"].refuses(call) is None
+
+
+def takes_natten(call: WindowCall, backend: str) -> bool:
+    """Whether `backend`, which may be "auto", hands `call` to NATTEN."""
+    if backend == "auto" and natten_has_kernel(call):
+        return choose(call).backend == "natten"
+    return backend == "natten"
+
+
 def choose(call: WindowCall) -> Choice:
     """What "auto" runs `call` with."""
     tiled = BACKENDS["tiled"].refuses(call)
@@ -114,6 +156,8 @@ def choose(call: WindowCall) -> Choice:
         return Choice("tiled", "an outer torch.compile traces plain operations")
     if call.pooled is None and covers(call.pattern, call.grid):
         return Choice("dense", "the window covers the grid")
+    if natten_has_kernel(call):
+        return Choice("natten", "NATTEN has a kernel for this pattern")
     flex = BACKENDS["flex"].refuses(call)
     if flex is None and call.grid.cells >= FLEX_CELLS:
         return Choice("flex", "fewest keys per query")

@@ -26,11 +26,14 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from .block_mask import tile_block_mask
 from .call import WindowCall
-from .order import TileOrder, tile_shape
+from .order import TileOrder, tile_shape, whole_tile
 from .pattern import Pattern, cached
 
 BLOCK_CELLS = {"cpu": 32, "cuda": 128}
 """Cells of a block. CPU: 4 x 8 beats 8 x 8 by 7% at radius 8 and equals it at 16. CUDA wants multiples of 128."""
+WHOLE_CELLS = {"cpu": (256, 1), "cuda": (128, 128)}
+"""For a rule on tiles: the most cells of a block, and the number that must divide them. On CPUs 8 x 8 is 1.2 times
+faster than 4 x 8, and 16 x 16 no slower than its parts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +51,10 @@ def plan(
     pattern: Pattern, shape: tuple[int, int, int], extra: int, device: torch.device, block: int | None = None
 ) -> Plan:
     """The plan for a grid of `shape` (frames, rows, columns) with `extra` further keys."""
-    cells = block or BLOCK_CELLS.get(device.type, 128)
-    order = TileOrder(shape, tile_shape(pattern, shape, cells, blocks=True))
+    tile = None if block else whole_tile(pattern, shape, *WHOLE_CELLS.get(device.type, (128, 128)))
+    if tile is None:
+        tile = tile_shape(pattern, shape, block or BLOCK_CELLS.get(device.type, 128), blocks=True)
+    order = TileOrder(shape, tile)
     return Plan(order, extra, tile_block_mask(pattern, order, extra, device))
 
 

@@ -5,6 +5,7 @@
 Both are row-major. Grids that the tile does not divide are padded with zero cells at their ends.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .pattern import Cells, Pattern, cached
+from .pattern import Cells, Pattern, Shape, cached, divide, tile_of
 
-Shape = tuple[int, int, int]
+LEAST_CELLS = 16
+"""Cells below which a block costs more by itself than the pairs it spares (flex on a CPU: 4 x 4 wins, 3 x 3 loses)."""
+BLOCK_COST = 32
+"""What a block costs beside its cells, in cells. Measured likewise: a pair in 4 x 4 costs twice one in 8 x 8."""
 
 
 @cached(1024)
@@ -40,9 +44,30 @@ def tile_shape(pattern: Pattern, shape: Shape, cells: int, blocks: bool) -> Shap
     return sides[costs.index(min(costs))]
 
 
+@cached(1024)
+def whole_tile(pattern: Pattern, shape: Shape, most: int, multiple: int = 1) -> Shape | None:
+    """The pattern's tile, or the best of its equal parts with `LEAST_CELLS ... most` cells, a `multiple`; None if none.
+
+    All blocks of such an order see each other wholly or not at all. Best is the fewest cells, padding and the cost of
+    the blocks included; among equals the wider part.
+    """
+    tile = tile_of(pattern)
+    if tile is None:
+        return None
+    divisors = ([part for part in range(1, side + 1) if side % part == 0] for side in tile)
+    every = ((frames, rows, columns) for frames, rows, columns in itertools.product(*divisors))
+    parts = [part for part in every if LEAST_CELLS <= math.prod(part) <= most and math.prod(part) % multiple == 0]
+
+    def cost(part: Shape) -> tuple[float, int]:
+        blocks = math.prod(-(-size // side) for size, side in zip(shape, part, strict=True))
+        return blocks * (math.prod(part) + BLOCK_COST), -part[2]
+
+    return min(parts, key=cost, default=None)
+
+
 @dataclass(frozen=True)
 class TileOrder:
-    """Cells of a grid of `shape` (frames, rows, columns) ordered by tiles of `tile`, whose sides are powers of two."""
+    """Cells of a grid of `shape` (frames, rows, columns) ordered by tiles of `tile`."""
 
     shape: Shape
     tile: Shape
@@ -103,21 +128,19 @@ class TileOrder:
     def coordinates(self, index: Tensor) -> Cells:
         """Where the cells at `index` of the tile order lie; of padding, coordinates beyond the grid. int32.
 
-        Written for vector units: shifts within the tile, and for the tile a float32 division, exact below 2^22 tiles.
-        Table look-ups would cost a quarter of the kernel's time on a CPU, integer division three times the kernel.
+        Exact below 2^22 tiles, and 2^22 cells where a tile's cells are no power of two. Made of `divide`: table
+        look-ups would cost a quarter of the kernel's time on a CPU.
         """
-        index = index.to(torch.int32)
-        bits = [int(math.log2(side)) for side in self.tile]
         _, rows, columns = self.counts
-        tile = index >> sum(bits)
-        line = _divide(tile, columns)
-        plane = _divide(line, rows)
-        frame = (plane << bits[0]) + ((index >> (bits[1] + bits[2])) & (self.tile[0] - 1))
-        row = ((line - plane * rows) << bits[1]) + ((index >> bits[2]) & (self.tile[1] - 1))
-        column = ((tile - line * columns) << bits[2]) + (index & (self.tile[2] - 1))
-        return Cells(frame, row, column)
+        _, high, wide = self.tile
+        tile, place = _divmod(index, self.block)
+        line, column = _divmod(tile, columns)
+        frame, row = _divmod(line, rows)
+        inner_line, inner_column = _divmod(place, wide)
+        inner_frame, inner_row = _divmod(inner_line, high)
+        return Cells(frame * self.tile[0] + inner_frame, row * high + inner_row, column * wide + inner_column)
 
 
-def _divide(index: Tensor, divisor: int) -> Tensor:
-    """index // divisor for 0 <= index < 2^22."""
-    return index if divisor == 1 else torch.floor((index.to(torch.float32) + 0.5) * (1.0 / divisor)).to(torch.int32)
+def _divmod(index: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
+    quotient = divide(index, divisor)
+    return quotient, index.to(torch.int32) - quotient * divisor

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..grid import TokenGrid
 
+Shape = tuple[int, int, int]
+
 CHUNK = 2**22
 """Pairs of cells evaluated at once where a rule is turned into masks: keeps its integer temporaries near 100 MB."""
 
@@ -49,6 +51,10 @@ class Pattern(Protocol):
 
     A rule that depends on nothing but key minus query may say so by `shift_invariant = True` on its class: kernels then
     look at one tile instead of all.
+
+    A rule on tiles may give their `tile` (frames, rows, columns), the first tile beginning at the first cell: the rule
+    depends on nothing but key // tile minus query // tile, so that each tile sees whole tiles. Kernels then compute
+    whole tiles without looking at a mask. Where the tile does not divide the grid, the last tiles are smaller.
     """
 
     def allowed(self, query: Cells, key: Cells) -> Tensor:
@@ -70,6 +76,30 @@ class Pattern(Protocol):
 def shift_invariant(pattern: Pattern) -> bool:
     """Whether the rule says that it depends on nothing but key minus query."""
     return bool(getattr(pattern, "shift_invariant", False))
+
+
+def tile_of(pattern: Pattern) -> Shape | None:
+    """The tiles whose cells see, and are seen, alike; single cells of a shift-invariant rule, None of any other."""
+    tile: Shape | None = getattr(pattern, "tile", None)
+    return (1, 1, 1) if tile is None and shift_invariant(pattern) else tile
+
+
+def moves_by(pattern: Pattern, step: Shape) -> bool:
+    """Whether the rule stays the same where query and key both move by multiples of `step`."""
+    tile = tile_of(pattern)
+    return tile is not None and all(whole % side == 0 for whole, side in zip(step, tile, strict=True))
+
+
+def divide(index: Tensor, divisor: int) -> Tensor:
+    """index // divisor as int32, exact for |index| < 2^22.
+
+    Written for vector units, by a shift or a float32 product: in a compiled rule, integer division takes three times
+    the time of the attention itself.
+    """
+    index = index.to(torch.int32)
+    if divisor & (divisor - 1) == 0:
+        return index >> (divisor.bit_length() - 1) if divisor > 1 else index
+    return torch.floor((index.to(torch.float32) + 0.5) * (1.0 / divisor)).to(torch.int32)
 
 
 @cached(1024)

@@ -3,13 +3,14 @@
 The grid is cut into tiles. A tile's window is the smallest box that holds all its queries may see, moved inward at the
 borders so that all windows have one size and lie within the grid; the rule itself is a boolean mask per tile. Tiles
 above each other form a strip: its keys are copied once, its windows are then views, and all strips at one height are
-one SDPA call. Keys that every cell sees (text, pooled) are appended to each window.
+one SDPA call. Keys that every cell sees (text, pooled) are appended to each window. Rules on tiles need neither boxes
+nor masks: `blocks.py`.
 
 Time O(n (window + tile) d). Memory beyond inputs and output: `BUDGET` bytes, or one strip where that is more. The
 backward pass computes each tile again, so that only the inputs are kept.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,9 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..grid import TokenGrid
+from .blocks import block_attention, block_order
 from .call import WindowCall
 from .order import tile_shape
-from .pattern import Cells, Pattern, cached, shift_invariant
+from .pattern import Cells, Pattern, cached, moves_by
 
 TILE_CELLS = 256
 """Queries in a tile. Of 32 ... 512 on 2 CPU cores (4 heads x 64, float32, 128 x 128 tokens) 16 x 16 is fastest."""
@@ -116,7 +118,7 @@ def tile_masks(pattern: Pattern, cut: Windows, strips: Strips, extra: int, devic
     known: dict[object, Tensor] = {}
     masks: list[Tensor] = []
     for height in cut.heights():
-        place = cut.relative(height) if shift_invariant(pattern) else height
+        place = cut.relative(height) if moves_by(pattern, cut.tile) else height
         if place not in known:
             mask = tile_mask(pattern, cut, height, strips, extra, device)
             known[place] = masks[-1] if masks and torch.equal(masks[-1], mask) else mask
@@ -167,6 +169,7 @@ class Work(NamedTuple):
     cut: Windows
     scale: float
     budget: int
+    sdpa: Callable[..., Tensor] = F.scaled_dot_product_attention
 
     def strips(self, operands: Operands) -> Iterator[Strips]:
         """As many strips at once as the budget allows."""
@@ -217,7 +220,7 @@ def attend_rows(operands: Operands, work: Work) -> Tensor:
         masks = work.masks(strips, extra_k.shape[2], q.device)
         for height, rule in zip(work.cut.heights(), masks, strict=True):
             tile = tile_view(q, work.cut, height, strips)
-            result = F.scaled_dot_product_attention(
+            result = work.sdpa(
                 tile.flatten(3, 5).flatten(0, 1),
                 with_extra(at_height(keys, work.cut, height), extra_k),
                 with_extra(at_height(values, work.cut, height), extra_v),
@@ -254,7 +257,7 @@ class TiledAttention(torch.autograd.Function):
                 parts = [tile_view(q, work.cut, height, strips), window_k, window_v, extra_k, extra_v]
                 parts = [part.detach().requires_grad_() for part in parts]
                 with torch.enable_grad():
-                    result = F.scaled_dot_product_attention(
+                    result = work.sdpa(
                         parts[0].flatten(3, 5).flatten(0, 1),
                         with_extra(parts[1], parts[3]),
                         with_extra(parts[2], parts[4]),
@@ -291,11 +294,21 @@ def best_windows(pattern: Pattern, grid: TokenGrid) -> Windows:
     )
 
 
-def tiled_attention(call: WindowCall, *, tile: tuple[int, int, int] | None = None, budget: int = BUDGET) -> Tensor:
-    """SDPA on gathered tiles of `tile` (frames, rows, columns) cells; None chooses. See the module for the method."""
+def tiled_attention(
+    call: WindowCall,
+    *,
+    tile: tuple[int, int, int] | None = None,
+    budget: int = BUDGET,
+    sdpa: Callable[..., Tensor] = F.scaled_dot_product_attention,
+) -> Tensor:
+    """`sdpa` on gathered tiles of `tile` (frames, rows, columns) cells; None chooses. See the module for the method."""
     grid = call.grid
+    free = tile is None and sdpa is F.scaled_dot_product_attention and not torch.compiler.is_compiling()
+    blocks = block_order(call.pattern, grid) if free else None
+    if blocks is not None:
+        return block_attention(call, blocks)
     cut = best_windows(call.pattern, grid) if tile is None else windows(call.pattern, grid.shape, tile)
-    work = Work(call.pattern, cut, call.scale, budget)
+    work = Work(call.pattern, cut, call.scale, budget, sdpa)
     q, k, v = (grid.split(tensor)[0].unflatten(2, grid.shape) for tensor in (call.q, call.k, call.v))
     cell_mask, extra_mask = tile_key_mask(call)
     operands = Operands(q, k, v, *call.extras(), cell_mask, extra_mask)

@@ -21,6 +21,10 @@ class Context:
     """The block's input before its norm, (b, n, channels): what token merging compares."""
     progress: float | None = None
     """Fraction of the denoising steps already done, in [0, 1); None outside a pipeline."""
+    timestep: float | None = None
+    """The timestep as the model got it; of several in a batch the largest."""
+    sigma: float | None = None
+    """Share of noise in the latents, in [0, 1]: flow matching's sigma, and 1/(1 + sqrt(SNR)) of any scheduler."""
     downsample: int = 1
     """How many times coarser this layer's grid is than the latent picture, along one side."""
     call_index: int = 0
@@ -38,6 +42,8 @@ class Mechanism:
     type: ClassVar[str]
     kinds: ClassVar[frozenset[str]] = frozenset({"spatial"})
     """Layers that `apply` gives it by default: "spatial" (pictures, and video cells seen at once) or "temporal"."""
+    across_frames: ClassVar[bool] = False
+    """Does it change nothing within a frame? Then models with layers along the frames keep the others by default."""
     exact: ClassVar[bool] = False
     """Is the result the model's own attention? Then a swapped layer hands the call to the model's own kernel."""
 

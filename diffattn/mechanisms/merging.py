@@ -1,18 +1,18 @@
 """Merge similar tokens and undo it: bipartite soft matching over a grid, as pure functions on index tensors.
 
-    dst = one cell of every sy x sx block, src = all other cells
+    dst = one cell of every st x sy x sx block, src = all other cells
     similarity(i, j) = cosine(feature_i, feature_j),  i in src, j in dst
     the `count` src with the highest best similarity are merged: dst_j = mean of itself and every src that chose it
     merged sequence = [ src that were kept, most similar first ; dst ]
 
-Un-merging copies a destination's result to all tokens merged into it. Blocks lie in one frame, but a src may choose a
-dst of any frame.
+Un-merging copies a destination's result to all tokens merged into it. Blocks lie in `st` frames (default 1), but a src
+may choose a dst of any frame of the grid.
 
 Source: Bolya & Hoffman, Token Merging for Fast Stable Diffusion, https://arxiv.org/abs/2303.17604; the matching itself
 is Bolya et al., Token Merging: Your ViT But Faster, section 3, https://arxiv.org/abs/2210.09461. Differences from the
 released code: src and dst are in ascending token order and ties go to the lower token id, so that the order does not
 depend on the device; a token of norm zero has similarity 0 instead of NaN; merging no token is allowed; any number of
-frames. Rows and columns that fill no whole block hold no dst, as released.
+frames. Frames, rows and columns that fill no whole block hold no dst, as released.
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,9 @@ from torch.nn import functional as F
 
 from ..grid import TokenGrid
 from .base import Context
+
+MOST_SIMILARITIES = 2**25
+"""Similarities that `match` holds at a time, if one source token has no more: 128 MiB in float32."""
 
 
 class Stage(NamedTuple):
@@ -78,14 +81,15 @@ def compared_features(k: Tensor, grid: TokenGrid, context: Context) -> Tensor:
     features = context.features
     if features is None:
         return k[..., grid.cell_slice, :].transpose(1, 2).flatten(2)
-    if features.shape[1] == grid.tokens:
-        return features[:, grid.cell_slice]
-    if features.shape[1] != grid.cells:
+    # a block may carry text in an argument of its own, which comes to lie before or after the rest
+    first = {grid.tokens: grid.before, grid.before + grid.cells: grid.before, grid.cells + grid.after: 0, grid.cells: 0}
+    if features.shape[1] not in first:
         raise ValueError(
             f"merging compares one feature per cell or per token of {grid} ({grid.cells} or {grid.tokens}), got "
             f"{features.shape[1]}; pass the input of this layer's own block as Context.features, or None"
         )
-    return features
+    start = first[features.shape[1]]
+    return features[:, start : start + grid.cells]
 
 
 def refuse_mask(context: Context) -> None:
@@ -97,31 +101,32 @@ def refuse_mask(context: Context) -> None:
         )
 
 
-def destinations(grid: TokenGrid, sx: int, sy: int, generator: torch.Generator | None = None) -> Tensor:
-    """Cell ids of one token per block of `sy` rows x `sx` columns, ascending, `(dst,)`.
+def destinations(grid: TokenGrid, sx: int, sy: int, generator: torch.Generator | None = None, st: int = 1) -> Tensor:
+    """Cell ids of one token per block of `st` frames x `sy` rows x `sx` columns, ascending, `(dst,)`.
 
     Each is drawn from its block with `generator`, or is the block's first cell where that is None.
     """
-    rows, columns = grid.height // sy, grid.width // sx
-    shape = (grid.frames * rows, columns, 1)
+    frames, rows, columns = grid.frames // st, grid.height // sy, grid.width // sx
+    shape = (frames * rows, columns, 1)
     inside = torch.zeros(shape, dtype=torch.long)
     if generator is not None:
-        inside = torch.randint(sy * sx, shape, generator=generator, device=generator.device)
-    inside = inside.view(grid.frames, rows, columns)
+        inside = torch.randint(st * sy * sx, shape, generator=generator, device=generator.device)
+    inside = inside.view(frames, rows, columns)
     frame, row, column = (torch.arange(size, device=inside.device) for size in inside.shape)
-    row = row[:, None] * sy + inside // sx  # f rows columns
+    frame = frame[:, None, None] * st + inside // (sy * sx)  # frames rows columns
+    row = row[:, None] * sy + inside // sx % sy
     column = column * sx + inside % sx
-    return ((frame[:, None, None] * grid.height + row) * grid.width + column).flatten().sort().values
+    return ((frame * grid.height + row) * grid.width + column).flatten().sort().values
 
 
-def count_destinations(grid: TokenGrid, sx: int, sy: int) -> int:
+def count_destinations(grid: TokenGrid, sx: int, sy: int, st: int = 1) -> int:
     """How many `destinations` there are."""
-    return grid.frames * (grid.height // sy) * (grid.width // sx)
+    return (grid.frames // st) * (grid.height // sy) * (grid.width // sx)
 
 
-def count_merged(grid: TokenGrid, sx: int, sy: int, ratio: float) -> int:
+def count_merged(grid: TokenGrid, sx: int, sy: int, ratio: float, st: int = 1) -> int:
     """How many cells merging a share of `ratio` takes away: at most all that are no destination."""
-    return min(grid.cells - count_destinations(grid, sx, sy), int(grid.cells * ratio))
+    return min(grid.cells - count_destinations(grid, sx, sy, st), int(grid.cells * ratio))
 
 
 class Merging(NamedTuple):
@@ -134,11 +139,12 @@ class Merging(NamedTuple):
     members: Tensor  # b size, how many tokens make each merged one
 
     def merge(self, tokens: Tensor) -> Tensor:
-        """Average `(b, ..., n, d)` to `(b, ..., size, d)`."""
+        """Average `(b, ..., n, d)` to `(b, ..., size, d)`; sums are taken in float32 at least."""
         batch, size = self.members.shape
-        sums = tokens.new_zeros(*tokens.shape[:-2], size, tokens.shape[-1])
-        sums = sums.scatter_add(-2, self._index(tokens), tokens)
-        return sums / self.members.view(batch, *[1] * (tokens.dim() - 3), size, 1)
+        fine = at_least_float32(tokens)
+        sums = fine.new_zeros(*fine.shape[:-2], size, fine.shape[-1])
+        sums = sums.scatter_add(-2, self._index(fine), fine)
+        return (sums / self.members.view(batch, *[1] * (tokens.dim() - 3), size, 1)).to(tokens.dtype)
 
     def unmerge(self, tokens: Tensor) -> Tensor:
         """Copy `(b, ..., size, d)` back to `(b, ..., n, d)`."""
@@ -176,18 +182,27 @@ class Match(NamedTuple):
 def match(features: Tensor, dst: Tensor) -> Match:
     """Match the tokens of `features` `(b, n, c)` that are not in `dst` with those that are. Time O(src dst c).
 
-    Similarities are computed in float32 at least, so that half precision does not make ties.
+    Similarities are computed in float32 at least, so that half precision does not make ties, and for a part of the
+    sources at a time where there are many.
     """
     dst = dst.to(features.device)
     is_source = torch.ones(features.shape[1], dtype=torch.bool, device=features.device)
     is_source[dst] = False
     # nonzero would wait for the device; the number of sources is known
     src = is_source.logical_not().sort(stable=True).indices[: features.shape[1] - len(dst)]
-    metric = F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
+    metric = F.normalize(at_least_float32(features), dim=-1)
+    at_a_time = max(1, MOST_SIMILARITIES // max(1, len(features) * len(dst)))
     with torch.autocast(metric.device.type, enabled=False):
-        best, target = (metric[:, src] @ metric[:, dst].transpose(-1, -2)).max(dim=-1)  # b src
+        targets = metric[:, dst].transpose(-1, -2)
+        found = [(metric[:, part] @ targets).max(dim=-1) for part in src.split(at_a_time)]
+    best, target = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))  # b src
     order = best.sort(dim=-1, descending=True, stable=True).indices
     return Match(src, dst, order, target.gather(1, order))
+
+
+def at_least_float32(tokens: Tensor) -> Tensor:
+    """`tokens`, half precision widened."""
+    return tokens if tokens.dtype == torch.float64 else tokens.float()
 
 
 def groups_reference(features: Sequence[Sequence[float]], dst: Sequence[int], count: int) -> list[list[int]]:

@@ -61,6 +61,28 @@ class Lattice:
         return int(dense_mask(self, TokenGrid(grid.height, grid.width, grid.frames)).sum())
 
 
+@dataclass(frozen=True)
+class Bricks:
+    """A rule on tiles: a diamond of them, `reach` steps along the axes away from one's own."""
+
+    tile: tuple[int, int, int]
+    reach: int
+
+    def allowed(self, query: Cells, key: Cells) -> Tensor:
+        steps = (
+            (torch.div(one, side, rounding_mode="floor") - torch.div(other, side, rounding_mode="floor")).abs()
+            for one, other, side in zip(query, key, self.tile, strict=True)
+        )
+        return sum(steps) <= self.reach  # type: ignore[return-value]
+
+    def span(self, axis: int, low: int, high: int, size: int) -> tuple[int, int]:
+        side = self.tile[axis]
+        return max(low // side - self.reach, 0) * side, min(((high - 1) // side + 1 + self.reach) * side, size)
+
+    def pairs(self, grid: TokenGrid) -> int:
+        return int(dense_mask(self, TokenGrid(grid.height, grid.width, grid.frames)).sum())
+
+
 class Case(NamedTuple):
     """A call, the leaves one may differentiate, and the result by explicit exponentials in float64."""
 
@@ -77,6 +99,11 @@ def disc() -> type[Disc]:
 @pytest.fixture(scope="session")
 def lattice() -> type[Lattice]:
     return Lattice
+
+
+@pytest.fixture(scope="session")
+def bricks() -> type[Bricks]:
+    return Bricks
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,14 @@ GRIDS = [
     TokenGrid(3, 33, before=1, after=4),
     TokenGrid(5, 6, frames=3, before=2, after=1),
 ]
-PATTERNS = [("disc", 3.5), ("disc", 99), ("lattice", 4)]
+PATTERNS = [
+    ("disc", 3.5),
+    ("disc", 99),
+    ("lattice", 4),
+    ("bricks", (2, 4, 8), 1),  # blocks of whole tiles
+    ("bricks", (1, 6, 6), 2),  # whose sides are no powers of two
+    ("bricks", (1, 2, 3), 2),  # tiles too small for blocks of their own
+]
 
 
 @pytest.fixture
@@ -34,9 +41,9 @@ def backend(request, eager_flex):
 
 
 @pytest.fixture
-def pattern(request, disc, lattice):
-    name, size = request.param
-    return {"disc": disc, "lattice": lattice}[name](size)
+def pattern(request):
+    name, *sizes = request.param
+    return request.getfixturevalue(name)(*sizes)
 
 
 def check(case, result, tolerance):
@@ -46,7 +53,7 @@ def check(case, result, tolerance):
 
 
 @pytest.mark.parametrize(("pooled", "mask"), [(0, None), (3, None), (0, "bool"), (3, "bias")])
-@pytest.mark.parametrize("pattern", PATTERNS, indirect=True, ids=lambda p: f"{p[0]}{p[1]}")
+@pytest.mark.parametrize("pattern", PATTERNS, indirect=True, ids=lambda p: "-".join(map(str, p)))
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("backend", ["dense", "tiled", "flex"], indirect=True)
 def test_equals_the_reference(backend, grid, pattern, pooled, mask, make_case, tolerance):
@@ -55,20 +62,22 @@ def test_equals_the_reference(backend, grid, pattern, pooled, mask, make_case, t
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pattern", [("disc", 4), ("bricks", (1, 4, 8), 1)], indirect=True, ids=lambda p: p[0])
 @pytest.mark.parametrize("backend", ["dense", "tiled", "flex"], indirect=True)
-def test_equals_the_reference_in_lower_precision(backend, dtype, disc, make_case, tolerance):
+def test_equals_the_reference_in_lower_precision(backend, dtype, pattern, make_case, tolerance):
     for mask in (None, "bool", "bias"):
         case = make_case(
-            TokenGrid(11, 14, before=5), disc(4), batch=2, heads=3, dim=32, pooled=2, mask=mask, dtype=dtype
+            TokenGrid(11, 14, before=5), pattern, batch=2, heads=3, dim=32, pooled=2, mask=mask, dtype=dtype
         )
         check(case, backend(case.call), tolerance)
 
 
 @pytest.mark.parametrize(("pooled", "mask"), [(0, None), (3, None), (0, "bool"), (3, "bias")])
 @pytest.mark.parametrize("grid", [TokenGrid(1, 1), *GRIDS[2:]], ids=str)
+@pytest.mark.parametrize("pattern", [("disc", 3), ("bricks", (1, 4, 8), 1)], indirect=True, ids=lambda p: p[0])
 @pytest.mark.parametrize("backend", ["dense", "tiled"], indirect=True)
-def test_gradients_equal_those_of_the_reference(backend, grid, pooled, mask, disc, make_case, tolerance):
-    case = make_case(grid, disc(3), batch=2, pooled=pooled, mask=mask, grad=True)
+def test_gradients_equal_those_of_the_reference(backend, grid, pattern, pooled, mask, make_case, tolerance):
+    case = make_case(grid, pattern, batch=2, pooled=pooled, mask=mask, grad=True)
     weight = torch.randn(case.expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = torch.autograd.grad(case.expected, case.leaves, weight)
     found = torch.autograd.grad(backend(case.call), case.leaves, weight)
@@ -76,9 +85,10 @@ def test_gradients_equal_those_of_the_reference(backend, grid, pooled, mask, dis
         assert (left - right).abs().max() <= tolerance[torch.float64], name
 
 
+@pytest.mark.parametrize("pattern", [("disc", 2), ("bricks", (1, 4, 8), 0)], indirect=True, ids=lambda p: p[0])
 @pytest.mark.parametrize("backend", ["dense", "tiled", "flex"], indirect=True)
-def test_a_query_that_may_see_nothing_gives_zeros(backend, disc, make_case):
-    case = make_case(TokenGrid(6, 6), disc(2), mask="bool")
+def test_a_query_that_may_see_nothing_gives_zeros(backend, pattern, make_case):
+    case = make_case(TokenGrid(6, 6), pattern, mask="bool")
     case.call.mask.zero_() if case.call.mask.is_contiguous() else None
     assert not case.call.mask.any()
     assert backend(case.call).abs().max() == 0

@@ -8,7 +8,7 @@ import torch
 from diffattn.grid import TokenGrid
 from diffattn.kernels import flex
 from diffattn.kernels.block_mask import mask_rule, row_major_block_mask, tile_block_mask
-from diffattn.kernels.order import TileOrder, tile_shape
+from diffattn.kernels.order import TileOrder, tile_shape, whole_tile
 from diffattn.kernels.pattern import dense_mask
 
 needs_compiler = pytest.mark.skipif(
@@ -43,10 +43,23 @@ def by_blocks(allowed, block):
 @pytest.mark.parametrize(
     ("shape", "cells"), [((1, 16, 32), 32), ((1, 13, 22), 32), ((3, 7, 9), 16), ((1, 1, 1), 32), ((1, 48, 64), 128)]
 )
-@pytest.mark.parametrize(("name", "size"), [("disc", 2), ("disc", 9), ("disc", 99), ("lattice", 6)])
-def test_blocks_are_those_of_the_dense_mask(name, size, shape, cells, extra, request):
-    pattern = request.getfixturevalue(name)(size)
-    order = TileOrder(shape, tile_shape(pattern, shape, cells, True))
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("disc", [2]),
+        ("disc", [9]),
+        ("disc", [99]),
+        ("lattice", [6]),
+        ("bricks", [(1, 4, 4), 2]),
+        ("bricks", [(2, 2, 2), 1]),
+        ("bricks", [(2, 16, 24), 1]),
+    ],
+    ids=str,
+)
+def test_blocks_are_those_of_the_dense_mask(name, sizes, shape, cells, extra, request):
+    pattern = request.getfixturevalue(name)(*sizes)
+    tile = whole_tile(pattern, shape, cells) or tile_shape(pattern, shape, cells, True)
+    order = TileOrder(shape, tile)
     mask = tile_block_mask(pattern, order, extra)
     assert mask.seq_lengths == (order.cells, order.cells + extra)
     partial, full = blocks_of(mask)
@@ -69,6 +82,35 @@ def test_blocks_are_those_of_the_dense_mask(name, size, shape, cells, extra, req
     assert torch.equal((partial | full)[rows], seen[rows])
     assert torch.equal(full[rows], whole[rows])
     assert not (full & ~by_blocks(carried | ~real[:, None], order.block)[1]).any(), "a block is full and hides a key"
+
+
+@pytest.mark.parametrize("tile", [(1, 4, 8), (2, 8, 6), (4, 16, 8)], ids=str)
+def test_all_blocks_of_a_rule_on_tiles_are_full(tile, bricks):
+    shared = flex.plan(bricks(tile, 1), (4, 32, 24), 20, torch.device("cpu"))
+    assert not shared.order.ragged
+    assert int(shared.block_mask.kv_num_blocks.sum()) == 0
+    seen = dense_mask(bricks(tile, 1), TokenGrid(32, 24, 4)).sum()
+    further = shared.order.tiles * -(-20 // shared.order.block)
+    assert (int(shared.block_mask.full_kv_num_blocks.sum()) - further) * shared.order.block**2 == seen
+
+
+def test_partial_blocks_of_a_rule_on_tiles_hold_padding(bricks):
+    shared = flex.plan(bricks((1, 8, 8), 1), (1, 44, 30), 0, torch.device("cpu"))
+    partial, _ = blocks_of(shared.block_mask)
+    last = torch.tensor([tile // 4 == 5 or tile % 4 == 3 for tile in range(24)])
+    assert partial.any(0).equal(last)
+
+
+def test_the_blocks_of_a_rule_on_tiles_take_no_time(bricks, monkeypatch):
+    """One cell speaks for its tile: an 8K picture asks for thousands of pairs, not for hundreds of millions."""
+    pattern, asked = bricks((1, 32, 32), 2), []
+    allowed = bricks.allowed
+    monkeypatch.setattr(
+        bricks, "allowed", lambda self, query, key: (found := allowed(self, query, key), asked.append(found.numel()))[0]
+    )
+    order = TileOrder((1, 512, 512), whole_tile(pattern, (1, 512, 512), 256))
+    tile_block_mask(pattern, order, 512)
+    assert sum(asked) < 1e6
 
 
 @pytest.mark.parametrize("grid", [TokenGrid(16, 24), TokenGrid(9, 13, frames=2, before=7, after=3)], ids=str)
@@ -102,6 +144,15 @@ def test_the_compiled_kernel_equals_the_reference(grid, options, dtype, disc, ma
     case = make_case(grid, disc(4), dim=16, dtype=dtype, **options)
     result = flex.flex_window_attention(case.call)
     assert (result - case.expected).abs().max() <= tolerance[dtype]
+
+
+@pytest.mark.compile
+@needs_compiler
+@pytest.mark.parametrize("grid", [TokenGrid(36, 24, before=5), TokenGrid(29, 26)], ids=str)
+def test_the_compiled_kernel_on_whole_tiles_equals_the_reference(grid, bricks, make_case, tolerance):
+    case = make_case(grid, bricks((1, 6, 6), 1), dim=16, dtype=torch.float32)
+    result = flex.flex_window_attention(case.call)
+    assert (result - case.expected).abs().max() <= tolerance[torch.float32]
 
 
 @pytest.mark.compile

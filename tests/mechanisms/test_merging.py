@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tolerances import assert_close
 
 from diffattn.grid import TokenGrid
+from diffattn.mechanisms import merging
 from diffattn.mechanisms.base import Context
 from diffattn.mechanisms.merging import (
     Stage,
@@ -56,6 +57,32 @@ def test_every_cell_of_a_block_can_be_drawn() -> None:
     }
 
 
+def test_blocks_over_several_frames() -> None:
+    grid = TokenGrid(4, 5, frames=5)
+    assert destinations(grid, sx=2, sy=2, st=2).tolist() == [0, 2, 10, 12, 40, 42, 50, 52]
+    drawn = destinations(grid, 2, 2, torch.Generator().manual_seed(5), st=2)
+    blocks = [axis[drawn] // 2 for axis in grid.positions()]
+    assert sorted(zip(*(block.tolist() for block in blocks), strict=True)) == [
+        (f, y, x) for f in range(2) for y in range(2) for x in range(2)
+    ]
+    inside = {
+        tuple(int(axis[cell]) % 2 for axis in grid.positions())
+        for seed in range(20)
+        for cell in destinations(grid, 2, 2, torch.Generator().manual_seed(seed), st=2)
+    }
+    assert len(inside) == 8
+    assert count_destinations(grid, sx=2, sy=2, st=2) == 8
+    assert count_merged(grid, 2, 2, 1.0, st=2) == 92
+
+
+def test_matching_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, dst = torch.randn(2, 40, 6, dtype=torch.float64), torch.arange(0, 40, 4)
+    whole = match(features, dst)
+    monkeypatch.setattr(merging, "MOST_SIMILARITIES", 140)
+    parts = match(features, dst)
+    assert torch.equal(parts.order, whole.order) and torch.equal(parts.target, whole.target)
+
+
 def test_match_takes_the_most_similar_and_breaks_ties_by_token_id() -> None:
     east, north, west = [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]
     features = torch.tensor([[east, north, [2.0, 0.1], north, west, [5.0, 0.0], [0.0, 0.0]]])
@@ -83,6 +110,13 @@ def test_merging_equals_the_loops(count: int, dtype: torch.dtype) -> None:
         for index, group in enumerate(groups):
             for token in group:
                 assert torch.equal(unmerged[sample, :, token], merged[sample, :, index])
+
+
+def test_sums_of_large_groups_fit() -> None:
+    """A sum of 1000 tokens of 100 is beyond float16."""
+    merging = match(torch.ones(1, 1000, 4), torch.tensor([0])).first(999)
+    tokens = torch.full((1, 1000, 2), 100, dtype=torch.float16)
+    assert torch.equal(merging.merge(tokens), tokens[:, :1])
 
 
 def test_merging_no_token_is_the_identity() -> None:
@@ -170,8 +204,11 @@ def test_compared_features() -> None:
     assert torch.equal(own[:, 2], keys[:, :, 3].flatten(1))
     assert torch.equal(compared_features(keys, grid, Context(features=features)), features[:, 1:7])
     assert torch.equal(compared_features(keys, grid, Context(features=features[:, :6])), features[:, :6])
-    with pytest.raises(ValueError, match=r"one feature per cell or per token .*\(6 or 9\), got 8"):
-        compared_features(keys, grid, Context(features=features[:, :8]))
+    # text in an argument of its own: a block's input is then the picture with the tokens after it, or before it
+    assert torch.equal(compared_features(keys, grid, Context(features=features[:, 1:])), features[:, 1:7])
+    assert torch.equal(compared_features(keys, grid, Context(features=features[:, :7])), features[:, 1:7])
+    with pytest.raises(ValueError, match=r"one feature per cell or per token .*\(6 or 9\), got 5"):
+        compared_features(keys, grid, Context(features=features[:, :5]))
 
 
 def test_a_mask_is_refused() -> None:

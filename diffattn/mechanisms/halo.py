@@ -1,0 +1,190 @@
+"""Blocked local attention: every tile of queries sees its own and the neighbouring tiles, each of them whole.
+
+    out_q = softmax_k(scale * q k^T) v,    k in { text } + { k : |tile(q) - tile(k)| <= halo on every axis }
+
+tile(p) = floor(position / tile side), counted from the first row, column and frame. With `radius`: the tiles whose
+centres lie strictly within `radius` tokens of the query tile's centre, all tiles taken at full size. Text queries see
+all text and all image tokens. The window of a tile ends where the grid ends, and the last tiles of a grid that the tile
+does not divide are smaller.
+
+No tile is seen in part, so that no work goes into hidden pairs and no kernel evaluates a mask: a window of many more
+keys takes the time of a round one (`clear`), whose blocks are cut by the circle.
+
+Sources: Vaswani et al., Scaling Local Self-Attention for Parameter Efficient Visual Backbones (HaloNet), section 2.2,
+https://arxiv.org/abs/2103.12731, for pictures; Zhang et al., Fast Video Generation with Sliding Tile Attention, section
+3, https://arxiv.org/abs/2502.04507, for video, with tiles of (6, 8, 8) and windows of (3, 3, 3) tiles, here
+`tile=(6, 8, 8), halo=1`. Differences: HaloNet counts its halo in pixels, in attention without text, and pads the grid
+with zeros; Sliding Tile Attention moves windows at a border inward, so that all have as many tiles, and needs grids
+that its tile divides. The round set of tiles is in neither paper.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import register
+from ..grid import TokenGrid
+from ..kernels import window_attention
+from ..kernels.call import window_call
+from ..kernels.choose import GENERAL_BACKENDS, choose
+from ..kernels.dense import combine_masks
+from ..kernels.pattern import Cells, Shape, dense_mask, divide
+from .base import Context, Mechanism, default_scale
+from .softmax import softmax_reference
+
+PerAxis = int | tuple[int, int] | tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class TileWindow:
+    """The pattern on tiles: `halo` of them on each side, or, with a radius, those whose centres lie within it."""
+
+    tile: Shape
+    halo: Shape
+    radius: float | None = None
+
+    def allowed(self, query: Cells, key: Cells) -> Tensor:
+        places = zip(query, key, self.tile, strict=True)
+        frames, rows, columns = (divide(one, side) - divide(other, side) for one, other, side in places)
+        if self.radius is None:
+            near = (frames.abs() <= self.halo[0]) & (rows.abs() <= self.halo[1])
+            return near & (columns.abs() <= self.halo[2])
+        frames, rows, columns = frames * self.tile[0], rows * self.tile[1], columns * self.tile[2]
+        return frames * frames + rows * rows + columns * columns < self.radius**2
+
+    def reach(self, axis: int) -> int:
+        """The farthest tile that is seen along `axis`."""
+        if self.radius is None:
+            return self.halo[axis]
+        farthest = math.ceil(self.radius / self.tile[axis])
+        return farthest if (farthest * self.tile[axis]) ** 2 < self.radius**2 else farthest - 1
+
+    def span(self, axis: int, low: int, high: int, size: int) -> tuple[int, int]:
+        side, reach = self.tile[axis], self.reach(axis)
+        return max((low // side - reach) * side, 0), min(((high - 1) // side + 1 + reach) * side, size)
+
+    def pairs(self, grid: TokenGrid) -> int:
+        offsets, weights = [], []
+        for axis, size in enumerate(grid.shape):
+            side = self.tile[axis]
+            cells = torch.tensor([min(side, size - low) for low in range(0, size, side)])
+            most = min(self.reach(axis), len(cells) - 1)
+            ahead = [int((cells[: len(cells) - offset] * cells[offset:]).sum()) for offset in range(most + 1)]
+            offsets.append(torch.arange(-most, most + 1) * side)
+            weights.append(torch.tensor(ahead[:0:-1] + ahead))
+        zero = torch.zeros(1, dtype=torch.long)
+        allowed = self.allowed(Cells(zero, zero, zero), Cells(*torch.meshgrid(*offsets, indexing="ij")))
+        return int(torch.einsum("fyx,f,y,x->", allowed.long(), *weights))
+
+
+@register("halo")
+@dataclass(frozen=True, kw_only=True)
+class HaloAttention(Mechanism):
+    """Attention from tile to neighbouring tiles. Time O(n (window + others) d), window = tile (2 halo + 1) per axis.
+
+    The kernels compute whole tiles without a mask from 16 tokens a tile on (4 x 4), fastest from 64 (8 x 8); on CUDA
+    FlexAttention does so where a tile, or an equal part of it, has a multiple of 128 tokens: (8, 16), (6, 8, 8).
+
+    >>> HaloAttention(tile=8, halo=2).flops(TokenGrid(64, 64, before=512), heads=24, head_dim=128) / 1e9
+    113.6260153344
+    """
+
+    tile: PerAxis = 8
+    """Sides of a tile in tokens: (rows, columns) for pictures, (frames, rows, columns), or one int for all of them."""
+    halo: PerAxis = 1
+    """How many neighbouring tiles are seen on each side, likewise per axis: 1 is a window of 3 tiles along each."""
+    radius: float | None = None
+    """See the tiles whose centres lie strictly within this many tokens, instead of `halo`."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("tile", 1), ("halo", 0)):
+            object.__setattr__(self, name, _per_axis(name, getattr(self, name), least))
+        radius = self.radius
+        if radius is None:
+            return
+        number = isinstance(radius, (int, float)) and not isinstance(radius, bool)
+        if not (number and radius > 0 and math.isfinite(radius)):
+            raise ValueError(f"halo: radius must be a positive number, got {radius!r}")
+        if self.halo != 1:
+            raise ValueError(f"halo: radius={radius} takes the place of halo={self.halo}; give one of the two")
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        return ("auto", *GENERAL_BACKENDS)
+
+    @property
+    def pattern(self) -> TileWindow:
+        return TileWindow(_shape(self.tile, 1), _shape(self.halo, 0), self.radius)
+
+    def check(self, grid: TokenGrid, *, context: Context = Context()) -> None:
+        for name in ("tile", "halo"):
+            value = getattr(self, name)
+            if grid.frames > 1 and isinstance(value, tuple) and len(value) == 2:
+                raise ValueError(
+                    f"halo: {name}={value} says nothing of frames, and the grid {grid} has {grid.frames}; give "
+                    f"(frames, rows, columns), such as {name}={(1, *value) if name == 'tile' else (0, *value)} to keep "
+                    "frames apart"
+                )
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: TokenGrid,
+        *,
+        scale: float | None = None,
+        backend: str = "auto",
+        context: Context = Context(),
+    ) -> Tensor:
+        self.check(grid)
+        scale = default_scale(q) if scale is None else scale
+        return window_attention(q, k, v, grid, self.pattern, scale=scale, backend=backend, mask=context.mask)
+
+    def explain_backend(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, backend: str, context: Context) -> str:
+        if backend != "auto":
+            return backend
+        choice = choose(window_call(q, k, v, grid, self.pattern, 1.0, context.mask, None))
+        return f"{choice.backend}: {choice.reason}"
+
+    def reference(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: TokenGrid,
+        *,
+        scale: float | None = None,
+        context: Context = Context(),
+    ) -> Tensor:
+        mask = combine_masks(self.mask(grid).to(q.device), context.mask)
+        return softmax_reference(q, k, v, scale=scale, mask=mask)
+
+    def mask(self, grid: TokenGrid) -> Tensor:
+        self.check(grid)
+        return dense_mask(self.pattern, grid)
+
+    def flops(self, grid: TokenGrid, heads: int, head_dim: int, *, context: Context = Context()) -> int:
+        self.check(grid)
+        return 4 * (self.pattern.pairs(grid) + grid.tokens**2 - grid.cells**2) * heads * head_dim
+
+
+def _per_axis(name: str, value: object, least: int) -> PerAxis:
+    """`value` with lists as tuples; anything but one, two or three ints of at least `least` raises `ValueError`."""
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    whole = all(isinstance(size, int) and not isinstance(size, bool) and size >= least for size in values)
+    if not whole or len(values) not in ((2, 3) if isinstance(value, (list, tuple)) else (1,)):
+        raise ValueError(
+            f"halo: {name} must be an int of at least {least}, (rows, columns) or (frames, rows, columns) of such, "
+            f"got {value!r}"
+        )
+    return values if isinstance(value, (list, tuple)) else values[0]
+
+
+def _shape(value: PerAxis, missing: int) -> Shape:
+    """(frames, rows, columns); `missing` stands for the frames of a picture."""
+    if isinstance(value, int):
+        return value, value, value
+    return value if len(value) == 3 else (missing, *value)

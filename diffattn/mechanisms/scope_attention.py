@@ -1,0 +1,157 @@
+"""Softmax attention of some frames to sets of keys: their local window, the global frames, the tokens off the grid.
+
+The frames may be a part of a video whose other parts are elsewhere; `scopes.py` says who sees whom.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .scopes import Scopes, visible
+
+BLOCK_TOKENS = 64
+"""Queries of one SDPA call, where frames have fewer tokens; larger frames are computed one by one."""
+
+
+class Keys(NamedTuple):
+    """Keys of some frames, or of the tokens off the grid."""
+
+    k: Tensor
+    """`(b, h, frames * cells, d)`"""
+    v: Tensor
+    """`(b, h, frames * cells, c)`"""
+    mask: Tensor | None = None
+    """The model's own mask of these keys, bool or additive, `(b|1, h|1, queries|1, frames * cells)`."""
+
+    def frames(self, places: list[int], cells: int) -> Iterator["Keys"]:
+        """The frames at `places` (ascending), as views of neighbouring ones."""
+        runs: list[list[int]] = []
+        for place in places:
+            if runs and runs[-1][1] == place:
+                runs[-1][1] += 1
+            else:
+                runs.append([place, place + 1])
+        for first, last in runs:
+            part = slice(first * cells, last * cells)
+            yield Keys(self.k[:, :, part], self.v[:, :, part], None if self.mask is None else self.mask[..., part])
+
+    def pick(self, places: tuple[int, ...], cells: int) -> "Keys":
+        """A copy of the frames at `places`, in any order."""
+        first = torch.tensor(places, dtype=torch.long, device=self.k.device)[:, None] * cells
+        index = (first + torch.arange(cells, device=self.k.device)).flatten()
+        mask = None if self.mask is None else self.mask.index_select(3, index)
+        return Keys(self.k.index_select(2, index), self.v.index_select(2, index), mask)
+
+    def pad(self, tokens: int) -> "Keys":
+        """With `tokens` keys and values of zeros on either side, that may be seen."""
+        k, v = (F.pad(x, (0, 0, tokens, tokens)) for x in (self.k, self.v))
+        mask = None if self.mask is None else F.pad(self.mask, (tokens, tokens), value=self.mask.dtype == torch.bool)
+        return Keys(k, v, mask)
+
+
+def attend_scopes(
+    q: Tensor,
+    local: Keys,
+    shared: Keys,
+    others: Keys,
+    scopes: Scopes,
+    *,
+    queries: range,
+    local_frames: range,
+    shared_frames: tuple[int, ...],
+    cells: int,
+    scale: float,
+    train_frames: int | None = None,
+) -> Tensor:
+    """Frames `queries` attend to the `local` ones in reach, the `shared` ones and the `others`; `(b, h, n, c)`.
+
+    Numbers of frames are those in the whole video, so `q` may be a part of it: `local` then holds the part and the
+    frames around it. `cells` is the number of tokens of a frame, `train_frames` the base of the scale by seen frames.
+    """
+    step = block_frames(len(queries), cells)
+    parts = []
+    for first in range(0, len(queries), step):
+        block = queries[first : first + step]
+        rows = slice(first * cells, (first + len(block)) * cells)
+        at_local, at_shared = scopes.keys(block, local_frames, shared_frames)
+        pieces = [*local.frames(at_local, cells), *shared.frames(at_shared, cells), others]
+        seen_local = tuple(local_frames[place] for place in at_local)
+        seen_shared = tuple(shared_frames[place] for place in at_shared)
+        mask = block_mask(scopes, block, seen_local, seen_shared, cells, others.k.shape[-2], q)
+        block_q = q[:, :, rows]
+        if train_frames is not None:
+            block_q = block_q * seen_scale(scopes, block, seen_local, seen_shared, cells, train_frames, q)
+        parts.append(
+            F.scaled_dot_product_attention(
+                block_q,
+                torch.cat([piece.k for piece in pieces], dim=-2),
+                torch.cat([piece.v for piece in pieces], dim=-2),
+                attn_mask=add_model_mask(mask, [piece.mask for piece in pieces], rows),
+                scale=scale,
+            )
+        )
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+
+
+def block_frames(frames: int, cells: int) -> int:
+    """Query frames of one SDPA call."""
+    return min(frames, max(1, BLOCK_TOKENS // cells))
+
+
+def block_mask(
+    scopes: Scopes,
+    queries: range,
+    local: tuple[int, ...],
+    shared: tuple[int, ...],
+    cells: int,
+    others: int,
+    q: Tensor,
+) -> Tensor | None:
+    """Additive `(1, 1, query tokens or 1, key tokens)`, with zeros for the other tokens; None where all are zeros."""
+    flat = scopes.local_bias == scopes.global_bias == 0 or (scopes.local_bias == 0 and not shared)
+    if flat and len(queries) == 1:
+        return None
+    bias = q.new_full((len(local) + len(shared),), scopes.local_bias)
+    bias[len(local) :] = scopes.global_bias
+    if len(queries) > 1:
+        seen = visible(scopes, queries, local, shared, q.device)
+        bias = torch.where(seen, bias, -torch.inf).repeat_interleave(cells, dim=0)
+    return F.pad(bias.repeat_interleave(cells, dim=-1), (0, others)).view(1, 1, -1, bias.shape[-1] * cells + others)
+
+
+def seen_scale(
+    scopes: Scopes,
+    queries: range,
+    local: tuple[int, ...],
+    shared: tuple[int, ...],
+    cells: int,
+    train_frames: int,
+    q: Tensor,
+) -> Tensor:
+    """log(frames seen) / log(train_frames) of every query token, `(tokens, 1)`."""
+    count = visible(scopes, queries, local, shared, q.device).sum(dim=1, keepdim=True)
+    return (count.double().log() / math.log(train_frames)).to(q).repeat_interleave(cells, dim=0)
+
+
+def add_model_mask(mask: Tensor | None, model: list[Tensor | None], rows: slice) -> Tensor | None:
+    """The additive `mask` of a block together with the model's own, given for each piece of the keys."""
+    own = [part for part in model if part is not None]
+    if not own:
+        return mask
+    whole = torch.cat(own, dim=-1)
+    whole = whole[:, :, rows] if whole.shape[-2] > 1 else whole
+    if mask is None:
+        return whole
+    return mask.masked_fill(~whole, -torch.inf) if whole.dtype == torch.bool else mask + whole
+
+
+def four_axes(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """The model's mask as `(b|1, h|1, n|1, n)`, additive ones in the dtype of `q`."""
+    if mask is None:
+        return None
+    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)).expand(-1, -1, -1, q.shape[-2])
+    return mask if mask.dtype == torch.bool else mask.to(q.dtype)

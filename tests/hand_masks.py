@@ -1,0 +1,122 @@
+"""Local windows without the library: masks written here, laid over the attention calls of an untouched model."""
+
+import itertools
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from models import Tiny, Tokens
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+RADIUS = 2
+TOLERANCE = 2e-5
+"""Largest absolute error of outputs divided by their root mean square."""
+
+Layouts = dict[str, tuple[Tokens, ...]]
+"""Regular expression on layer names -> layout of the whole batch, or one per sample."""
+
+
+def near(tokens: Tokens, radius: float) -> Tensor:
+    """What each token of one sample may see: cells the cells nearer than `radius`, the others everything."""
+    axes = (torch.arange(size) for size in (tokens.frames, tokens.rows, tokens.columns))
+    cells = torch.cartesian_prod(*axes)
+    mask = torch.ones(tokens.total, tokens.total, dtype=torch.bool)
+    inside = slice(tokens.before, tokens.before + len(cells))
+    mask[inside, inside] = ((cells[:, None] - cells[None]) ** 2).sum(-1) < radius**2
+    return mask
+
+
+class HandMask(TorchFunctionMode):
+    """Adds the hand-made masks to the attention of an unmodified model's layers.
+
+    `prompts` says that after its own tokens a layer attends to pictures that are prompts: those calls stay as they are.
+    """
+
+    def __init__(self, model: nn.Module, layouts: Layouts, radius: float = RADIUS, prompts: bool = False) -> None:
+        self.masked: set[str] = set()
+        self._layer: str | None = None
+        self._calls = 0
+        self._layouts = {
+            name: layout
+            for (name, _), (pattern, layout) in itertools.product(model.named_modules(), layouts.items())
+            if re.fullmatch(pattern, name)
+        }
+        self._radius = radius
+        self._prompts = prompts
+        self._hooks = []
+        for name in self._layouts:
+            module = model.get_submodule(name)
+            self._hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self._enter_layer(name)))
+            self._hooks.append(module.register_forward_hook(lambda *_: self._enter_layer(None)))
+        super().__init__()
+
+    @property
+    def missed(self) -> set[str]:
+        """Layers that made no call."""
+        return set(self._layouts) - self.masked
+
+    def _enter_layer(self, name: str | None) -> None:
+        self._layer, self._calls = name, 0
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for hook in self._hooks:
+            hook.remove()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention and self._layer is not None:
+            query, key, value, *rest = (*args, *(kwargs.pop(n) for n in ("query", "key", "value") if n in kwargs))
+            own = rest[0] if rest else kwargs.pop("attn_mask", None)
+            args = (query, key, value, self._combine(query, key, own), *rest[1:])
+        return func(*args, **kwargs)
+
+    def _combine(self, query: Tensor, key: Tensor, own: Tensor | None) -> Tensor | None:
+        layout = self._layouts[self._layer]
+        if self._prompts and self._calls:
+            return own
+        if len(layout) > 1 and len(query) == 1:
+            layout = (layout[self._calls],)
+        self._calls += 1
+        self.masked.add(self._layer)
+        assert {query.shape[2], key.shape[2]} == {tokens.total for tokens in layout}
+        mask = torch.stack([near(tokens, self._radius) for tokens in layout])[:, None].to(query.device)
+        if own is None:
+            return mask
+        return mask & own if own.dtype == torch.bool else own.masked_fill(~mask, -torch.inf)
+
+
+def under_masks(run: Callable[[], Tensor], *models: tuple[nn.Module, Layouts], **options: Any) -> Tensor:
+    """What `run` gives while all layers of these unmodified models carry the hand-made masks."""
+    with ExitStack() as stack:
+        modes = [stack.enter_context(HandMask(model, layouts, **options)) for model, layouts in models]
+        output = run()
+    assert modes and all(mode.masked and not mode.missed for mode in modes)
+    return output
+
+
+def by_hand(tiny: Tiny, layouts: Layouts, **changes: Any) -> Tensor:
+    """Output of the unmodified model under the hand-made masks."""
+    return under_masks(lambda: tiny.run(**changes), (tiny.model, layouts))
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """Largest absolute difference, in units of the wanted output's root mean square."""
+    return float((got - want).abs().max() / want.square().mean().sqrt())
+
+
+def gradients(model: nn.Module, output: Tensor) -> Tensor:
+    """Gradients of all parameters in one flat tensor."""
+    parameters = list(model.parameters())
+    return torch.cat(
+        [g.flatten() for g in torch.autograd.grad(output.square().mean(), parameters, materialize_grads=True)]
+    )
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """Largest absolute difference, in units of the largest wanted value."""
+    return float((got - want).abs().max() / want.abs().max())
