@@ -184,7 +184,7 @@ class SwappedLayer:
     ) -> Tensor:
         """The mechanism on all tokens; sample by sample where their grids differ."""
         grids = self.reader.grids(query.shape[2])
-        features, self.features = self.features, None
+        features = self._take_features(len(query))
         self.grid = grids[0]
         if not torch.compiler.is_compiling():
             self.shapes = without_data(query), None if mask is None else without_data(mask)
@@ -197,6 +197,14 @@ class SwappedLayer:
             own_features = None if features is None else features[one]
             samples.append(self._attend(query[one], key[one], value[one], grid, own_mask, own_features, scale))
         return torch.cat(samples)
+
+    def _take_features(self, samples: int) -> Tensor | None:
+        """The block's input for the next samples of the batch; some families (Mochi) call sample by sample."""
+        if self.features is None:
+            return None
+        features, rest = self.features[:samples], self.features[samples:]
+        self.features = rest if len(rest) else None
+        return features
 
     def _attend(
         self,

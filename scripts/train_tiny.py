@@ -79,6 +79,7 @@ def flow(
     workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = PLAN.workers,
     compiled: Annotated[bool, typer.Option(help="Compile the blocks: minutes first, then faster.")] = PLAN.compiled,
     seed: int = PLAN.seed,
+    start: Annotated[Path | None, typer.Option(help="Pipeline folder whose weights to start from.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
     nice: Nice = 5,
 ) -> None:
@@ -93,6 +94,7 @@ def flow(
         workers=workers,
         compiled=compiled,
         seed=seed,
+        start=start,
     )
     (work_dir / "workers").unlink(missing_ok=True)
     if workers == 1:

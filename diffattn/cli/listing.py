@@ -14,7 +14,7 @@ from ..families import FAMILIES
 from ..grid import TokenGrid
 from ..kernels import BACKENDS
 from ..kernels.call import WindowCall
-from ..mechanisms import ClearAttention
+from ..mechanisms import NeighborhoodAttention
 from .arguments import describe
 
 
@@ -44,8 +44,8 @@ def families() -> list[dict[str, Any]]:
 
 def kernels(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Name of every kernel, and None or the reason why it does not run here."""
-    token = torch.empty(1, 1, 1, 8, device=device, dtype=dtype)
-    call = WindowCall(token, token, token, TokenGrid(1, 1), ClearAttention(radius=1).pattern, 1.0)
+    tokens, grid = torch.empty(1, 1, 4, 8, device=device, dtype=dtype), TokenGrid(2, 2)
+    call = WindowCall(tokens, tokens, tokens, grid, NeighborhoodAttention(kernel_size=2).pattern(grid), 1.0)
     return [{"name": name, "why_not": backend.refuses(call)} for name, backend in BACKENDS.items()]
 
 

@@ -38,6 +38,12 @@ def block_order(pattern: Pattern, grid: TokenGrid) -> TileOrder | None:
     return None if tile is None or math.prod(tile) < LEAST_CELLS else TileOrder(grid.shape, tile)
 
 
+@cached(1024)
+def block_keys(pattern: Pattern, grid: TokenGrid) -> int | None:
+    """Cells that a cell sees, on average; None where there is no `block_order`."""
+    return None if block_order(pattern, grid) is None else pattern.pairs(grid) // grid.cells
+
+
 class Batch(NamedTuple):
     """Blocks that see equally many blocks."""
 

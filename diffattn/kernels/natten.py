@@ -19,6 +19,9 @@ from .pattern import Pattern
 
 Shape = tuple[int, int, int]
 
+POWERS = {8, 16, 32, 64, 128, 256, 512}
+"""Head sizes that NATTEN takes where it computes by FlexAttention."""
+
 
 class NattenOptions(NamedTuple):
     """A rule in NATTEN's terms, for frames, rows and columns."""
@@ -99,13 +102,12 @@ def _refuses_window(call: WindowCall) -> str | None:
 
 
 def _refuses_head_dim(call: WindowCall) -> str | None:
-    size = call.q.shape[-1]
+    size, values = call.q.shape[-1], call.v.shape[-1]
     if has_library() and call.q.device.type == "cuda":
-        return (
-            None if size % 8 == 0 and call.v.shape[-1] % 8 == 0 else f"NATTEN needs head sizes divisible by 8: {size}"
-        )
-    fits = size == call.v.shape[-1] and 8 <= size <= 512 and size & (size - 1) == 0
-    return None if fits else f"NATTEN without its library needs a power of two from 8 to 512 as head size, got {size}"
+        needed, fits = "head sizes divisible by 8", size % 8 == 0 and values % 8 == 0
+    else:
+        needed, fits = "one head size, a power of two from 8 to 512", size == values and size in POWERS
+    return None if fits else f"NATTEN needs {needed}, got {size} for queries and {values} for values"
 
 
 def natten_attention(call: WindowCall) -> Tensor:

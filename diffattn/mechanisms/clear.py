@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from ..config import register
 from ..grid import TokenGrid
-from ..kernels import BACKENDS, window_attention
+from ..kernels import window_attention
 from ..kernels.call import window_call
-from ..kernels.choose import choose
+from ..kernels.choose import GENERAL_BACKENDS, choose
 from ..kernels.dense import combine_masks
 from ..kernels.pattern import Cells, dense_mask
 from .base import Context, Mechanism, default_scale
@@ -123,7 +123,7 @@ class ClearAttention(Mechanism):
 
     @property
     def backends(self) -> tuple[str, ...]:
-        return ("auto", *BACKENDS)
+        return ("auto", *GENERAL_BACKENDS)
 
     @property
     def pattern(self) -> Ball:

@@ -88,7 +88,7 @@ class HaloAttention(Mechanism):
     FlexAttention does so where a tile, or an equal part of it, has a multiple of 128 tokens: (8, 16), (6, 8, 8).
 
     >>> HaloAttention(tile=8, halo=2).flops(TokenGrid(64, 64, before=512), heads=24, head_dim=128) / 1e9
-    113.6260153344
+    112.944218112
     """
 
     tile: PerAxis = 8

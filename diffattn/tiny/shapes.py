@@ -27,7 +27,7 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 """RGB of each colour name, 0..255."""
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
-SIZES: dict[str, float] = {"small": 12.0, "large": 20.0}
+SIZES: dict[str, float] = {"small": 15.0, "large": 23.0}
 """Nominal radius in pixels of each size."""
 
 TEXTURES = ("plain", "striped")
@@ -48,7 +48,8 @@ CENTRES = (27.0, 64.0, 101.0)
 """Middle in pixels of each row, and of each column, of places."""
 
 _STRIPE_PERIOD = 32
-_JITTER = 3.0
+_JITTER_PIXELS = 1.0
+_STRETCH = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,15 +137,15 @@ def captions(scene: Scene) -> tuple[str, ...]:
 def render(scene: Scene, rng: np.random.Generator | None = None) -> np.ndarray:
     """Draw a scene as uint8 RGB of shape (SIDE, SIDE, 3).
 
-    With `rng` the shape is moved by up to 3 pixels each way and its radius scaled by up to 8 percent; without it
-    the picture is the nominal one.
+    With `rng` the shape is moved by up to a pixel each way and its radius scaled by up to 3 percent, which is small
+    beside the 8 pixels of an image token; without it the picture is the nominal one.
     """
     row, column = PLACES[scene.place]
     shift_y, shift_x, stretch = (0.0, 0.0, 0.0) if rng is None else rng.uniform(-1.0, 1.0, 3)
-    radius = SIZES[scene.size] * (1.0 + 0.08 * stretch)
+    radius = SIZES[scene.size] * (1.0 + _STRETCH * stretch)
     pixels = np.arange(SIDE, dtype=np.float32) + 0.5
-    y = pixels[:, None] - (CENTRES[row] + _JITTER * shift_y)
-    x = pixels[None, :] - (CENTRES[column] + _JITTER * shift_x)
+    y = pixels[:, None] - (CENTRES[row] + _JITTER_PIXELS * shift_y)
+    x = pixels[None, :] - (CENTRES[column] + _JITTER_PIXELS * shift_x)
     coverage = np.clip(0.5 - _distance(scene.shape, x, y, radius), 0.0, 1.0)[..., None]
     picture = coverage * np.array(PALETTE[scene.colour]) + (1.0 - coverage) * _background(scene)
     return np.round(picture).astype(np.uint8)

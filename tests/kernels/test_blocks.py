@@ -7,6 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from diffattn.grid import TokenGrid
 from diffattn.kernels import blocks, tiled
 from diffattn.kernels.call import window_call
+from diffattn.kernels.choose import choose
 
 CPU = torch.device("cpu")
 
@@ -50,6 +51,15 @@ def test_small_tiles_and_rules_on_none_are_left_to_windows(bricks, disc, lattice
     assert blocks.block_order(bricks((1, 4, 8), 1), grid) is not None
     for pattern in (bricks((1, 4, 4), 1), disc(8), lattice(8)):
         assert blocks.block_order(pattern, grid) is None
+
+
+@pytest.mark.parametrize(("reach", "backend"), [(1, "tiled"), (5, "dense")])
+def test_auto_counts_the_keys_that_are_computed(reach, backend, bricks):
+    """A box around the window would hold the grid; a diamond of tiles saves much of it."""
+    grid = TokenGrid(40, 40)
+    q = torch.zeros(1, 1, grid.tokens, 4)
+    choice = choose(window_call(q, q, q, grid, bricks((1, 8, 8), reach), 0.5, None, None))
+    assert choice.backend == backend
 
 
 def test_backward_keeps_the_inputs_and_nothing_larger(bricks, make_case):

@@ -97,8 +97,8 @@ def test_each_choice_is_logged_once(caplog, disc):
 
 def test_unknown_backends_are_refused_with_the_known_ones(disc):
     q = torch.randn(1, 1, 4, 4)
-    with pytest.raises(ValueError, match="unknown backend 'natten'; known: auto, dense, tiled, flex"):
-        window_attention(q, q, q, TokenGrid(2, 2), disc(1), scale=0.5, backend="natten")
+    with pytest.raises(ValueError, match="unknown backend 'warp'; known: auto, dense, tiled, flex, natten, xformers"):
+        window_attention(q, q, q, TokenGrid(2, 2), disc(1), scale=0.5, backend="warp")
 
 
 def test_a_backend_that_cannot_says_why_and_which_can(disc):

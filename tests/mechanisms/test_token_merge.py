@@ -292,9 +292,12 @@ def test_stable_diffusion_compares_the_input_of_the_block(monkeypatch: pytest.Mo
     assert all(torch.equal(one, other) for one, other in zip(seen, finest, strict=True))
 
 
-def test_the_samples_of_a_batch_do_not_meet_in_stable_diffusion() -> None:
-    tiny = models.sd15()
-    size = len(tiny.inputs["sample"])
+@pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
+@pytest.mark.parametrize("build", [models.sd15, models.mochi], ids=lambda build: build.__name__)
+def test_the_samples_of_a_batch_do_not_meet_in_a_model(build: Callable[[], models.Tiny]) -> None:
+    """Mochi calls its attention sample by sample."""
+    tiny = build()
+    size = len(tiny.inputs["encoder_hidden_states"])
     with diffattn.apply(tiny.model, "token_merge"), torch.no_grad():
         together = tiny.run().view(size, -1)
         for i in range(size):
