@@ -18,7 +18,7 @@ from diffattn.mechanisms import Mechanism
 
 README = Path(__file__).parents[1] / "README.md"
 MARKERS = "<!-- support table -->", "<!-- /support table -->"
-OPTIONS = {"clear": {"radius": 2}}
+OPTIONS = {"clear": {"radius": 2}, "neighborhood": {"kernel_size": 3}}
 """Options of mechanisms that have no defaults for all of them."""
 
 
