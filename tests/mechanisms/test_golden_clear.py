@@ -116,10 +116,18 @@ class FixedLayer:
             weights.load_state_dict({"spatial_weight": spatial_weight})
         self.context = Context(weights=weights)
 
-    def wants(self, query: Tensor, key: Tensor) -> bool:
+    def wants(self, query: Tensor, key: Tensor, parallel_config: Any = None) -> bool:
         return True
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        parallel_config: Any = None,
+    ) -> Tensor:
         out = self.mechanism.attend(query, key, value, self.grid, scale=scale, context=self.context)
         reference = self.mechanism.reference(query, key, value, self.grid, scale=scale, context=self.context)
         torch.testing.assert_close(out, reference, atol=2e-5, rtol=0)
