@@ -15,7 +15,7 @@ from torch import Tensor
 from .blocks import block_keys
 from .call import WindowCall
 from .dense import dense_attention
-from .flex import flex_window_attention, missing_compiler
+from .flex import MOST_CELLS, flex_window_attention, has_avx512, missing_compiler
 from .natten import has_library, natten_attention, natten_refuses
 from .pattern import covers
 from .tiled import best_windows, tiled_attention
@@ -59,13 +59,19 @@ class Backend:
             return "the model's mask differs from query to query"
         if call.mask is not None and call.mask.requires_grad and torch.is_grad_enabled() and not self.mask_gradients:
             return "the model's mask needs a gradient"
-        if self.objects is not None:
-            return self.objects(call)
-        if not self.compiled:
-            return None
+        objection = self.objects(call) if self.objects is not None else None
+        if objection is not None or not self.compiled:
+            return objection
         if torch.compiler.is_compiling():
             return "an outer torch.compile is tracing, and its blocks must be laid out before"
         return missing_compiler(call.q.device)
+
+
+def flex_refuses(call: WindowCall) -> str | None:
+    """What FlexAttention has against the size of a grid."""
+    if call.grid.cells <= MOST_CELLS:
+        return None
+    return f"its compiled rule counts up to {MOST_CELLS} cells, and the grid has {call.grid.cells}"
 
 
 BACKENDS = MappingProxyType(
@@ -81,6 +87,7 @@ BACKENDS = MappingProxyType(
                 dtypes=frozenset({torch.float32, torch.float16, torch.bfloat16}),
                 gradients=frozenset({"cuda"}),
                 compiled=True,
+                objects=flex_refuses,
             ),
             Backend(
                 "natten",
@@ -131,7 +138,16 @@ BLOCKS_SAVING = 1.5
 DENSE_MOST = 4096
 """Cells beyond which `auto` never builds the dense mask for its speed."""
 FLEX_CELLS = 4096
-"""From this many cells on `auto` spends the seconds of a compilation."""
+"""From this many cells on `auto` spends the seconds of a compilation, where the kernel is faster than tiles."""
+
+# On 2 cores with AVX2 alone, 128 x 128 tokens, medians of 5 interleaved rounds, in ms; 16 x 32 x 32 tokens are even.
+#   clear radius 8   flex 147, tiled 120      neighborhood 13   flex 160, tiled 112
+#   clear radius 16  flex 382, tiled 328      halo radius 16    flex 101, tiled 115 (whole tiles: no mask)
+
+
+def beats_tiles(call: WindowCall) -> bool:
+    """Whether the compiled kernel is faster than tiles: masks are cheap with AVX-512, and whole tiles have none."""
+    return call.q.device.type != "cpu" or has_avx512() or block_keys(call.pattern, call.grid) is not None
 
 
 def natten_has_kernel(call: WindowCall) -> bool:
@@ -162,9 +178,14 @@ def choose(call: WindowCall) -> Choice:
     if natten_has_kernel(call):
         return Choice("natten", "NATTEN has a kernel for this pattern")
     flex = BACKENDS["flex"].refuses(call)
-    if flex is None and call.grid.cells >= FLEX_CELLS:
+    if flex is None and call.grid.cells >= FLEX_CELLS and beats_tiles(call):
         return Choice("flex", "fewest keys per query")
-    reason = f"flex can't serve it: {flex}" if flex else f"{call.grid.cells} cells do not repay a compilation"
+    if flex is not None:
+        reason = f"flex can't serve it: {flex}"
+    elif call.grid.cells < FLEX_CELLS:
+        reason = f"{call.grid.cells} cells do not repay a compilation"
+    else:
+        reason = "without AVX-512 tiles are faster than flex"
     keys, saving = block_keys(call.pattern, call.grid), BLOCKS_SAVING
     if keys is None:
         keys, saving = math.prod(best_windows(call.pattern, call.grid).window), TILED_SAVING

@@ -126,21 +126,24 @@ class TileOrder:
         return grid[:, :, :frames, :rows, :columns].reshape(*grid.shape[:2], frames * rows * columns, grid.shape[-1])
 
     def coordinates(self, index: Tensor) -> Cells:
-        """Where the cells at `index` of the tile order lie; of padding, coordinates beyond the grid. int32.
+        """Where the cells at `index` of the tile order lie; of padding, coordinates beyond the grid. float32.
 
-        Exact below 2^22 tiles, and 2^22 cells where a tile's cells are no power of two. Made of `divide`: table
-        look-ups would cost a quarter of the kernel's time on a CPU.
+        Exact below 2^24 cells in 2^22 tiles, and 2^22 cells where a tile's cells are no power of two. The numbers are
+        whole but float: compiled for a CPU, indices are 64-bit integers, whose products and shifts AVX2 lacks (1.6
+        times the kernel's time); table look-ups would cost a quarter of it.
         """
         _, rows, columns = self.counts
-        _, high, wide = self.tile
-        tile, place = _divmod(index, self.block)
+        deep, high, wide = self.tile
+        tile, place = _divmod(index.to(torch.float32), self.block)
         line, column = _divmod(tile, columns)
-        frame, row = _divmod(line, rows)
         inner_line, inner_column = _divmod(place, wide)
+        if self.shape[0] == 1:
+            return Cells(torch.zeros_like(line), line * high + inner_line, column * wide + inner_column)
+        frame, row = _divmod(line, rows)
         inner_frame, inner_row = _divmod(inner_line, high)
-        return Cells(frame * self.tile[0] + inner_frame, row * high + inner_row, column * wide + inner_column)
+        return Cells(frame * deep + inner_frame, row * high + inner_row, column * wide + inner_column)
 
 
 def _divmod(index: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
     quotient = divide(index, divisor)
-    return quotient, index.to(torch.int32) - quotient * divisor
+    return quotient, index - quotient * divisor

@@ -39,7 +39,7 @@ def cached(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 class Cells(NamedTuple):
-    """Coordinates of some cells: three integer tensors of one broadcastable shape."""
+    """Coordinates of some cells: three tensors of whole numbers, int or float32, of one broadcastable shape."""
 
     frame: Tensor
     row: Tensor
@@ -58,7 +58,10 @@ class Pattern(Protocol):
     """
 
     def allowed(self, query: Cells, key: Cells) -> Tensor:
-        """May `query` see `key`? Elementwise boolean over the broadcast shape; traceable by torch.compile."""
+        """May `query` see `key`? Elementwise boolean over the broadcast shape; traceable by torch.compile.
+
+        Coordinates are whole, but float32 in a compiled kernel: divide them by `divide`.
+        """
         ...
 
     def span(self, axis: int, low: int, high: int, size: int) -> tuple[int, int]:
@@ -91,13 +94,18 @@ def moves_by(pattern: Pattern, step: Shape) -> bool:
 
 
 def divide(index: Tensor, divisor: int) -> Tensor:
-    """index // divisor as int32, exact for |index| < 2^22.
+    """index // divisor of whole numbers, exact for |index| < 2^22: int32, or float32 where `index` is.
 
     Written for vector units, by a shift or a float32 product: in a compiled rule, integer division takes three times
     the time of the attention itself.
     """
+    power = divisor & (divisor - 1) == 0
+    if index.is_floating_point():
+        if divisor == 1:
+            return index
+        return torch.floor((index if power else index + 0.5) * (1.0 / divisor))
     index = index.to(torch.int32)
-    if divisor & (divisor - 1) == 0:
+    if power:
         return index >> (divisor.bit_length() - 1) if divisor > 1 else index
     return torch.floor((index.to(torch.float32) + 0.5) * (1.0 / divisor)).to(torch.int32)
 

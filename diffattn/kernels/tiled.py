@@ -24,8 +24,9 @@ from .call import WindowCall
 from .order import tile_shape
 from .pattern import Cells, Pattern, cached, moves_by
 
-TILE_CELLS = 256
-"""Queries in a tile. Of 32 ... 512 on 2 CPU cores (4 heads x 64, float32, 128 x 128 tokens) 16 x 16 is fastest."""
+TILE_CELLS, VIDEO_TILE_CELLS = 128, 256
+"""Queries in a tile, of a picture and of a video: fastest of 64, 128 and 256, or within a tenth of it, on 2 cores with
+AVX2 (4 heads x 64, float32; 128 x 128 and 16 x 32 x 32 tokens)."""
 BUDGET = 2**28
 """Bytes of gathered keys, values and masks in use at once."""
 
@@ -288,7 +289,8 @@ def tile_key_mask(call: WindowCall) -> tuple[Tensor | None, Tensor | None]:
 
 def best_windows(pattern: Pattern, grid: TokenGrid) -> Windows:
     """The cut of `grid` whose windows hold the fewest keys."""
-    tile = tile_shape(pattern, grid.shape, TILE_CELLS, blocks=False)
+    cells = TILE_CELLS if grid.frames == 1 else VIDEO_TILE_CELLS
+    tile = tile_shape(pattern, grid.shape, cells, blocks=False)
     return windows(
         pattern, grid.shape, (min(tile[0], grid.frames), min(tile[1], grid.height), min(tile[2], grid.width))
     )

@@ -8,7 +8,7 @@ import torch
 from diffattn.grid import TokenGrid
 from diffattn.kernels import dense, flex, window_attention
 from diffattn.kernels.call import window_call
-from diffattn.kernels.choose import choose
+from diffattn.kernels.choose import BACKENDS, choose
 
 LARGE = TokenGrid(128, 128)
 
@@ -21,6 +21,17 @@ def compiler(monkeypatch):
         monkeypatch.setattr("diffattn.kernels.choose.missing_compiler", lambda device: missing)
 
     say(None)
+    return say
+
+
+@pytest.fixture
+def avx512(monkeypatch):
+    """Say whether the CPU has it."""
+
+    def say(there):
+        monkeypatch.setattr("diffattn.kernels.choose.has_avx512", lambda: there)
+
+    say(True)
     return say
 
 
@@ -42,11 +53,21 @@ def test_auto_takes_tiles_without_a_compiler_and_says_so(light_call, compiler):
     assert "no C++ compiler found" in choice.reason
 
 
-def test_auto_takes_flex_where_it_repays_its_compilation(light_call, compiler):
+def test_auto_takes_flex_where_it_repays_its_compilation(light_call, compiler, avx512, bricks):
     assert choose(light_call(LARGE)).backend == "flex"
+    avx512(False)
+    choice = choose(light_call(LARGE))
+    assert (choice.backend, choice.reason) == ("tiled", "without AVX-512 tiles are faster than flex")
+    assert choose(light_call(LARGE, bricks((1, 8, 8), 1))).backend == "flex"
 
 
-def test_auto_takes_tiles_for_gradients_on_a_cpu(light_call, compiler):
+def test_flex_refuses_more_cells_than_its_rule_can_count(light_call, compiler, monkeypatch):
+    assert BACKENDS["flex"].refuses(light_call(LARGE)) is None
+    monkeypatch.setattr("diffattn.kernels.choose.MOST_CELLS", 128 * 128 - 1)
+    assert "counts up to 16383 cells, and the grid has 16384" in str(BACKENDS["flex"].refuses(light_call(LARGE)))
+
+
+def test_auto_takes_tiles_for_gradients_on_a_cpu(light_call, compiler, avx512):
     choice = choose(light_call(LARGE, grad=True))
     assert choice.backend == "tiled"
     assert "no backward pass" in choice.reason
@@ -67,7 +88,7 @@ def test_auto_is_dense_where_the_pattern_saves_nothing(light_call, compiler, dis
 def test_auto_is_dense_where_tiles_save_too_little(light_call, compiler, disc):
     choice = choose(light_call(TokenGrid(48, 48), disc(8)))
     assert choice.backend == "dense"
-    assert "1024 keys a query of 2304" in choice.reason
+    assert "768 keys a query of 2304" in choice.reason
     assert choose(light_call(TokenGrid(60, 60), disc(4))).backend == "tiled"
 
 
