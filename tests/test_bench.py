@@ -36,7 +36,7 @@ def _row(name: str, seconds: float, passed: bool = True) -> Row:
 def test_mask_rows_are_rows_of_the_mask(grid: TokenGrid) -> None:
     mechanism = ClearAttention(radius=2)
     rows = torch.arange(grid.tokens)[::2]
-    assert torch.equal(mask_rows(mechanism.pattern, grid, rows), mechanism.mask(grid)[rows])
+    assert torch.equal(mask_rows(mechanism.pattern(grid), grid, rows), mechanism.mask(grid)[rows])
 
 
 def test_the_checked_queries_reach_text_and_corners() -> None:
@@ -183,7 +183,7 @@ def test_rows_that_cannot_run_are_named_with_the_reason(monkeypatch: pytest.Monk
 
 def test_the_dense_mask_of_a_large_grid_runs_only_when_asked_for() -> None:
     tensors = replace(SMALL, heads=1).tensors(TokenGrid(100, 100))
-    call = WindowCall(*tensors, TokenGrid(100, 100), ClearAttention(radius=2).pattern, 1.0)
+    call = WindowCall(*tensors, TokenGrid(100, 100), ClearAttention(radius=2).pattern(TokenGrid(100, 100)), 1.0)
     rows, skipped = select(None, call)
     assert "tiled" in rows and "dense" not in rows and "--backends dense" in skipped["dense"]
     assert select(("dense",), call) == (["dense"], {})

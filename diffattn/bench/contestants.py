@@ -50,7 +50,7 @@ def windows(
     rows: tuple[str, ...] | None, grid: TokenGrid, mechanism: ClearAttention, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[list[Contestant], list[str]]:
     """The asked-for rows of CLEAR (None: all that are worth their time), and why others do not run."""
-    call = WindowCall(q, k, v, grid, mechanism.pattern, q.shape[-1] ** -0.5)
+    call = WindowCall(q, k, v, grid, mechanism.pattern(grid), q.shape[-1] ** -0.5)
     chosen, skipped = select(rows, call)
     found = [Contestant(ROWS[row], mechanism, *_functions(row, call)) for row in chosen]
     return found, [f"{ROWS[row]} of {mechanism} on {grid}: {reason}" for row, reason in skipped.items()]

@@ -228,6 +228,7 @@ def list_(
     epilog=examples(
         "diffattn bench",
         "diffattn bench --grid 64x64 --radius 8 --text 512 --heads 24 --head-dim 128 --dtype bfloat16 --device cuda",
+        "diffattn bench --mechanism 'agent num_agents=256' --mechanism 'halo tile=8 radius=16'",
         "diffattn bench --grid 8x32x32 --radius 8 --mechanism agent --output outputs/video",
         "diffattn bench --scaling",
     )
@@ -242,7 +243,7 @@ def bench(
     ] = None,
     mechanism: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME[:OPTION=VALUE,...]", help="Other mechanisms; repeatable. Default: agent."),
+        typer.Option(metavar="'NAME OPTION=VALUE ...'", help="Other mechanisms; repeatable. Default: agent."),
     ] = None,
     backends: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Only these rows of CLEAR, see below; repeatable.")

@@ -25,7 +25,7 @@ from .pattern import Pattern, cached
 BUDGET = {"cpu": 2**24}
 """Bytes of gathered keys and values in use at once. CPU: 16 MB stay in its cache, 256 MB are 1.6 times slower."""
 LARGE_BUDGET = 2**28
-"""The same on all other devices."""
+"""The same on all other devices, and in a trace, which holds every part of the work as nodes of its own."""
 LEAST_CELLS = 32
 """Cells of a block below which windows with a mask (`tiled.py`) are faster: 6 x 6 wins over them, 4 x 4 loses."""
 MOST_CELLS = 256
@@ -188,13 +188,18 @@ def key_masks(call: WindowCall, order: TileOrder) -> tuple[Tensor | None, Tensor
     return cells, masks[1].squeeze(2)
 
 
+def default_budget(device: torch.device) -> int:
+    """Bytes to use at once on `device`."""
+    return LARGE_BUDGET if torch.compiler.is_compiling() else BUDGET.get(device.type, LARGE_BUDGET)
+
+
 def block_attention(call: WindowCall, order: TileOrder, budget: int | None = None) -> Tensor:
     """Order the tokens by block, attend, and put them back; `order` is that of `block_order`."""
     grid, device = call.grid, call.q.device
     cells = (order.to_tiles(grid.split(tensor)[0]) for tensor in (call.q, call.k, call.v))
     q, k, v = (tensor.unflatten(2, (order.tiles, order.block)) for tensor in cells)
     operands = Operands(q, k, v, *call.extras(), *key_masks(call, order))
-    budget = BUDGET.get(device.type, LARGE_BUDGET) if budget is None else budget
+    budget = default_budget(device) if budget is None else budget
     work = Work(batches(call.pattern, order, device), call.scale, budget, call.mask is not None)
     out: Tensor = BlockAttention.apply(work, *operands) if call.needs_grad else attend_blocks(operands, work)
     return call.join(order.from_tiles(out.flatten(2, 3)))

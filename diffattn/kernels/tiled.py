@@ -6,8 +6,8 @@ above each other form a strip: its keys are copied once, its windows are then vi
 one SDPA call. Keys that every cell sees (text, pooled) are appended to each window. Rules on tiles need neither boxes
 nor masks: `blocks.py`.
 
-Time O(n (window + tile) d). Memory beyond inputs and output: `BUDGET` bytes, or one strip where that is more. The
-backward pass computes each tile again, so that only the inputs are kept.
+Time O(n (window + tile) d). Memory beyond inputs and output: `blocks.BUDGET` bytes, or one strip where that is more.
+The backward pass computes each tile again, so that only the inputs are kept.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..grid import TokenGrid
-from .blocks import block_attention, block_order
+from .blocks import block_attention, block_order, default_budget
 from .call import WindowCall
 from .order import tile_shape
 from .pattern import Cells, Pattern, cached, moves_by
@@ -27,8 +27,6 @@ from .pattern import Cells, Pattern, cached, moves_by
 TILE_CELLS, VIDEO_TILE_CELLS = 128, 256
 """Queries in a tile, of a picture and of a video: fastest of 64, 128 and 256, or within a tenth of it, on 2 cores with
 AVX2 (4 heads x 64, float32; 128 x 128 and 16 x 32 x 32 tokens)."""
-BUDGET = 2**28
-"""Bytes of gathered keys, values and masks in use at once."""
 
 
 class Strips(NamedTuple):
@@ -77,6 +75,18 @@ class Windows:
         if ragged:
             yield Strips(whole, count, ragged)
 
+    def alike(self, strips: Strips) -> Strips:
+        """The first strips whose windows lie to them as those of `strips` do: a rule that moves masks them alike."""
+        offsets = [start - place * self.tile[2] for place, start in enumerate(self.starts[2])]
+        count = strips.last - strips.first
+        same = (
+            first
+            for first in range(strips.first)
+            if offsets[first : first + count] == offsets[strips.first : strips.last]
+        )
+        first = strips.first if strips.width != self.tile[2] else next(same, strips.first)
+        return Strips(first, first + count, strips.width)
+
 
 @cached(256)
 def windows(pattern: Pattern, shape: tuple[int, int, int], tile: tuple[int, int, int]) -> Windows:
@@ -113,7 +123,7 @@ def tile_mask(
     return F.pad(allowed.expand(shape).flatten(4).flatten(1, 3), (0, extra), value=True)
 
 
-@cached(16)
+@cached(64)
 def tile_masks(pattern: Pattern, cut: Windows, strips: Strips, extra: int, device: torch.device) -> tuple[Tensor, ...]:
     """`tile_mask` at all heights; equal ones, all but those at the borders, share memory."""
     known: dict[object, Tensor] = {}
@@ -186,6 +196,8 @@ class Work(NamedTuple):
         return cut.strips(max(1, self.budget // strip))
 
     def masks(self, strips: Strips, extra: int, device: torch.device) -> Iterator[Tensor]:
+        if moves_by(self.pattern, self.cut.tile):
+            strips = self.cut.alike(strips)
         if torch.compiler.is_compiling():
             return (tile_mask(self.pattern, self.cut, height, strips, extra, device) for height in self.cut.heights())
         return iter(tile_masks(self.pattern, self.cut, strips, extra, device))
@@ -300,7 +312,7 @@ def tiled_attention(
     call: WindowCall,
     *,
     tile: tuple[int, int, int] | None = None,
-    budget: int = BUDGET,
+    budget: int | None = None,
     sdpa: Callable[..., Tensor] = F.scaled_dot_product_attention,
 ) -> Tensor:
     """`sdpa` on gathered tiles of `tile` (frames, rows, columns) cells; None chooses. See the module for the method."""
@@ -310,7 +322,7 @@ def tiled_attention(
     if blocks is not None:
         return block_attention(call, blocks)
     cut = best_windows(call.pattern, grid) if tile is None else windows(call.pattern, grid.shape, tile)
-    work = Work(call.pattern, cut, call.scale, budget, sdpa)
+    work = Work(call.pattern, cut, call.scale, default_budget(call.q.device) if budget is None else budget, sdpa)
     q, k, v = (grid.split(tensor)[0].unflatten(2, grid.shape) for tensor in (call.q, call.k, call.v))
     cell_mask, extra_mask = tile_key_mask(call)
     operands = Operands(q, k, v, *call.extras(), cell_mask, extra_mask)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import config
 from ..grid import TokenGrid
+from ..kernels.pattern import Pattern
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,10 @@ class Mechanism:
     ) -> Tensor:
         """The same result as `attend`, written the slow and plain way; meant for float64."""
         raise NotImplementedError
+
+    def pattern(self, grid: TokenGrid) -> Pattern | None:
+        """The rule that says which cells of `grid` see each other, for mechanisms that are a window."""
+        return None
 
     def mask(self, grid: TokenGrid) -> Tensor:
         """Dense boolean `(queries, keys)`, True = may be seen. Only mechanisms that are a mask have one."""

@@ -125,8 +125,7 @@ class ClearAttention(Mechanism):
     def backends(self) -> tuple[str, ...]:
         return ("auto", *GENERAL_BACKENDS)
 
-    @property
-    def pattern(self) -> Ball:
+    def pattern(self, grid: TokenGrid) -> Ball:
         return Ball(self.radius, self.radius_t)
 
     def check(self, grid: TokenGrid, *, context: Context = Context()) -> None:
@@ -176,7 +175,7 @@ class ClearAttention(Mechanism):
             k,
             v,
             grid,
-            self.pattern,
+            self.pattern(grid),
             scale=self.scale(q, grid, scale),
             backend=backend,
             mask=context.mask,
@@ -187,7 +186,7 @@ class ClearAttention(Mechanism):
         if backend != "auto":
             return backend
         pooled = k[..., : self.pooled(grid), :], v[..., : self.pooled(grid), :]
-        call = window_call(q, k, v, grid, self.pattern, 1.0, context.mask, pooled if self.down_factor else None)
+        call = window_call(q, k, v, grid, self.pattern(grid), 1.0, context.mask, pooled if self.down_factor else None)
         choice = choose(call)
         return f"{choice.backend}: {choice.reason}"
 
@@ -211,10 +210,10 @@ class ClearAttention(Mechanism):
 
     def mask(self, grid: TokenGrid) -> Tensor:
         self.check(grid)
-        return dense_mask(self.pattern, grid, pooled=self.pooled(grid))
+        return dense_mask(self.pattern(grid), grid, pooled=self.pooled(grid))
 
     def flops(self, grid: TokenGrid, heads: int, head_dim: int, *, context: Context = Context()) -> int:
-        pairs = self.pattern.pairs(grid) + grid.cells * self.pooled(grid)
+        pairs = self.pattern(grid).pairs(grid) + grid.cells * self.pooled(grid)
         pairs += grid.tokens**2 - grid.cells**2
         return 4 * pairs * heads * head_dim
 

@@ -114,8 +114,7 @@ class HaloAttention(Mechanism):
     def backends(self) -> tuple[str, ...]:
         return ("auto", *GENERAL_BACKENDS)
 
-    @property
-    def pattern(self) -> TileWindow:
+    def pattern(self, grid: TokenGrid) -> TileWindow:
         return TileWindow(_shape(self.tile, 1), _shape(self.halo, 0), self.radius)
 
     def check(self, grid: TokenGrid, *, context: Context = Context()) -> None:
@@ -141,12 +140,12 @@ class HaloAttention(Mechanism):
     ) -> Tensor:
         self.check(grid)
         scale = default_scale(q) if scale is None else scale
-        return window_attention(q, k, v, grid, self.pattern, scale=scale, backend=backend, mask=context.mask)
+        return window_attention(q, k, v, grid, self.pattern(grid), scale=scale, backend=backend, mask=context.mask)
 
     def explain_backend(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, backend: str, context: Context) -> str:
         if backend != "auto":
             return backend
-        choice = choose(window_call(q, k, v, grid, self.pattern, 1.0, context.mask, None))
+        choice = choose(window_call(q, k, v, grid, self.pattern(grid), 1.0, context.mask, None))
         return f"{choice.backend}: {choice.reason}"
 
     def reference(
@@ -164,11 +163,11 @@ class HaloAttention(Mechanism):
 
     def mask(self, grid: TokenGrid) -> Tensor:
         self.check(grid)
-        return dense_mask(self.pattern, grid)
+        return dense_mask(self.pattern(grid), grid)
 
     def flops(self, grid: TokenGrid, heads: int, head_dim: int, *, context: Context = Context()) -> int:
         self.check(grid)
-        return 4 * (self.pattern.pairs(grid) + grid.tokens**2 - grid.cells**2) * heads * head_dim
+        return 4 * (self.pattern(grid).pairs(grid) + grid.tokens**2 - grid.cells**2) * heads * head_dim
 
 
 def _per_axis(name: str, value: object, least: int) -> PerAxis:

@@ -128,7 +128,10 @@ NO_MASK = torch.ones(54, dtype=torch.bool)
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: replace(call_of(), pattern=ClearAttention(radius=3).pattern), "neighborhood attention alone"),
+        (
+            lambda: replace(call_of(), pattern=ClearAttention(radius=3).pattern(TokenGrid(4, 4))),
+            "neighborhood attention alone",
+        ),
         (lambda: replace(call_of(dilation=2), pattern=call_of(dilation=2).pattern.grouped()), "neighborhood"),
         (lambda: call_of(mask=NO_MASK), "takes no mask"),
         (lambda: call_of(TokenGrid(9, 9), kernel_size=5, dilation=2), r"kernel_size \* dilation <= cells .* grid 9x9"),

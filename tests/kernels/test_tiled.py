@@ -6,7 +6,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from diffattn.grid import TokenGrid
 from diffattn.kernels import window_attention
-from diffattn.kernels.tiled import tiled_attention, windows
+from diffattn.kernels.tiled import Strips, tile_mask, tile_masks, tiled_attention, windows
 
 GRID = TokenGrid(9, 14, frames=2, before=3, after=2)
 
@@ -31,6 +31,18 @@ def test_windows_lie_in_the_grid_and_hold_all_that_may_be_seen(name, request):
             low, high = cut.keys(axis, index)
             first, last = pattern.span(axis, *cut.queries(axis, index), size)
             assert 0 <= low <= first < last <= high <= size
+
+
+def test_inner_strips_share_the_masks_of_the_first_of_them(disc):
+    pattern = disc(4)
+    cut = windows(pattern, (1, 16, 75), (1, 8, 8))
+    device, alike = torch.device("cpu"), [cut.alike(strips) for strips in cut.strips(1)]
+    assert [strips.first for strips in alike] == [0, 1, 1, 1, 1, 1, 1, 1, 8, 9]
+    for strips, first in zip(cut.strips(1), alike, strict=True):
+        shared = tile_masks(pattern, cut, first, 3, device)
+        for height, mask in zip(cut.heights(), shared, strict=True):
+            assert torch.equal(mask, tile_mask(pattern, cut, height, strips, 3, device))
+    assert cut.alike(Strips(2, 5, 8)) == Strips(1, 4, 8)
 
 
 def test_backward_keeps_the_inputs_and_nothing_larger(disc, make_case):

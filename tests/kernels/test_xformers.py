@@ -69,7 +69,7 @@ def test_equals_the_reference(
 def test_serves_every_pattern(mechanism: Any, stand_in: Any) -> None:
     grid = TokenGrid(21, 34, before=2)
     q, k, v = torch.randn(3, 1, 2, grid.tokens, 8)
-    pattern = mechanism.pattern(grid) if callable(mechanism.pattern) else mechanism.pattern
+    pattern = mechanism.pattern(grid)
     out = xformers_attention(window_call(q, k, v, grid, pattern, 8**-0.5, None, None))
     assert stand_in.calls > 0
     assert (out - mechanism.reference(q.double(), k.double(), v.double(), grid)).abs().max() < 2e-5

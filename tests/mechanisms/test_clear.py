@@ -18,8 +18,8 @@ from diffattn.mechanisms.softmax import softmax_reference
     ("radius", "tokens"), [(1, 1), (2, 9), (3, 25), (4, 45), (8, 193), (16, 793), (32, 3205)], ids=str
 )
 def test_tokens_in_a_window_away_from_borders(radius: int, tokens: int) -> None:
-    pattern = ClearAttention(radius=radius).pattern
     grid = TokenGrid(2 * radius + 1, 2 * radius + 1)
+    pattern = ClearAttention(radius=radius).pattern(grid)
     assert pattern.pairs(TokenGrid(1, 1)) == 1
     big = TokenGrid(200, 200)  # pairs grow by one whole window for each further inner cell
     more = [pattern.pairs(TokenGrid(200 + i, 200 + j)) for i in (0, 1) for j in (0, 1)]
@@ -154,4 +154,4 @@ def test_bad_options(options: dict[str, float], message: str) -> None:
 
 def test_the_pattern_says_that_only_offsets_count() -> None:
     """What makes the block mask of an 8K picture a matter of a second."""
-    assert shift_invariant(ClearAttention(radius=8).pattern)
+    assert shift_invariant(ClearAttention(radius=8).pattern(TokenGrid(2, 2)))

@@ -103,13 +103,13 @@ def test_the_round_set_of_tiles(tile, radius: float, seen: int) -> None:
 def test_every_block_is_full(options) -> None:
     """On a grid that the tile divides nothing is computed in vain, by FlexAttention and by gathered blocks."""
     grid, mechanism = TokenGrid(48, 96, before=30), HaloAttention(**options)
-    shared = flex.plan(mechanism.pattern, grid.shape, grid.before, torch.device("cpu"))
+    shared = flex.plan(mechanism.pattern(grid), grid.shape, grid.before, torch.device("cpu"))
     assert int(shared.block_mask.kv_num_blocks.sum()) == 0
     order = shared.order
     further = order.tiles * -(-grid.before // order.block)
     pairs = (int(shared.block_mask.full_kv_num_blocks.sum()) - further) * order.block**2
-    assert pairs == mechanism.pattern.pairs(TokenGrid(48, 96))
-    assert block_order(mechanism.pattern, grid) == order
+    assert pairs == mechanism.pattern(grid).pairs(TokenGrid(48, 96))
+    assert block_order(mechanism.pattern(grid), grid) == order
 
 
 def test_frames_of_a_picture_and_of_a_video() -> None:
