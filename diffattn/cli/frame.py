@@ -16,6 +16,8 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 DEBUG = "DIFFATTN_DEBUG"
+CHATTY = ("torchao", "torch.utils._pytree")
+"""Loggers that warn of missing GPU kernels whenever diffusers finds torchao installed."""
 WRONG_INPUT, INTERRUPTED = 2, 130
 EXPECTED_ERRORS = (ValueError, TypeError, ImportError, OSError, NotImplementedError, MemoryError)
 """What the library raises for wrong input, files that cannot be read or written, and extras that are missing."""
@@ -107,6 +109,9 @@ def diffattn(
         os.environ[DEBUG] = "1"
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
         logging.getLogger("diffattn").setLevel(logging.INFO)
+    else:
+        for name in CHATTY:
+            logging.getLogger(name).setLevel(logging.ERROR)
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
