@@ -4,6 +4,7 @@ from . import tiny
 from .adapters import load, save
 from .config import register
 from .grid import TokenGrid
+from .highres import generate_large
 from .mechanisms import (
     AgentAttention,
     ClearAttention,
@@ -32,6 +33,7 @@ __all__ = [
     "TokenMergeAttention",
     "apply",
     "attn_processors",
+    "generate_large",
     "load",
     "register",
     "restore",

@@ -119,7 +119,8 @@ class Features:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         block_input = args[0] if args else kwargs["hidden_states"]
-        self._layer.features = None if self._layer.state.dense else block_input
+        state = self._layer.state
+        self._layer.features = None if state.dense or state.paused else block_input
 
 
 @dataclass(eq=False)
@@ -155,7 +156,7 @@ class SwappedLayer:
         if query.shape[2] != key.shape[2]:
             return False
         self.reached = True
-        if self.mechanism.exact or self.state.dense or values_replace_attention():
+        if self.mechanism.exact or self.state.dense or self.state.paused or values_replace_attention():
             return False
         if parallel_config is None or not self.min_tokens:
             return query.shape[2] >= self.min_tokens
@@ -279,6 +280,8 @@ class State:
     needs: frozenset[str] = frozenset()
     """`Mechanism.needs`: what is not needed is not filled in."""
     dense: bool = False
+    paused: bool = False
+    """The model's own attention for now, whatever the step."""
     progress: float | None = None
     timestep: float | None = None
     sigma: float | None = None

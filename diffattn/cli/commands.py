@@ -78,6 +78,7 @@ def demo(
         "diffattn generate black-forest-labs/FLUX.1-dev --prompt 'a lake' --mechanism clear -o radius=16",
         "diffattn generate black-forest-labs/FLUX.1-dev --prompt 'a lake' --adapter ./my-adapter --height 2048",
         "diffattn generate ./video-model --prompt waves --mechanism clear --swap-steps 4: --output waves.mp4",
+        "diffattn generate tiny --prompt 'a red circle' --mechanism clear -o radius=8 --size 512x512 --strength 0.1",
     )
 )
 def generate(
@@ -107,6 +108,25 @@ def generate(
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     num_images: Annotated[int | None, typer.Option(min=1, help="Pictures of the same prompt.")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HEIGHTxWIDTH",
+            help="In pixels, for a picture larger than those of training: drawn small by the model's own attention, "
+            "then enlarged and drawn over in stages, by the mechanism or adapter.",
+        ),
+    ] = None,
+    via: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --size: longer side drawn first. Default: 1024, or the bundled pipeline's own."),
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="With --size: share of the steps that a stage makes, up to 1. Default: 0.7.")
+    ] = None,
+    growth: Annotated[
+        float | None,
+        typer.Option(help="With --size: factor by which a stage enlarges at most; inf: at once. Default: 2."),
+    ] = None,
     offload: Annotated[bool, typer.Option("--offload", help="Keep on the GPU only the model that is at work.")] = False,
     seed: Seed = 0,
     device: Device = "auto",
@@ -122,6 +142,7 @@ def generate(
     swap = making.Swap(mechanism, option or (), layers, parse_steps(swap_steps), backend, adapter, weight_name)
     if compare and not swap.wanted:
         raise ValueError("--compare needs something to compare: add --mechanism or --adapter")
+    enlargement = making.Enlargement(size=size, via=via, strength=strength, growth=growth)
     request = making.Request(
         prompt=prompt,
         seed=seed,
@@ -133,8 +154,13 @@ def generate(
         guidance=guidance,
         images=num_images,
     )
+    enlargement.check(request, compare)
     pipe = opened(model, device, dtype, offload)
     native = native_call(model)
+    if enlargement.size is not None:
+        results, report = enlargement.make(pipe, request, swap, native)
+        typer.echo("\n".join([*report, *(f"wrote {path}" for path in making.save(results, output, fps))]))
+        return
     arguments = request.arguments(pipe, native)
     handle = swap.put(pipe)
     results, seconds = making.make(pipe, arguments)

@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import logging
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from PIL import Image
 
 from ..adapters import load
 from ..files import written
+from ..highres import generate_large
 from ..measure import as_pixels, psnr
 from ..swap import Handle, apply
 from .arguments import parse_mechanism, parse_overrides
@@ -101,7 +103,71 @@ class Swap:
         if self.mechanism is None:
             return None
         chosen = parse_mechanism(self.mechanism, self.options)
-        return apply(pipe, chosen, layers=self.layers, steps=self.steps, backend=self.backend)
+        return apply(pipe, chosen, **self._places)
+
+    def for_stages(self) -> dict[str, Any]:
+        """The arguments of `generate_large` that swap the stages alone."""
+        if self.mechanism is None:
+            return {"mechanism": self.put if self.wanted else None}
+        return {"mechanism": parse_mechanism(self.mechanism, self.options), "apply_options": self._places}
+
+    @property
+    def _places(self) -> dict[str, Any]:
+        return {"layers": self.layers, "steps": self.steps, "backend": self.backend}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Enlargement:
+    """How a picture becomes larger than those of training; None leaves the choice to `generate_large`."""
+
+    size: str | None = None
+    via: int | None = None
+    strength: float | None = None
+    growth: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.size is None and (self.via, self.strength, self.growth) != (None, None, None):
+            raise ValueError("--via, --strength and --growth are those of a large picture: add --size")
+        if self.size is not None and not re.fullmatch(r"\d+x\d+", self.size):
+            raise ValueError(f"--size must be HEIGHTxWIDTH in pixels, such as 2048x4096, got {self.size!r}")
+
+    def check(self, request: Request, compare: bool) -> None:
+        """Raise `ValueError` for what does not go with `--size`."""
+        if self.size is None:
+            return
+        if compare:
+            raise ValueError("--compare makes the picture of one call twice: leave it or --size out")
+        if request.height or request.width:
+            raise ValueError("--size says height and width: leave --height and --width out")
+        if request.frames or request.images:
+            raise ValueError("--size makes one picture: leave --frames and --num-images out")
+
+    def make(self, pipe: Any, request: Request, swap: Swap, native: dict[str, Any]) -> tuple[list[Frames], list[str]]:
+        """The picture, and a line on each stage; the swap is that of the stages, the first picture has none."""
+        assert self.size is not None
+        height, width = map(int, self.size.split("x"))
+        call = request.arguments(pipe, native)
+        prompt, generator = call.pop("prompt"), call.pop("generator")
+        native_side = max(call.pop("height", 0), call.pop("width", 0)) or None
+        options = {
+            "via": self.via or native_side,
+            "strength": self.strength,
+            "growth": self.growth,
+            "num_inference_steps": call.pop("num_inference_steps", None),
+            "guidance_scale": call.get("guidance_scale"),
+        }
+        result = generate_large(
+            pipe,
+            prompt,
+            size=(height, width),
+            generator=generator,
+            base_call=call,
+            **swap.for_stages(),
+            **{name: value for name, value in options.items() if value is not None},
+        )
+        return [[result.picture]], [
+            f"{s.size[0]}x{s.size[1]}: {s.steps} steps, {s.seconds:.1f} s" for s in result.stages
+        ]
 
 
 def make(pipe: Any, arguments: dict[str, Any]) -> tuple[list[Frames], float]:

@@ -1,0 +1,94 @@
+"""The teacher makes its own training set: a picture for every prompt.
+
+A student trained on what its teacher draws keeps the teacher's look better than one trained on photographs (CLEAR,
+https://arxiv.org/abs/2412.16112). Picture i depends on its prompt, `seed` + i and the call alone.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from diffattn.files import write_json, written
+
+from .pictures import Counts, share
+
+
+def read_prompts(file: str | os.PathLike[str]) -> list[str]:
+    """The prompts of a text file, one per line, or of a JSON list; blank lines don't count."""
+    path = Path(file)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        prompts = json.loads(text) if path.suffix == ".json" else text.split("\n")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"expected a text file or a JSON list of prompts, got {path} ({error})") from error
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f'expected a JSON list of strings like ["a red circle", ...] in {path}, got something else')
+    prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise ValueError(f"expected prompts in {path}, got none; write one per line")
+    return prompts
+
+
+def make_pictures(
+    pipe: Any,
+    prompts: Sequence[str],
+    folder: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    call: Mapping[str, Any] | None = None,
+    batch_size: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    progress: bool = False,
+) -> Counts:
+    """Draw prompt i, from noise of `seed` + i, to 00000i.png and its prompt to 00000i.json; what is there is skipped.
+
+    Args:
+        call: further arguments of the pipeline's call, such as the number of steps.
+        rank: this process draws every `world`-th prompt, from the `rank`-th on.
+
+    Raises `ValueError` where the folder holds pictures of other prompts or seeds.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"expected a list of prompts, got {prompts!r}; read_prompts reads one from a file")
+    if batch_size < 1:
+        raise ValueError(f"expected a batch_size of 1 or more, got {batch_size}")
+    root = Path(folder)
+    wanted = {
+        index: {"prompt": prompts[index], "seed": seed + index} for index in share(range(len(prompts)), rank, world)
+    }
+    lacking = [index for index, said in wanted.items() if not _made(root / f"{index:06d}.png", said)]
+    with tqdm(total=len(lacking), desc="pictures", disable=not progress) as bar:
+        for start in range(0, len(lacking), batch_size):
+            batch = {root / f"{index:06d}.png": wanted[index] for index in lacking[start : start + batch_size]}
+            _draw(pipe, batch, call or {})
+            bar.update(len(batch))
+    return Counts(done=len(lacking), skipped=len(wanted) - len(lacking))
+
+
+def _made(picture: Path, said: dict[str, Any]) -> bool:
+    """Whether a picture is there; raises `ValueError` where it is another one."""
+    try:
+        known = json.loads(picture.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if known != said:
+        raise ValueError(f"expected {picture} to be of {said}, got {known}; use another folder, or the former prompts")
+    return picture.exists()
+
+
+def _draw(pipe: Any, batch: Mapping[Path, dict[str, Any]], call: Mapping[str, Any]) -> None:
+    # On the CPU, so that every machine draws the same noise.
+    generators = [torch.Generator("cpu").manual_seed(said["seed"]) for said in batch.values()]
+    texts = [said["prompt"] for said in batch.values()]
+    pictures = pipe(prompt=texts, generator=generators, output_type="pil", **call).images
+    for (path, said), picture in zip(batch.items(), pictures, strict=True):
+        with written(path) as temporary:
+            picture.save(temporary)
+        # Last: it says that the picture is whole.
+        write_json(path.with_suffix(".json"), said)

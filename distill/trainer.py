@@ -1,0 +1,304 @@
+"""The training loop: one config, one model, any number of processes.
+
+`accelerate` brings devices, mixed precision, gradient scaling and DistributedDataParallel. What a step computes:
+
+    teacher's pass (no gradients) -> student's pass -> losses -> gradients, clipped -> optimizer, averaged weights
+
+Batches are cut into processes x accumulated parts; since every sample brings its own random numbers (`data.py`), the
+cut does not change the gradient, and a resumed run goes on bit for bit.
+"""
+
+import contextlib
+import csv
+import fnmatch
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from . import checkpoints
+from .capture import Capture, layers_at
+from .config import DistillConfig
+from .data import Source, collate, places
+from .inputs import predict
+from .losses import Losses, losses
+from .objective import add_noise
+from .student import Student
+
+logger = logging.getLogger("diffattn")
+
+LOG = "log.csv"
+COLUMNS = ("step", "total", "target", "prediction", "attention", "rate", "gradient_norm", "seconds")
+
+
+@dataclass
+class Outcome:
+    """How a run ended."""
+
+    step: int
+    """Steps that are done."""
+    finished: bool
+    """False where it was told to stop before."""
+    totals: list[float] = field(default_factory=list)
+    """The total loss of every step of this call."""
+
+
+class Trainer:
+    """Trains a student from samples; `run` may be called again to go on."""
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        student: Student,
+        scheduler: Any,
+        source: Source,
+        folder: Path,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self.config, self.student, self.scheduler, self.source, self.folder = config, student, scheduler, source, folder
+        self.accelerator = accelerator or Accelerator(mixed_precision=config.precision)
+        self.parts = self.accelerator.num_processes * config.accumulation
+        places(0, config.batch_size, 0, self.parts)
+        if len(source) == 0:
+            raise ValueError("there are no samples to train on")
+        if config.gradient_checkpointing:
+            student.model.enable_gradient_checkpointing()  # type: ignore[operator]
+        self.weights = list(student.parameters.values())
+        self.optimizer = make_optimizer(config, self.weights)
+        self.average = [weight.detach().clone() for weight in self.weights] if config.ema else []
+        self.capture = Capture(student.model, attention_layers(config, student) if config.loss.attention else ())
+        student.model.train()
+        self.model, self.optimizer = self.accelerator.prepare(student.model, self.optimizer)
+        self.step = 0
+
+    def run(self, *, resume: bool = False, until: int | None = None, progress: bool = False) -> Outcome:
+        """Train up to step `until` (None: all of them); with `resume` from the last checkpoint of the folder."""
+        if resume:
+            self.resume()
+        last = self.config.steps if until is None else min(until, self.config.steps)
+        outcome = Outcome(self.step, False)
+        with told_to_stop() as stop, Log(self.folder, self.step, self.accelerator.is_main_process) as log:
+            bar = tqdm(
+                range(self.step, last),
+                desc="distilling",
+                initial=self.step,
+                total=last,
+                disable=not (progress and self.accelerator.is_main_process),
+            )
+            for _ in bar:
+                row = self.train_step()
+                outcome.totals.append(row["total"])
+                log.write(row)
+                bar.set_postfix(loss=f"{row['total']:.4f}", refresh=False)
+                if self._agree(stop.asked):
+                    break
+                if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+                    self.save()
+            if self.step not in checkpoints.find(self.folder):
+                self.save()
+        outcome.step, outcome.finished = self.step, self.step == self.config.steps
+        return outcome
+
+    def train_step(self) -> dict[str, float]:
+        """One batch, one update; returns the numbers of the log."""
+        start = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.rate_at(self.step)
+        mine = range(self.config.accumulation)
+        sums: dict[str, float] = {}
+        for number in mine:
+            last = number == mine[-1]
+            part = self.accelerator.process_index * self.config.accumulation + number
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                found = self.losses(part)
+                self.accelerator.backward(found.total / self.config.accumulation)
+            for name, value in found.values().items():
+                sums[name] = sums.get(name, 0.0) + value / self.config.accumulation
+        sums = self._mean(sums)
+        if not math.isfinite(sums["total"]):
+            raise FloatingPointError(
+                f"the loss of step {self.step} is {sums['total']}: nothing was updated in it; lower the rate, or use "
+                f"precision bf16 instead of fp16. The last checkpoint is as it was"
+            )
+        norm = self.accelerator.clip_grad_norm_(self.weights, self.config.clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._average()
+        self.step += 1
+        return {
+            "step": self.step,
+            **sums,
+            "rate": self.config.rate_at(self.step - 1),
+            "gradient_norm": float(norm) if norm is not None else math.nan,
+            "seconds": time.perf_counter() - start,
+        }
+
+    def losses(self, part: int) -> Losses:
+        """The losses of one part of the present batch."""
+        batch = collate(self.source, places(self.step, self.config.batch_size, part, self.parts), self.config.seed).to(
+            self.accelerator.device
+        )
+        noised = add_noise(self.scheduler, batch)
+        arguments = (noised, batch.conditioning, self.config.guidance)
+        teacher, wanted = None, []
+        if self.config.loss.teacher:
+            with self.student.teacher(), self.accelerator.autocast(), self.capture:
+                teacher = predict(self.student.model, *arguments)
+            wanted = self.capture.outputs
+        with self.accelerator.autocast(), self.capture:
+            prediction = predict(self.model, *arguments)
+        return losses(self.config.loss, prediction, noised.target, teacher, self.capture.outputs, wanted)
+
+    def _average(self) -> None:
+        """Fold the weights into their running average, with a shorter memory at first."""
+        if self.average:
+            share = max(1 - self.config.ema, 1 / (self.step + 10))
+            torch._foreach_lerp_(self.average, [weight.detach() for weight in self.weights], share)
+
+    def _mean(self, values: dict[str, float]) -> dict[str, float]:
+        """The means over all processes."""
+        if self.accelerator.num_processes == 1:
+            return values
+        mine = torch.tensor(list(values.values()), dtype=torch.float64, device=self.accelerator.device)
+        whole: Tensor = self.accelerator.reduce(mine, reduction="mean")
+        return dict(zip(values, whole.tolist(), strict=True))
+
+    def _agree(self, asked: bool) -> bool:
+        """Has any process been told to stop?"""
+        return self._mean({"asked": float(asked)})["asked"] > 0
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs."""
+        weights = {name: weight.detach().cpu() for name, weight in self.student.parameters.items()}
+        average = [weight.cpu() for weight in self.average]
+        return {"weights": weights, "average": average, "optimizer": self.optimizer.state_dict()}
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step."""
+        if self.accelerator.is_main_process:
+            checkpoints.write(self.folder, self.step, self.state(), self.config, self.config.keep)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> None:
+        """Take the last checkpoint of the folder, where there is one."""
+        found = checkpoints.find(self.folder)
+        if not found:
+            return
+        state = checkpoints.read(list(found.values())[-1], self.config)
+        if set(state["weights"]) != set(self.student.parameters):
+            raise ValueError(f"the checkpoint in {self.folder} holds other weights than this student trains")
+        with torch.no_grad():
+            for name, weight in self.student.parameters.items():
+                weight.copy_(state["weights"][name])
+            for own, saved in zip(self.average, state["average"], strict=True):
+                own.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = int(state["step"])
+
+    @torch.no_grad()
+    def use_average(self) -> None:
+        """Put the averaged weights in place, for export."""
+        for weight, average in zip(self.weights, self.average, strict=bool(self.average)):
+            weight.copy_(average)
+
+
+def attention_layers(config: DistillConfig, student: Student) -> tuple[str, ...]:
+    """The layers of the attention loss: those at the config's depths among the swapped ones that its glob matches."""
+    names = [layer.name for layer in student.handle.layers]
+    matching = fnmatch.filter(names, config.attention_layers)
+    if not matching:
+        raise ValueError(
+            f"attention_layers={config.attention_layers!r} matches none of {len(names)} swapped layers, such as "
+            f"{names[0]}"
+        )
+    return layers_at(matching, config.attention_depths)
+
+
+def make_optimizer(config: DistillConfig, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, or Prodigy with the settings of CLEAR's release."""
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(weights, lr=config.rate, betas=config.betas, weight_decay=config.weight_decay)
+    try:
+        from prodigyopt import Prodigy
+    except ImportError as error:
+        raise ImportError('the optimizer prodigy needs prodigyopt: pip install "diffattn[train]"') from error
+    return Prodigy(
+        weights,
+        lr=config.rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        decouple=True,
+        use_bias_correction=True,
+        safeguard_warmup=True,
+        eps=1e-8,
+    )
+
+
+class Log:
+    """`log.csv` of a run: one row a step; rows beyond the step that a run goes on from are dropped."""
+
+    def __init__(self, folder: Path, step: int, active: bool) -> None:
+        self._path, self._step, self._active = folder / LOG, step, active
+
+    def __enter__(self) -> "Log":
+        if self._active:
+            former = [row for row in read_log(self._path) if row["step"] <= self._step]
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("w", newline="")
+            self._writer = csv.DictWriter(self._file, COLUMNS, restval="")
+            self._writer.writeheader()
+            self._writer.writerows(former)
+        return self
+
+    def write(self, row: dict[str, float]) -> None:
+        if self._active:
+            self._writer.writerow(row)
+            self._file.flush()
+
+    def __exit__(self, *exception: object) -> None:
+        if self._active:
+            self._file.close()
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The rows of a `log.csv`; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    return [{**row, "step": int(row["step"])} for row in rows]
+
+
+class Stop:
+    """Whether the process was told to stop."""
+
+    asked = False
+
+
+@contextlib.contextmanager
+def told_to_stop() -> Iterator[Stop]:
+    """Inside the block SIGTERM sets `asked` instead of ending the process."""
+    stop = Stop()
+
+    def listen(number: int, frame: Any) -> None:
+        stop.asked = True
+        logger.warning("told to stop: the run ends after this step, with a checkpoint")
+
+    try:
+        former = signal.signal(signal.SIGTERM, listen)
+    except ValueError:  # not the main thread
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, former)

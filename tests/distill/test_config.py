@@ -1,0 +1,125 @@
+"""Configs: presets, files, overrides, and CLEAR's recipe as its authors give it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffattn.distill.capture import layers_at
+from diffattn.distill.config import PRESETS, DistillConfig, from_dict, override, preset, read_config
+from diffattn.distill.student import make_student
+from diffattn.distill.trainer import attention_layers
+from diffusers import FluxTransformer2DModel
+
+from diffattn import AgentAttention, ClearAttention
+
+
+def test_the_official_recipe() -> None:
+    config = preset("clear_flux_official")
+    assert config.optimizer == "prodigy" and config.rate == 1.0 and config.betas == (0.9, 0.999)
+    assert config.weight_decay == 1e-4 and config.clip == 1.0 and config.warmup == 0 and config.decay == 0
+    assert (config.batch_size, config.accumulation, config.steps, config.save_every) == (32, 4, 50_000, 5_000)
+    assert (config.guidance, config.text_length, config.precision) == (3.5, 512, "bf16")
+    assert config.gradient_checkpointing and config.ema == 0 and config.trainable == "projections"
+    assert (config.loss.target, config.loss.prediction, config.loss.attention) == (1.0, 0.5, 0.5)
+
+
+def test_the_official_recipe_on_the_whole_model() -> None:
+    config = preset("clear_flux_official")
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(guidance_embeds=True)
+    student = make_student(model, config.mechanism, trainable=config.trainable)
+    assert sum(weight.numel() for weight in student.parameters.values()) == 190 * (3072 * 3072 + 3072)
+    assert len(student.parameters) == 380
+    assert attention_layers(config, student) == tuple(
+        f"single_transformer_blocks.{block}.attn" for block in range(1, 38, 4)
+    )
+    whole = sum(weight.nbytes for weight in model.parameters())
+    assert (whole + student.originals.bytes) / (2 * whole) < 0.6
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_go_through_json(name: str) -> None:
+    config = preset(name)
+    assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_files_and_overrides_go_over_a_preset(tmp_path: Path) -> None:
+    toml = tmp_path / "run.toml"
+    toml.write_text("steps = 7\n[mechanism]\nradius = 2\n[loss]\nattention = 0\n")
+    config = read_config(toml, preset("tiny"))
+    assert (config.steps, config.mechanism, config.loss.attention) == (7, ClearAttention(radius=2), 0)
+    assert config.loss.prediction == preset("tiny").loss.prediction
+    text = tmp_path / "run.json"
+    text.write_text(json.dumps({"mechanism": {"type": "agent", "num_agents": 8}}))
+    assert read_config(text, config).mechanism == AgentAttention(num_agents=8)
+    config = override(config, ["mechanism.radius=3", "betas=(0.8, 0.9)", "optimizer=prodigy", "loss.target=0.25"])
+    assert (config.mechanism, config.betas, config.optimizer) == (ClearAttention(radius=3), (0.8, 0.9), "prodigy")
+    assert config.loss.target == 0.25
+    assert override(config, ["mechanism=linear"]).mechanism.type == "linear"
+
+
+def test_the_rate_rises_stays_and_falls() -> None:
+    config = override(preset("tiny"), ["steps=100", "warmup=10", "decay=0.2", "rate=1"])
+    assert [config.rate_at(step) for step in (0, 9, 50, 79)] == pytest.approx([0.1, 1, 1, 1])
+    assert [config.rate_at(step) for step in (80, 90, 99)] == pytest.approx([1, 0.5, 0.05])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("stepz=3", "unknown field 'stepz'"),
+        ("steps=0", "steps must be an integer of at least 1, got 0"),
+        ("steps=ten", "steps must be an integer of at least 1, got 'ten'"),
+        ("batch_size=6", None),
+        ("accumulation=5", "batch_size=16 does not split into accumulation=5"),
+        ("rate=-1", "rate must be positive"),
+        ("ema=1", "ema must be in 0 ... 1, got 1"),
+        ("optimizer=sgd", "optimizer must be one of adamw, prodigy, got 'sgd'"),
+        ("mechanism.radios=2", "clear has no option 'radios'"),
+        ("mechanism=softmax", "nothing is to be distilled"),
+        ("loss.colour=1", "unknown loss 'colour'"),
+        ("steps", "an override is NAME=VALUE"),
+    ],
+)
+def test_overrides_are_checked(change: str, message: str | None) -> None:
+    if message is None:
+        assert override(preset("tiny"), [change]).batch_size == 6
+        return
+    with pytest.raises(ValueError, match=message):
+        override(preset("tiny"), [change])
+
+
+def test_files_that_cannot_be_used(tmp_path: Path) -> None:
+    cases: list[tuple[str, str, str]] = [
+        ("run.json", "{", "is not valid JSON"),
+        ("run.toml", "steps = ", "is not valid TOML"),
+        ("list.json", "[1]", "must hold one table"),
+        ("bare.json", "{}", "needs model and mechanism"),
+    ]
+    for name, text, message in cases:
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_config(tmp_path / name)
+    with pytest.raises(ValueError, match="there is no config file"):
+        read_config(tmp_path / "absent.json")
+    with pytest.raises(ValueError, match="unknown preset 'huge'"):
+        preset("huge")
+
+
+def test_depths() -> None:
+    names = [str(number) for number in range(38)]
+    assert layers_at(names, [block / 37 for block in range(1, 38, 4)]) == tuple(names[1::4])
+    assert layers_at(["a"], [0, 0.5, 1]) == ("a",)
+    with pytest.raises(ValueError, match="0 layers"):
+        layers_at([], [0.5])
+
+
+def build(**values: Any) -> DistillConfig:
+    return DistillConfig(model="tiny", mechanism=ClearAttention(radius=2), **values)
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        build().steps = 3  # type: ignore[misc]

@@ -1,0 +1,175 @@
+"""A run from a config on the bundled pipeline: trained, exported, evaluated, by Python and by the command."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffattn.distill.config import override, preset
+from diffattn.distill.evaluate import LEVELS, markdown
+from diffattn.distill.run import Setting, draw_losses, evaluate_run, export, open_run, train
+from diffattn.distill.shapes_data import Shapes, held_out
+from diffattn.distill.trainer import LOG
+from diffusers import FluxPipeline
+from PIL import Image
+
+import diffattn
+from diffattn import tiny
+from diffattn.cli import main
+from diffattn.distill import checkpoints
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs") / "run"
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Setting:
+    """A short run with few pictures."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr("diffattn.distill.run.TRAINING_PICTURES", 24)
+    patch.setattr("diffattn.distill.run.HELD_OUT_PICTURES", 4)
+    config = override(preset("tiny"), ["steps=8", "batch_size=2", "warmup=0", "save_every=4", "mechanism.radius=2"])
+    setting, outcome = train(config, folder)
+    assert outcome.finished
+    patch.undo()
+    return setting
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffattn.distill.run.TRAINING_PICTURES", 24)
+    monkeypatch.setattr("diffattn.distill.run.HELD_OUT_PICTURES", 4)
+
+
+def test_the_adapter_brings_the_students_attention_to_the_stock_pipeline(trained: Setting, folder: Path) -> None:
+    pipe = FluxPipeline.from_pretrained(tiny.path("flux"))
+    handle = diffattn.load(pipe, folder / "adapter")
+    assert handle.layers[0].mechanism == trained.config.mechanism
+    own, fresh = trained.student.model.state_dict(), pipe.transformer.state_dict()
+    assert all(torch.equal(own[name], fresh[name]) for name in own)
+    original = FluxPipeline.from_pretrained(tiny.path("flux")).transformer.state_dict()
+    assert {name for name in own if not torch.equal(own[name], original[name])} == set(trained.student.parameters)
+
+
+def test_the_folder_tells_the_run(trained: Setting, folder: Path) -> None:
+    assert json.loads((folder / "config.json").read_text()) == json.loads(json.dumps(trained.config.to_dict()))
+    assert len((folder / LOG).read_text().splitlines()) == 9
+    assert list(checkpoints.find(folder)) == [4, 8]
+    assert size_of(folder / "loss.png") > (300, 200)
+
+
+def test_a_run_is_opened_again_with_its_students_weights(trained: Setting, folder: Path) -> None:
+    again = open_run(folder).student
+    assert all(torch.equal(again.parameters[name], weight) for name, weight in trained.student.parameters.items())
+
+
+def test_figures_of_an_evaluation(trained: Setting, tmp_path: Path, few: None) -> None:
+    evaluation, paths = evaluate_run(trained, tmp_path, prompts=["a red circle"], samples=3)
+    assert [path.name for path in paths] == ["evaluation.json", "evaluation.md", "sheet.png"]
+    assert len(evaluation.velocity) == len(LEVELS)
+    assert [row.level for row in evaluation.velocity] == sorted(
+        (row.level for row in evaluation.velocity), reverse=True
+    )
+    assert 0 < evaluation.velocity_error["student"] < evaluation.velocity_error["swap alone"]
+    assert set(evaluation.attention_error) == {layer.name for layer in trained.student.handle.layers}
+    assert 0.1 < evaluation.attention_share < 0.5
+    assert evaluation.pictures is not None and evaluation.pictures.psnr["student"] > 0
+    saved = json.loads(paths[0].read_text())
+    assert saved["velocity_error"] == evaluation.velocity_error
+    assert f"{evaluation.velocity_error['student']:.5f}" in paths[1].read_text()
+    assert size_of(paths[2])[0] > 3 * 128
+
+
+def test_an_untrained_student_is_the_swap_alone(tmp_path: Path, few: None) -> None:
+    from diffattn.distill.run import open_setting
+
+    setting = open_setting(override(preset("tiny"), ["mechanism.radius=2"]))
+    evaluation, _ = evaluate_run(setting, tmp_path, prompts=[], samples=2)
+    assert evaluation.velocity_error["student"] == evaluation.velocity_error["swap alone"]
+    assert evaluation.pictures is None
+    assert "| all |" in markdown(evaluation)
+
+
+def test_held_out_pictures_are_not_trained_on(trained: Setting) -> None:
+    seen = Shapes(trained.pipe, 16)
+    unseen = Shapes(trained.pipe, 8, unseen=True)
+    generator = torch.Generator()
+    names = {seen.sample(i, generator).name for i in range(16)}
+    assert not names & {unseen.sample(i, generator).name for i in range(8)}
+    assert {unseen.sample(i, generator).name for i in range(8)} <= set(held_out(8))
+    latents = torch.stack([seen.sample(i, generator).latents for i in range(16)])
+    assert latents.shape == (16, 4, 32, 32) and 0.5 < latents.std() < 2
+
+
+def test_what_cannot_run(trained: Setting, folder: Path, tmp_path: Path, few: None) -> None:
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(trained.config, folder)
+    with pytest.raises(ValueError, match="there is no data"):
+        train(override(preset("tiny"), ["data="]), tmp_path)
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        open_run(tmp_path)
+    with pytest.raises(ValueError, match="cannot load"):
+        train(override(preset("tiny"), ["model=/no/such/folder"]), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_command_goes_on_and_evaluates(
+    folder: Path, trained: Setting, capsys: pytest.CaptureFixture[str], few: None
+) -> None:
+    settings = ["-s", "steps=10", "-s", "batch_size=2", "-s", "warmup=0", "-s", "mechanism.radius=2"]
+    arguments = ["distill", "run", "--preset", "tiny", *settings, "--resume", "auto", "--no-evaluate"]
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--output", str(folder)])
+    assert end.value.code == 0
+    assert list(checkpoints.find(folder))[-1] == 10
+    with pytest.raises(SystemExit) as end:
+        main(["distill", "evaluate", str(folder), "--samples", "2", "--prompt", "a red circle"])
+    assert end.value.code == 0
+    assert "Attention computed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a --preset"),
+        (["--preset", "huge"], "unknown preset 'huge'"),
+        (["--preset", "tiny", "-s", "stepz=1"], "unknown field 'stepz'"),
+        (["--preset", "tiny", "--resume", "yes"], "--resume is auto or never"),
+    ],
+)
+def test_wrong_input_ends_with_code_2(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["distill", "run", *arguments, "--output", str(tmp_path / "run")])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_pictures_and_cache_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue ring\n")
+    folder = str(tmp_path / "pictures")
+    for arguments in (
+        ["generate", "tiny", str(prompts), "--output", folder],
+        ["cache", "tiny", folder, "--size", "128x128", "--text-length", "32"],
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(["distill", *arguments])
+        assert end.value.code == 0, capsys.readouterr().err
+    assert len(list(Path(folder).glob("*_latent_code.safetensors"))) == 2
+
+
+def test_export_and_plot_say_what_they_cannot(trained: Setting, tmp_path: Path) -> None:
+    (tmp_path / LOG).write_text("step,total\n1,0.5\n")
+    assert draw_losses(tmp_path) == tmp_path / "loss.png"
+    assert size_of(tmp_path / "loss.png") > (300, 200)
+    assert export(trained, tmp_path / "adapter").is_file()
