@@ -130,15 +130,13 @@ def test_same_seed_same_picture(pipe: Any) -> None:
 
 
 def test_the_first_call_may_differ_and_the_stages_take_the_rest(pipe: Any) -> None:
-    lengths = []
-    watch = Watch(lambda: lengths.append(pipe.transformer.context_embedder.seen))
-    hook = pipe.transformer.context_embedder.register_forward_pre_hook(
-        lambda module, args: setattr(module, "seen", args[0].shape[1])
-    )
-    result = large(pipe, base_call={"max_sequence_length": 20, "num_inference_steps": 3}, progress=watch)
+    text = pipe.transformer.context_embedder
+    lengths: list[int] = []
+    hook = text.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    result = large(pipe, base_call={"max_sequence_length": 20, "num_inference_steps": 3})
     hook.remove()
     assert [stage.steps for stage in result.stages] == [3, 1]
-    assert lengths == [20, 20]
+    assert lengths == [20] * 4
 
 
 def test_guidance_of_the_first_picture_and_of_the_stages(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +150,8 @@ def test_guidance_of_the_first_picture_and_of_the_stages(pipe: Any, monkeypatch:
         )
     large(pipe, base_guidance_scale=3.5, guidance_scale=7.5)
     large(pipe)
-    assert seen == [3.5, 7.5, 3.5, 7.0]
+    large(pipe, base_call={"max_sequence_length": TEXT, "guidance_scale": 1.0})
+    assert seen == [3.5, 7.5, 3.5, 7.0, 1.0, 7.0]
 
 
 def test_swap_rotary_base_and_tiles_are_those_of_the_stages_only(pipe: Any) -> None:
@@ -313,16 +312,21 @@ def test_the_command_line_draws_large_pictures(tmp_path: Path) -> None:
         assert picture.size == (384, 256)
 
 
-def test_the_command_line_loads_adapters_for_the_stages(pipe: Any, tmp_path: Path) -> None:
+def test_the_command_line_swaps_the_stages_as_told(pipe: Any, tmp_path: Path) -> None:
     with diffattn.apply(pipe, CLEAR):
         adapter = diffattn.save(pipe, tmp_path)
-    with_adapter, without = tmp_path / "a.png", tmp_path / "b.png"
-    call = ["--size", "192x192", "--via", 96, "--steps", 2, "--strength", 0.5]
-    for options in (["--adapter", adapter, "--output", with_adapter], ["--output", without]):
-        result = invoke(*call, *options)
+    everywhere = ["--mechanism", "clear", "-o", "radius=4"]
+    swaps = [[], everywhere, ["--adapter", adapter], [*everywhere, "--layers", "single_*"]]
+    pictures = []
+    for number, swap in enumerate(swaps):
+        file = tmp_path / f"{number}.png"
+        result = invoke("--size", "192x192", "--via", 96, "--steps", 2, "--strength", 0.5, *swap, "--output", file)
         assert result.exit_code == 0, result.output
         assert result.stdout.startswith("96x96: 2 steps")
-    assert not np.array_equal(Image.open(with_adapter), Image.open(without))
+        pictures.append(np.asarray(Image.open(file)))
+    exact, window, loaded, some_layers = pictures
+    assert np.array_equal(window, loaded)
+    assert not any(np.array_equal(window, other) for other in (exact, some_layers))
 
 
 @pytest.mark.parametrize(
