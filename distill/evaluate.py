@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from diffattn.files import write_json, write_text, written
-from diffattn.measure import as_pixels, attention_share, psnr, ssim
+from diffattn.measure import as_pixels, psnr, ssim
+from diffattn.mechanisms import Mechanism, SoftmaxAttention
 
 from .capture import Capture
 from .data import Batch, Source
@@ -68,6 +69,11 @@ class Evaluation:
     pictures: Pictures | None
 
 
+def operations(student: Student, mechanism: Mechanism | None = None) -> int:
+    """What the swapped layers compute in a forward like the last one, by their own mechanism or by another."""
+    return sum(layer.flops(mechanism or layer.mechanism) for layer in student.handle.layers if layer.grid is not None)
+
+
 @contextlib.contextmanager
 def as_model(student: Student, which: str) -> Iterator[None]:
     """The student's model as one of `MODELS` inside the block, without gradients."""
@@ -97,7 +103,6 @@ def evaluate(
     student.model.eval()
     velocity, totals = velocities(student, scheduler, source, samples, guidance, seed)
     drawn = draw_all(student, draw, prompts, seed) if draw is not None and prompts else {}
-    shares = [(layer.mechanism, layer.grid, 1, 1) for layer in student.handle.layers if layer.grid is not None]
     evaluation = Evaluation(
         mechanism=student.handle.layers[0].mechanism.to_dict(),
         samples=samples,
@@ -105,7 +110,7 @@ def evaluate(
         velocity=velocity,
         velocity_error=totals,
         attention_error=attention_errors(student, scheduler, source, samples, guidance, seed),
-        attention_share=attention_share(shares),
+        attention_share=operations(student) / operations(student, SoftmaxAttention()),
         pictures=compare(drawn) if drawn else None,
     )
     return evaluation, drawn

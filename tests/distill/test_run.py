@@ -7,14 +7,14 @@ import pytest
 import torch
 from diffattn.distill.config import override, preset
 from diffattn.distill.evaluate import LEVELS, markdown
-from diffattn.distill.run import Setting, draw_losses, evaluate_run, export, open_run, train
+from diffattn.distill.run import Setting, draw_losses, evaluate_run, export, open_run, open_setting, train
 from diffattn.distill.shapes_data import Shapes, held_out
 from diffattn.distill.trainer import LOG
 from diffusers import FluxPipeline
 from PIL import Image
 
 import diffattn
-from diffattn import tiny
+from diffattn import LinearAttention, SoftmaxAttention, TokenGrid, tiny
 from diffattn.cli import main
 from diffattn.distill import checkpoints
 
@@ -88,13 +88,21 @@ def test_figures_of_an_evaluation(trained: Setting, tmp_path: Path, few: None) -
 
 
 def test_an_untrained_student_is_the_swap_alone(tmp_path: Path, few: None) -> None:
-    from diffattn.distill.run import open_setting
-
     setting = open_setting(override(preset("tiny"), ["mechanism.radius=2"]))
     evaluation, _ = evaluate_run(setting, tmp_path, prompts=[], samples=2)
     assert evaluation.velocity_error["student"] == evaluation.velocity_error["swap alone"]
     assert evaluation.pictures is None
     assert "| all |" in markdown(evaluation)
+
+
+def test_the_share_of_attention_counts_the_width_of_the_heads(few: None, tmp_path: Path) -> None:
+    setting = open_setting(override(preset("tiny"), ["mechanism=linear"]))
+    evaluation, _ = evaluate_run(setting, tmp_path, prompts=[], samples=1)
+    grid = TokenGrid(16, 16, before=32)
+    size = setting.student.model.config
+    heads, head_dim = size.num_attention_heads, size.attention_head_dim
+    own, full = (mechanism.flops(grid, heads, head_dim) for mechanism in (LinearAttention(), SoftmaxAttention()))
+    assert evaluation.attention_share == pytest.approx(own / full)
 
 
 def test_held_out_pictures_are_not_trained_on(trained: Setting) -> None:
