@@ -66,8 +66,6 @@ class DistillConfig:
     text_length: int | None = None
     """Text tokens; None: the pipeline's own."""
     save_every: int = 500
-    sample_every: int = 0
-    """Steps between sheets of teacher beside student; 0 for none."""
     keep: int = 2
     """Checkpoints that are kept."""
     seed: int = 0
@@ -77,7 +75,7 @@ class DistillConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        for name in ("warmup", "sample_every", "seed"):
+        for name in ("warmup", "seed"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
