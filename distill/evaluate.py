@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
+from diffattn.draw import Entry, sheet
 from diffattn.files import write_json, write_text, written
 from diffattn.measure import as_pixels, psnr, ssim
 from diffattn.mechanisms import Mechanism, SoftmaxAttention
@@ -211,21 +212,10 @@ def markdown(evaluation: Evaluation) -> str:
     return "\n".join(lines) + "\n"
 
 
-def sheet(drawn: dict[str, list[np.ndarray]], prompts: Sequence[str], limit: int = 8) -> Image.Image:
+def page(drawn: dict[str, list[np.ndarray]], prompts: Sequence[str], limit: int = 8) -> Image.Image:
     """Teacher, student and swap alone side by side, one prompt a row."""
-    first = drawn["teacher"][0]
-    height, width, margin, text = first.shape[0], first.shape[1], 8, 18
-    count = min(limit, len(prompts))
-    page = Image.new("RGB", (3 * (width + margin) + margin, count * (height + text + margin) + text + margin), "white")
-    pen = ImageDraw.Draw(page)
-    for column, which in enumerate(MODELS):
-        pen.text((margin + column * (width + margin), 4), which, fill="black")
-        for row in range(count):
-            top = text + margin + row * (height + text + margin)
-            page.paste(Image.fromarray(drawn[which][row]), (margin + column * (width + margin), top))
-            if column == 0:
-                pen.text((margin, top + height + 2), prompts[row], fill="black")
-    return page
+    rows = [[Entry(Image.fromarray(drawn[which][row])) for which in MODELS] for row in range(min(limit, len(prompts)))]
+    return sheet(rows, prompts[:limit], MODELS)
 
 
 def save(
@@ -238,6 +228,6 @@ def save(
     ]
     if drawn:
         with written(folder / "sheet.png") as temporary:
-            sheet(drawn, prompts).save(temporary)
+            page(drawn, prompts).save(temporary)
         paths.append(folder / "sheet.png")
     return paths

@@ -23,6 +23,7 @@ from .cache import CacheSource, model_facts
 from .config import DistillConfig, from_dict
 from .data import Source
 from .evaluate import Evaluation, evaluate, save
+from .inputs import inputs_of
 from .shapes_data import Shapes, held_out
 from .student import Student, make_student
 from .trainer import LOG, Outcome, Trainer, read_log
@@ -52,6 +53,11 @@ class Setting:
             return Shapes(self.pipe, TRAINING_PICTURES, seed=self.config.seed, text_length=length, progress=progress)
         if not self.config.data:
             raise ValueError("there is no data: name a folder made by `diffattn distill cache`, data=FOLDER")
+        if inputs_of(self.student.model).models != ("FluxTransformer2DModel",):
+            raise ValueError(
+                f"caches are those of Flux models, and this is a {type(self.student.model).__name__}: give the Trainer "
+                f"a Source of your own, see diffattn.distill.data"
+            )
         vae = self.pipe.vae.config
         facts = {**model_facts(self.student.model), "text_length": self.config.text_length}
         expected = {name: value for name, value in facts.items() if value is not None}

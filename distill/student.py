@@ -60,8 +60,10 @@ class Student:
         return tuple(name for name in self.parameters if ".processor." not in name and "lora_" not in name)
 
     def restore(self) -> None:
-        """The model as it was: original weights, no swap, no hooks."""
+        """The model with its original weights and attention, no LoRA and no hooks; its parameters stay frozen."""
         self.originals.give_back()
+        if self.trainable == "lora":
+            self.model.unload_lora()  # type: ignore[operator]
         self.handle.restore()
 
 

@@ -60,6 +60,14 @@ def parse_grid(text: str, before: int = 0, after: int = 0) -> TokenGrid:
     return TokenGrid(height, width, frames, before, after)
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """`HEIGHTxWIDTH` in pixels."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise ValueError(f"--size must be HEIGHTxWIDTH in pixels, such as 2048x4096, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
 def parse_cell(text: str, grid: TokenGrid) -> tuple[int, int, int]:
     """`ROW,COLUMN` or `FRAME,ROW,COLUMN` of a cell of `grid`, counted from 0, as (frame, row, column)."""
     if not re.fullmatch(r"\d+,\d+(,\d+)?", text):

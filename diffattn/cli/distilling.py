@@ -98,11 +98,14 @@ def generate(
     """Let the teacher make its own training pictures; goes on where it stopped."""
     from diffattn.distill.make_pictures import make_pictures, read_prompts
 
+    from .arguments import parse_size
     from .checkpoints import native_call
     from .frame import opened
 
     texts = read_prompts(prompts)
-    call = {**native_call(model), **parse_size(size)}
+    call = native_call(model)
+    if size is not None:
+        call["height"], call["width"] = parse_size(size)
     counts = make_pictures(opened(model, device, dtype), texts, output, seed=seed, call=call, progress=True)
     typer.echo(f"{counts} in {output}")
 
@@ -119,24 +122,15 @@ def cache(
     """Encode pictures and captions once, in CLEAR's cache format; goes on where it stopped."""
     from diffattn.distill.cache import write_cache
 
+    from .arguments import parse_size
     from .frame import opened
 
     sides = parse_size(size)
     counts = write_cache(
         opened(model, device, dtype),
         folder,
-        size=(sides["height"], sides["width"]),
+        size=sides,
         max_sequence_length=text_length,
         progress=True,
     )
     typer.echo(f"{counts} in {folder}")
-
-
-def parse_size(text: str | None) -> dict[str, int]:
-    """`HEIGHTxWIDTH` as arguments of a pipeline's call."""
-    if text is None:
-        return {}
-    height, cross, width = text.partition("x")
-    if not (cross and height.isdigit() and width.isdigit() and int(height) and int(width)):
-        raise ValueError(f"--size must be HEIGHTxWIDTH in pixels, such as 1024x768, got {text!r}")
-    return {"height": int(height), "width": int(width)}

@@ -4,7 +4,6 @@ import importlib.util
 import inspect
 import logging
 import math
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from ..files import written
 from ..highres import generate_large
 from ..measure import as_pixels, psnr
 from ..swap import Handle, apply
-from .arguments import parse_mechanism, parse_overrides
+from .arguments import parse_mechanism, parse_overrides, parse_size
 
 logger = logging.getLogger("diffattn")
 
@@ -128,8 +127,8 @@ class Enlargement:
     def __post_init__(self) -> None:
         if self.size is None and (self.via, self.strength, self.growth) != (None, None, None):
             raise ValueError("--via, --strength and --growth are those of a large picture: add --size")
-        if self.size is not None and not re.fullmatch(r"\d+x\d+", self.size):
-            raise ValueError(f"--size must be HEIGHTxWIDTH in pixels, such as 2048x4096, got {self.size!r}")
+        if self.size is not None:
+            parse_size(self.size)
 
     def check(self, request: Request, compare: bool) -> None:
         """Raise `ValueError` for what does not go with `--size`."""
@@ -145,7 +144,6 @@ class Enlargement:
     def make(self, pipe: Any, request: Request, swap: Swap, native: dict[str, Any]) -> tuple[list[Frames], list[str]]:
         """The picture, and a line on each stage; the swap is that of the stages, the first picture has none."""
         assert self.size is not None
-        height, width = map(int, self.size.split("x"))
         call = request.arguments(pipe, native)
         prompt, generator = call.pop("prompt"), call.pop("generator")
         native_side = max(call.pop("height", 0), call.pop("width", 0)) or None
@@ -159,7 +157,7 @@ class Enlargement:
         result = generate_large(
             pipe,
             prompt,
-            size=(height, width),
+            size=parse_size(self.size),
             generator=generator,
             base_call=call,
             **swap.for_stages(),

@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from diffattn.distill.run import Setting, draw_losses, evaluate_run, export, ope
 from diffattn.distill.shapes_data import Shapes, held_out
 from diffattn.distill.trainer import LOG
 from diffusers import FluxPipeline
+from models import BUILDERS
 from PIL import Image
 
 import diffattn
@@ -114,6 +117,12 @@ def test_held_out_pictures_are_not_trained_on(trained: Setting) -> None:
     assert {unseen.sample(i, generator).name for i in range(8)} <= set(held_out(8))
     latents = torch.stack([seen.sample(i, generator).latents for i in range(16)])
     assert latents.shape == (16, 4, 32, 32) and 0.5 < latents.std() < 2
+
+
+def test_caches_are_flux_alone() -> None:
+    student: Any = SimpleNamespace(model=BUILDERS["PixArt"]().model)
+    with pytest.raises(ValueError, match="caches are those of Flux models, and this is a PixArtTransformer2DModel"):
+        Setting(override(preset("tiny"), ["data=folder"]), None, student).source()
 
 
 def test_what_cannot_run(trained: Setting, folder: Path, tmp_path: Path, few: None) -> None:

@@ -61,13 +61,15 @@ def test_an_error_in_the_teachers_pass_leaves_the_student_in_place() -> None:
     assert torch.equal(forward(model), learnt)
 
 
-def test_restore_brings_the_original_back() -> None:
+@pytest.mark.parametrize("trainable", ["projections", "lora"])
+def test_restore_brings_the_original_back(trainable: Any) -> None:
     model = flux_model()
-    original = forward(model).detach()
-    student = make_student(model, ClearAttention(radius=2))
+    original, names = forward(model).detach(), set(model.state_dict())
+    student = make_student(model, ClearAttention(radius=2), trainable=trainable)
     shake(student)
     student.restore()
     assert torch.equal(forward(model).detach(), original)
+    assert set(model.state_dict()) == names
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
