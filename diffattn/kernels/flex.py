@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 import types
 import warnings
@@ -98,25 +99,43 @@ def run_flex(
     kernel = _compiled(id(block_mask), *static)
     if q.device.type != "cpu":
         return kernel(q, k, v, block_mask, scale, bias)
-    with _larger_cpu_tiles():
+    with _tuned_for_cpu():
         return kernel(q, k, v, block_mask, scale, bias)
 
 
 @contextlib.contextmanager
-def _larger_cpu_tiles() -> Iterator[None]:
-    """Let Inductor multiply 8 queries by one vector of keys at once in the CPU kernels compiled meanwhile.
+def _tuned_for_cpu() -> Iterator[None]:
+    """Let Inductor compile the CPU kernels better meanwhile. The sums are the same.
 
-    torch 2.13 fixes the register blocking of q k^T at 1 x 16, which spends most of the time on reading keys: 8 x 16 is
-    1.7 times faster at radius 8 and 1.9 times at 16 with AVX-512, where 16 keys are a vector; AVX2 holds 8. The sums
-    are the same. Where torch has no such constant (other versions), nothing is changed.
+    Where torch has no such switches (other versions), nothing is changed. Register blocks: torch 2.13 multiplies one
+    query by 16 keys at once, and spends most of q k^T on reading keys; 8 queries are 1.7 times faster at radius 8 and
+    1.9 times at 16 with AVX-512, where 16 keys are a vector; AVX2 holds 8.
     """
-    module = _flex_template()
-    if not hasattr(module, "GemmBlocking"):
+    template = _flex_template()
+    config = importlib.import_module("torch._inductor.config")
+    with contextlib.ExitStack() as stack:
+        if hasattr(template, "GemmBlocking"):
+            blocking, keys = template.GemmBlocking, 16 if has_avx512() else 8
+            larger = lambda rows, columns, depth: blocking(max(rows, 8), keys, depth)  # noqa: E731
+            stack.enter_context(mock.patch.object(template, "GemmBlocking", larger))
+        if getattr(config.cpp, "march", "") is None:
+            stack.enter_context(config.patch({"cpp.march": " ".join(["native", *_wide_moves()])}))
         yield
-        return
-    blocking, keys = module.GemmBlocking, 16 if has_avx512() else 8
-    with mock.patch.object(module, "GemmBlocking", lambda rows, columns, depth: blocking(max(rows, 8), keys, depth)):
-        yield
+
+
+@functools.cache
+def _wide_moves() -> tuple[str, ...]:
+    """Flags by which the compiler copies a whole vector in one move; none where it has no such flags (GCC from 12 on).
+
+    torch loads the key indices of the rule through a copy; where that is cut in two, as GCC does for AMD's Zen 3, the
+    load after it waits for both, and the kernel takes 1.3 times as long.
+    """
+    bits = 512 if has_avx512() else 256
+    flags = f"-mmove-max={bits}", f"-mstore-max={bits}"
+    compiler = importlib.import_module("torch._inductor.cpp_builder").get_cpp_compiler()
+    asked = [compiler, "-march=native", *flags, "-x", "c++", "-E", os.devnull]
+    known = subprocess.run(asked, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode == 0
+    return flags if known else ()
 
 
 def has_avx512() -> bool:

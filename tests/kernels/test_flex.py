@@ -180,10 +180,30 @@ def test_row_major_order_gives_the_same(disc, make_case, tolerance):
     assert (result - case.expected).abs().max() <= tolerance[torch.float32]
 
 
-def test_the_cpu_kernels_blocking_is_put_back():
-    from diffattn.kernels.flex import _flex_template, _larger_cpu_tiles
+def test_what_is_tuned_for_the_cpu_is_put_back(monkeypatch):
+    from torch._inductor import config
 
-    before = _flex_template().GemmBlocking
-    with _larger_cpu_tiles():
-        assert _flex_template().GemmBlocking(1, 16, 1).block_m == 8
-    assert _flex_template().GemmBlocking is before
+    template = flex._flex_template()
+    before = template.GemmBlocking, config.cpp.march
+    monkeypatch.setattr(flex, "_wide_moves", lambda: ("-mmove-max=256",))
+    with flex._tuned_for_cpu():
+        assert template.GemmBlocking(1, 16, 1).block_m == 8
+        assert config.cpp.march == (before[1] or "native -mmove-max=256")
+    assert (template.GemmBlocking, config.cpp.march) == before
+
+
+def test_an_architecture_that_the_user_chose_is_kept():
+    from torch._inductor import config
+
+    with config.patch({"cpp.march": "x86-64-v3"}), flex._tuned_for_cpu():
+        assert config.cpp.march == "x86-64-v3"
+
+
+@needs_compiler
+def test_a_compiler_without_the_flags_gets_none(monkeypatch):
+    from torch._inductor import cpp_builder
+
+    flex._wide_moves.cache_clear()
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "false")
+    assert flex._wide_moves() == ()
+    flex._wide_moves.cache_clear()
