@@ -22,6 +22,7 @@ from .losses import LossWeights
 
 OPTIMIZERS = ("adamw", "prodigy")
 PRECISIONS = ("no", "bf16", "fp16")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class DistillConfig:
     """Folder of cached samples (`diffattn distill cache`); `shapes` is the bundled pipeline's own world."""
     trainable: Literal["projections", "lora", "mechanism"] = "projections"
     lora_rank: int = 16
+    backend: str = "auto"
+    """Kernel of the mechanism; it must have gradients."""
     layers: str | None = None
     """Glob on the layers that are swapped; None: all that the mechanism takes."""
     loss: LossWeights = field(default_factory=LossWeights)
@@ -61,6 +64,8 @@ class DistillConfig:
     """Decay of the averaged weights that are exported; 0 for none."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
+    sharded: bool = False
+    """Split the weights over the processes (`fully_shard`) instead of holding a copy in each."""
     guidance: float | None = None
     """Guidance that a guidance-distilled model is given in training."""
     text_length: int | None = None
@@ -68,6 +73,12 @@ class DistillConfig:
     save_every: int = 500
     keep: int = 2
     """Checkpoints that are kept."""
+    sheet_every: int = 0
+    """Steps between sheets of pictures, teacher beside student; 0 for none."""
+    sheet_prompts: tuple[str, ...] = ()
+    """Their prompts; of the bundled world's own where there are none."""
+    trackers: tuple[str, ...] = ()
+    """Where losses and sheets are reported beside `log.csv`: tensorboard, wandb, trackio."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,7 +86,7 @@ class DistillConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        for name in ("warmup", "seed"):
+        for name in ("warmup", "seed", "sheet_every"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
@@ -91,6 +102,9 @@ class DistillConfig:
         for name, known in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise ValueError(f"trackers are among {', '.join(TRACKERS)}, got {name!r}")
         if self.mechanism.exact:
             raise ValueError(f"{self.mechanism} is the teacher's own attention: nothing is to be distilled")
 
@@ -180,6 +194,7 @@ def from_dict(values: dict[str, Any], base: DistillConfig | None = None) -> Dist
     if missing:
         raise ValueError(f"a distillation config needs {' and '.join(missing)}; start from a preset, or add them")
     tuples = {name: tuple(value) for name, value in merged.items() if isinstance(value, list)}
+    tuples |= {name: (merged[name],) for name in ("trackers", "sheet_prompts") if isinstance(merged.get(name), str)}
     return DistillConfig(**{**merged, **tuples})
 
 

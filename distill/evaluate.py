@@ -1,31 +1,31 @@
-"""A student beside its teacher: velocity by noise level, attention by layer, pictures, cost. JSON, Markdown, a sheet.
+"""A student beside its teacher: velocity by noise level, attention and cost by layer, time of a forward, pictures.
 
 Three models are compared on the same inputs: the teacher (exact attention, original weights), the student, and the swap
 alone (the student's attention with the original weights), which says what training brought.
 
     velocity error = E |p - p_teacher|^2 / E |p_teacher|^2 at each noise level, over held-out samples
+
+`evaluation_page.py` writes the figures, as JSON, Markdown and a sheet of pictures.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from diffattn.draw import Entry, sheet
-from diffattn.files import write_json, write_text, written
-from diffattn.measure import as_pixels, psnr, ssim
-from diffattn.mechanisms import Mechanism, SoftmaxAttention
+from diffattn.measure import as_pixels, hardware, latency, psnr, ssim
+from diffattn.mechanisms import SoftmaxAttention
 
 from .capture import Capture
 from .data import Batch, Source
 from .inputs import predict
-from .objective import add_noise
+from .objective import Noised, add_noise
+from .picture_metrics import Metric
 from .student import Student
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -44,6 +44,33 @@ class Velocity:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """One swapped layer in a forward of one sample, half-way through the noise levels."""
+
+    name: str
+    grid: str
+    """Its tokens."""
+    error: float
+    """Of the student's output: mean squared error over the teacher's mean square."""
+    operations: int
+    """Floating-point operations of its attention."""
+    full: int
+    """The same of full attention."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Time of a forward with one sample of the evaluation's size; the models take turns, round by round."""
+
+    size: list[int]
+    """Of the latents."""
+    rounds: int
+    seconds: dict[str, dict[str, Any]]
+    """By model: `median_s`, `min_s`, `max_s`, `quartiles_s`, `rounds_s`."""
+    machine: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Pictures:
     """Pictures beside the teacher's, means over the prompts."""
 
@@ -51,6 +78,8 @@ class Pictures:
     """dB, of the student and of the swap alone."""
     ssim: dict[str, float] | None
     """None where torchmetrics is not installed."""
+    metrics: dict[str, dict[str, float]]
+    """By name and model, those of `picture_metrics.py` that were asked for."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +96,12 @@ class Evaluation:
     """By layer, of the student: mean squared error over the teacher's mean square."""
     attention_share: float
     """Of full attention's operations."""
+    operations: dict[str, int]
+    """Of the attention of all swapped layers, in a forward of one sample: of the teacher and of the student."""
+    layers: tuple[Layer, ...]
+    speed: Speed | None
+    """None where no rounds were asked for."""
     pictures: Pictures | None
-
-
-def operations(student: Student, mechanism: Mechanism | None = None) -> int:
-    """What the swapped layers compute in a forward like the last one, by their own mechanism or by another."""
-    return sum(layer.flops(mechanism or layer.mechanism) for layer in student.handle.layers if layer.grid is not None)
 
 
 @contextlib.contextmanager
@@ -99,10 +128,21 @@ def evaluate(
     seed: int = 1,
     draw: Callable[[str, int], np.ndarray] | None = None,
     prompts: Sequence[str] = (),
+    metrics: Mapping[str, Metric] | None = None,
+    rounds: int = 0,
 ) -> tuple[Evaluation, dict[str, list[np.ndarray]]]:
-    """All figures on `samples` of a held-out source, and the pictures that `draw(prompt, seed)` makes of `prompts`."""
+    """All figures on `samples` of a held-out source, and the pictures that `draw(prompt, seed)` makes of `prompts`.
+
+    Args:
+        metrics: further comparisons of the pictures, as `picture_metrics.open_metrics` opens them.
+        rounds: how often every model's forward is timed; 0 for not at all.
+    """
+    if metrics and (draw is None or not prompts):
+        raise ValueError(f"expected prompts to draw for {', '.join(metrics)}, got none; give some, or leave these out")
     student.model.eval()
     velocity, totals = velocities(student, scheduler, source, samples, guidance, seed)
+    layers = layer_figures(student, scheduler, source, samples, guidance, seed)
+    operations = {"teacher": sum(one.full for one in layers), "student": sum(one.operations for one in layers)}
     drawn = draw_all(student, draw, prompts, seed) if draw is not None and prompts else {}
     evaluation = Evaluation(
         mechanism=student.handle.layers[0].mechanism.to_dict(),
@@ -110,9 +150,12 @@ def evaluate(
         prompts=len(prompts),
         velocity=velocity,
         velocity_error=totals,
-        attention_error=attention_errors(student, scheduler, source, samples, guidance, seed),
-        attention_share=operations(student) / operations(student, SoftmaxAttention()),
-        pictures=compare(drawn) if drawn else None,
+        attention_error={layer.name: layer.error for layer in layers},
+        attention_share=operations["student"] / operations["teacher"],
+        operations=operations,
+        layers=layers,
+        speed=speed(student, scheduler, source, guidance, seed, rounds) if rounds else None,
+        pictures=compare(drawn, prompts, metrics or {}) if drawn else None,
     )
     return evaluation, drawn
 
@@ -128,20 +171,26 @@ def held_out_batch(source: Source, count: int, level: float, seed: int) -> Batch
     return Batch(latents, conditioning, noise, torch.full((count,), level))
 
 
+def noised_batch(
+    student: Student, scheduler: Any, source: Source, count: int, level: float, seed: int
+) -> tuple[Noised, dict[str, Tensor]]:
+    """Such a batch on the model's device, noised, and its conditioning."""
+    batch = held_out_batch(source, count, level, seed).to(next(student.model.parameters()).device)
+    return add_noise(scheduler, batch), batch.conditioning
+
+
 def velocities(
     student: Student, scheduler: Any, source: Source, count: int, guidance: float | None, seed: int
 ) -> tuple[tuple[Velocity, ...], dict[str, float]]:
     """The errors at each level, and over all of them."""
     rows: list[Velocity] = []
     power, errors = 0.0, {"student": 0.0, "swap alone": 0.0}
-    device = next(student.model.parameters()).device
     for level in LEVELS:
-        batch = held_out_batch(source, count, level, seed).to(device)
-        noised = add_noise(scheduler, batch)
+        noised, conditioning = noised_batch(student, scheduler, source, count, level, seed)
         found: dict[str, Tensor] = {}
         for which in MODELS:
             with as_model(student, which):
-                found[which] = predict(student.model, noised, batch.conditioning, guidance).float()
+                found[which] = predict(student.model, noised, conditioning, guidance).float()
         own = float(found["teacher"].square().mean())
         squared = {which: float((found[which] - found["teacher"]).square().mean()) for which in errors}
         rows.append(Velocity(float(noised.level[0]), squared["student"] / own, squared["swap alone"] / own))
@@ -150,21 +199,41 @@ def velocities(
     return tuple(rows), {which: error / power for which, error in errors.items()}
 
 
-def attention_errors(
+def layer_figures(
     student: Student, scheduler: Any, source: Source, count: int, guidance: float | None, seed: int
-) -> dict[str, float]:
-    """How far each swapped layer's output lies from the teacher's, half-way through the noise levels."""
-    device = next(student.model.parameters()).device
-    batch = held_out_batch(source, count, 0.5, seed).to(device)
-    noised = add_noise(scheduler, batch)
-    names = [layer.name for layer in student.handle.layers]
-    capture, outputs = Capture(student.model, names), []
+) -> tuple[Layer, ...]:
+    """How far each swapped layer's output lies from the teacher's, half-way through the noise levels, and its cost."""
+    noised, conditioning = noised_batch(student, scheduler, source, count, 0.5, seed)
+    layers = student.handle.layers
+    capture, outputs = Capture(student.model, [layer.name for layer in layers]), []
     for which in ("teacher", "student"):
         with as_model(student, which), capture:
-            predict(student.model, noised, batch.conditioning, guidance)
+            predict(student.model, noised, conditioning, guidance)
         outputs.append([output.float() for output in capture.outputs])
-    pairs = zip(names, *outputs, strict=True)
-    return {name: float((own - wanted).square().mean() / wanted.square().mean()) for name, wanted, own in pairs}
+    return tuple(
+        Layer(
+            name=layer.name,
+            grid=str(layer.grid),
+            error=float((own - wanted).square().mean() / wanted.square().mean()),
+            operations=layer.flops(layer.mechanism),
+            full=layer.flops(SoftmaxAttention()),
+        )
+        for layer, wanted, own in zip(layers, *outputs, strict=True)
+    )
+
+
+def speed(student: Student, scheduler: Any, source: Source, guidance: float | None, seed: int, rounds: int) -> Speed:
+    """Time a forward of every model in turn, `rounds` times, after one that does not count."""
+    noised, conditioning = noised_batch(student, scheduler, source, 1, 0.5, seed)
+
+    def forward(which: str) -> None:
+        with as_model(student, which):
+            predict(student.model, noised, conditioning, guidance)
+
+    device = noised.latents.device
+    found = latency({which: partial(forward, which) for which in MODELS}, rounds, device=device)
+    seconds = {which: timing.to_dict() for which, timing in found.items()}
+    return Speed(list(noised.latents.shape[1:]), rounds, seconds, hardware(device))
 
 
 def draw_all(
@@ -178,8 +247,10 @@ def draw_all(
     return drawn
 
 
-def compare(drawn: dict[str, list[np.ndarray]]) -> Pictures:
-    """PSNR and SSIM of the student's pictures, and of the swap's, to the teacher's."""
+def compare(
+    drawn: dict[str, list[np.ndarray]], prompts: Sequence[str] = (), metrics: Mapping[str, Metric] | None = None
+) -> Pictures:
+    """PSNR and SSIM of the student's pictures, and of the swap's, to the teacher's; further metrics of all three."""
     others = [which for which in MODELS if which != "teacher"]
 
     def mean(metric: Callable[[Any, Any], float], which: str) -> float:
@@ -190,44 +261,8 @@ def compare(drawn: dict[str, list[np.ndarray]]) -> Pictures:
         similar = {which: mean(ssim, which) for which in others}
     except ImportError:
         similar = None
-    return Pictures({which: mean(psnr, which) for which in others}, similar)
-
-
-def markdown(evaluation: Evaluation) -> str:
-    """The figures as a page."""
-    lines = [
-        f"Velocity error relative to the teacher's power, {evaluation.samples} held-out samples:",
-        "",
-        "| noise | student | swap alone | ratio |",
-        "|---:|---:|---:|---:|",
-    ]
-    rows = [(f"{row.level:.2f}", row.student, row.swap_alone) for row in evaluation.velocity]
-    rows.append(("all", evaluation.velocity_error["student"], evaluation.velocity_error["swap alone"]))
-    lines += [f"| {name} | {own:.5f} | {swap:.5f} | {swap / own:.1f} |" for name, own, swap in rows]
-    lines += ["", f"Attention computed: {evaluation.attention_share:.1%} of full attention."]
-    if evaluation.pictures is not None:
-        names = ("student", "swap alone")
-        found = ", ".join(f"{which} {evaluation.pictures.psnr[which]:.2f} dB" for which in names)
-        lines += ["", f"PSNR to the teacher's pictures, {evaluation.prompts} prompts: {found}."]
-    return "\n".join(lines) + "\n"
-
-
-def page(drawn: dict[str, list[np.ndarray]], prompts: Sequence[str], limit: int = 8) -> Image.Image:
-    """Teacher, student and swap alone side by side, one prompt a row."""
-    rows = [[Entry(Image.fromarray(drawn[which][row])) for which in MODELS] for row in range(min(limit, len(prompts)))]
-    return sheet(rows, prompts[:limit], MODELS)
-
-
-def save(
-    evaluation: Evaluation, drawn: dict[str, list[np.ndarray]], prompts: Sequence[str], folder: Path
-) -> list[Path]:
-    """Write `evaluation.json`, `evaluation.md`, and `sheet.png` where pictures were drawn."""
-    paths = [
-        write_json(folder / "evaluation.json", asdict(evaluation)),
-        write_text(folder / "evaluation.md", markdown(evaluation)),
-    ]
-    if drawn:
-        with written(folder / "sheet.png") as temporary:
-            page(drawn, prompts).save(temporary)
-        paths.append(folder / "sheet.png")
-    return paths
+    further = {
+        name: {which: metric(drawn[which], drawn["teacher"], prompts) for which in MODELS}
+        for name, metric in (metrics or {}).items()
+    }
+    return Pictures({which: mean(psnr, which) for which in others}, similar, further)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -59,13 +60,34 @@ def _plain(model: Any, noised: Noised, conditioning: dict[str, Tensor], guidance
     return {**conditioning, "hidden_states": noised.latents, "timestep": noised.timestep}
 
 
-def _frames_first(model: Any, noised: Noised, conditioning: dict[str, Tensor], guidance: float | None) -> Arguments:
-    return {**conditioning, "hidden_states": noised.latents.transpose(1, 2), "timestep": noised.timestep}
+def _cogvideox(model: Any, noised: Noised, conditioning: dict[str, Tensor], guidance: float | None) -> Arguments:
+    arguments: Arguments = {
+        **conditioning,
+        "hidden_states": noised.latents.transpose(1, 2),
+        "timestep": noised.timestep,
+    }
+    if model.config.use_rotary_positional_embeddings:
+        arguments["image_rotary_emb"] = _rotations(model, noised.latents)
+    return arguments
+
+
+def _rotations(model: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """CogVideoX's rotary embedding for latents (b, c, f, h, w), by its pipeline: without, it would see no positions."""
+    from diffusers import CogVideoXPipeline
+
+    frames, height, width = latents.shape[2:]
+    # The method asks for pixels and divides them by the VAE's reduction; these are latent cells.
+    pipe = SimpleNamespace(transformer=model, vae_scale_factor_spatial=1)
+    rotations: tuple[Tensor, Tensor] = CogVideoXPipeline._prepare_rotary_positional_embeddings(
+        pipe, height, width, frames, latents.device
+    )
+    return rotations
 
 
 def _pixart(model: Any, noised: Noised, conditioning: dict[str, Tensor], guidance: float | None) -> Arguments:
-    sizes = {"resolution": None, "aspect_ratio": None}
-    return {"added_cond_kwargs": sizes, **_plain(model, noised, conditioning, guidance)}
+    sizes = {name: conditioning.get(name) for name in ("resolution", "aspect_ratio")}
+    given = {name: value for name, value in conditioning.items() if name not in sizes}
+    return {"added_cond_kwargs": sizes, **_plain(model, noised, given, guidance)}
 
 
 def _unet(model: Any, noised: Noised, conditioning: dict[str, Tensor], guidance: float | None) -> Arguments:
@@ -84,7 +106,7 @@ def _without_variance(output: Tensor, latents: Tensor) -> Tensor:
 INPUTS: list[Inputs] = [
     Inputs(("FluxTransformer2DModel",), _flux, unpack),
     Inputs(("SD3Transformer2DModel", "WanTransformer3DModel"), _plain),
-    Inputs(("CogVideoXTransformer3DModel",), _frames_first, lambda output, latents: output.transpose(1, 2)),
+    Inputs(("CogVideoXTransformer3DModel",), _cogvideox, lambda output, latents: output.transpose(1, 2)),
     Inputs(("PixArtTransformer2DModel",), _pixart, _without_variance),
     Inputs(("UNet2DConditionModel",), _unet),
 ]

@@ -4,6 +4,7 @@ A student trained on what its teacher draws keeps the teacher's look better than
 https://arxiv.org/abs/2412.16112). Picture i depends on its prompt, `seed` + i and the call alone.
 """
 
+import inspect
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from diffattn.files import write_json, written
@@ -83,12 +85,19 @@ def _made(picture: Path, said: dict[str, Any]) -> bool:
 
 
 def _draw(pipe: Any, batch: Mapping[Path, dict[str, Any]], call: Mapping[str, Any]) -> None:
-    # On the CPU, so that every machine draws the same noise.
-    generators = [torch.Generator("cpu").manual_seed(said["seed"]) for said in batch.values()]
-    texts = [said["prompt"] for said in batch.values()]
-    pictures = pipe(prompt=texts, generator=generators, output_type="pil", **call).images
-    for (path, said), picture in zip(batch.items(), pictures, strict=True):
+    texts, seeds = ([said[name] for said in batch.values()] for name in ("prompt", "seed"))
+    for (path, said), picture in zip(batch.items(), draw(pipe, texts, seeds, **call), strict=True):
         with written(path) as temporary:
             picture.save(temporary)
         # Last: it says that the picture is whole.
         write_json(path.with_suffix(".json"), said)
+
+
+def draw(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], **call: Any) -> list[Image.Image]:
+    """A picture for every prompt, from the noise of its seed; a video pipeline makes one frame."""
+    if "num_frames" in inspect.signature(type(pipe).__call__).parameters:
+        call = {"num_frames": 1, **call}
+    # On the CPU, so that every machine draws the same noise.
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    answer = pipe(prompt=list(prompts), generator=generators, output_type="pil", **call)
+    return [clip[0] for clip in answer.frames] if hasattr(answer, "frames") else list(answer.images)

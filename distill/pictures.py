@@ -9,10 +9,11 @@ import io
 import json
 import logging
 import os
+import re
 import struct
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
@@ -137,9 +138,34 @@ def load_picture(source: str | os.PathLike[str] | BinaryIO, size: tuple[int, int
 
 def share(items: Sequence[T], rank: int, world: int) -> Sequence[T]:
     """The part of process `rank` among `world`."""
+    _check_place(rank, world)
+    return items[rank::world]
+
+
+def _check_place(rank: int, world: int) -> None:
     if not 0 <= rank < world:
         raise ValueError(f"expected a rank from 0 to world - 1, got rank {rank} of {world}; count processes from 0")
-    return items[rank::world]
+
+
+def own_place(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """(rank, world) of this process, as torchrun and `accelerate launch` say it by RANK and WORLD_SIZE; else (0, 1).
+
+    >>> own_place({"RANK": "1", "WORLD_SIZE": "4"})
+    (1, 4)
+    """
+    said = [environment.get(name) for name in ("RANK", "WORLD_SIZE")]
+    if said == [None, None]:
+        return 0, 1
+    try:
+        rank, world = (int(value or "") for value in said)
+        if not 0 <= rank < world:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"expected RANK from 0 to WORLD_SIZE - 1 in the environment, got RANK={said[0]} WORLD_SIZE={said[1]}; set "
+            f"both, or neither for a single process"
+        ) from None
+    return rank, world
 
 
 def named(names: Sequence[str], most: int = 3) -> str:
@@ -149,6 +175,25 @@ def named(names: Sequence[str], most: int = 3) -> str:
     '5 (a, b, c, ...)'
     """
     return f"{len(names)} ({', '.join([*names[:most], *(['...'] if len(names) > most else [])])})"
+
+
+def find_shards(patterns: Iterable[str]) -> list[Path]:
+    """The files that paths with ranges such as `data-{000..009}.tar` name; raises `ValueError` where any is missing."""
+    paths = [Path(path) for pattern in patterns for path in _expanded(pattern)]
+    absent = [str(path) for path in paths if not path.is_file()]
+    if absent or not paths:
+        raise ValueError(f"expected shards like data-{{000..009}}.tar, each a file, got none for {named(absent)}")
+    return paths
+
+
+def _expanded(pattern: str) -> list[str]:
+    """The texts of a pattern with ranges; numbers have as many digits as the first."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if found is None:
+        return [pattern]
+    before, after = pattern[: found.start()], _expanded(pattern[found.end() :])
+    numbers = range(int(found[1]), int(found[2]) + 1)
+    return [f"{before}{number:0{len(found[1])}d}{rest}" for number in numbers for rest in after]
 
 
 def read_shards(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Packed]:
@@ -173,13 +218,21 @@ def read_shards(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Packed]:
         logger.warning("%d of the %d pictures in the shards are corrupt and left out", corrupt, total)
 
 
-def unpack_shards(paths: Iterable[str | os.PathLike[str]], folder: str | os.PathLike[str]) -> Counts:
+def unpack_shards(
+    paths: Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str], *, rank: int = 0, world: int = 1
+) -> Counts:
     """Write the pictures of some shards to a folder, as SHARD/NAME.png and .json; those that are there are skipped.
 
     They are not opened: what reads them next names the corrupt ones.
+
+    Args:
+        rank: of `world` processes on one folder, each begins with another shard and goes through all of them, so that
+            each finds the whole folder when it is done.
     """
+    _check_place(rank, world)
+    first = rank * len(paths) // world
     done = skipped = 0
-    for packed in _packed(paths):
+    for packed in _packed([*paths[first:], *paths[:first]]):
         picture, caption = (Path(folder) / f"{packed.name}{ending}" for ending in (packed.ending, ".json"))
         if picture.exists() and caption.exists():
             skipped += 1

@@ -1,12 +1,14 @@
 """One run from a config: open the pipeline, make the student, train, export, evaluate.
 
-<folder>/config.json  log.csv  loss.png  checkpoints/  adapter/  evaluation.{json,md}  sheet.png
+<folder>/config.json  log.csv  loss.png  checkpoints/  sheets/  adapter/  evaluation.{json,md}  sheet.png
 """
 
+import inspect
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +21,26 @@ from diffattn.files import write_json, written
 from diffattn.plan import models_of
 
 from . import checkpoints
-from .cache import CacheSource, model_facts
-from .config import DistillConfig, from_dict
+from .cache import CacheSource
+from .cache_facts import read_facts
+from .config import DistillConfig, from_dict, override
 from .data import Source
-from .evaluate import Evaluation, evaluate, save
-from .inputs import inputs_of
+from .encoders import model_facts
+from .evaluate import Evaluation, evaluate
+from .evaluation_page import save
+from .export import FIGURES, export
+from .loading import SHAPES, TINY, encoding_parts, is_cached, open_pipeline, vae_facts_of
+from .make_pictures import draw
+from .picture_metrics import Metric
+from .pictures import list_files
 from .shapes_data import Shapes, held_out
+from .sharding import check_processes
+from .sheets import Sheets
 from .student import Student, make_student
-from .trainer import LOG, Outcome, Trainer, read_log
+from .trainer import LOG, Outcome, Trainer, make_accelerator, read_log
 
 logger = logging.getLogger("diffattn")
 
-TINY, SHAPES = "tiny", "shapes"
 TRAINING_PICTURES, HELD_OUT_PICTURES = 1024, 32
 """Of the bundled pipeline's world."""
 
@@ -43,8 +53,14 @@ class Setting:
     pipe: Any
     student: Student
 
-    def trainer(self, source: Source, folder: Path, accelerator: Accelerator | None = None) -> Trainer:
-        return Trainer(self.config, self.student, self.pipe.scheduler, source, folder, accelerator)
+    def trainer(
+        self,
+        source: Source,
+        folder: Path,
+        accelerator: Accelerator | None = None,
+        draw_sheet: Callable[[int], Path] | None = None,
+    ) -> Trainer:
+        return Trainer(self.config, self.student, self.pipe.scheduler, source, folder, accelerator, draw_sheet)
 
     def source(self, progress: bool = False) -> Source:
         """The training samples."""
@@ -53,15 +69,12 @@ class Setting:
             return Shapes(self.pipe, TRAINING_PICTURES, seed=self.config.seed, text_length=length, progress=progress)
         if not self.config.data:
             raise ValueError("there is no data: name a folder made by `diffattn distill cache`, data=FOLDER")
-        if inputs_of(self.student.model).models != ("FluxTransformer2DModel",):
-            raise ValueError(
-                f"caches are those of Flux models, and this is a {type(self.student.model).__name__}: give the Trainer "
-                f"a Source of your own, see diffattn.distill.data"
-            )
-        vae = self.pipe.vae.config
-        facts = {**model_facts(self.student.model), "text_length": self.config.text_length}
-        expected = {name: value for name, value in facts.items() if value is not None}
-        return CacheSource(self.config.data, expected=expected, shift=vae.shift_factor, scale=vae.scaling_factor)
+        expected = model_facts(self.student.model)
+        if self.config.text_length is not None:
+            expected["text_length"] = self.config.text_length
+        expected |= vae_facts_of(self.config)
+        shift, scale = (expected.get(name) for name in ("shift_factor", "scaling_factor"))
+        return CacheSource(self.config.data, expected=expected, shift=shift, scale=scale)
 
     def held_out(self) -> Source:
         """Samples for evaluation: of the bundled world those that training never sees, else the training folder's."""
@@ -69,88 +82,167 @@ class Setting:
             return Shapes(self.pipe, HELD_OUT_PICTURES, text_length=self.config.text_length or 32, unseen=True)
         return self.source()
 
-    def draw(self, prompt: str, seed: int) -> np.ndarray:
-        """One picture by the pipeline, uint8 `(height, width, 3)`."""
+    def complete(self) -> None:
+        """Load what drawing needs beside the model, where training from a cache has left it out."""
+        if self.pipe.vae is None:
+            parts = {name: part for name, part in self.pipe.components.items() if part is not None}
+            device = next(self.student.model.parameters()).device
+            self.pipe = open_pipeline(self.config, **parts).to(device)
+
+    def draw(self, prompt: str, seed: int, size: tuple[int, int] | None = None) -> np.ndarray:
+        """One picture by the pipeline, uint8 `(height, width, 3)`; of a video model the only frame.
+
+        `size` is in pixels; None: the pipeline's own.
+        """
+        self.complete()
         call = diffattn.tiny.defaults("flux") if self.config.model == TINY else {}
+        if size is not None:
+            call["height"], call["width"] = size
+        takes = inspect.signature(type(self.pipe).__call__).parameters
+        if self.config.text_length is not None and "max_sequence_length" in takes:
+            call["max_sequence_length"] = self.config.text_length
         self.pipe.set_progress_bar_config(disable=True)
-        generator = torch.Generator().manual_seed(seed)
-        return np.asarray(self.pipe(prompt, generator=generator, **call).images[0])
+        [picture] = draw(self.pipe, [prompt], [seed], **call)
+        return np.asarray(picture)
 
 
 def open_setting(config: DistillConfig, device: torch.device | str = "cpu") -> Setting:
-    """Load the pipeline in float32 (trained parts must be), and make its transformer or UNet the student."""
-    from diffusers import DiffusionPipeline
-
+    """Load the pipeline, and make its transformer or UNet the student; for a cache, that and the scheduler alone."""
+    if is_cached(config):
+        list_files(Path(config.data))
+        read_facts(Path(config.data))
     torch.manual_seed(config.seed)
-    folder = diffattn.tiny.path("flux") if config.model == TINY else config.model
-    try:
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load {config.model!r}: {str(error).splitlines()[0]}") from error
+    pipe = open_pipeline(config, **dict.fromkeys(encoding_parts(config) if is_cached(config) else ()))
     pipe.to(device)
-    [model] = models_of(pipe)
+    model, *others = models_of(pipe)
+    if others:
+        raise ValueError(
+            f"expected a pipeline with one model, got {1 + len(others)} in {config.model!r}: train each alone"
+        )
     student = make_student(
-        model, config.mechanism, trainable=config.trainable, layers=config.layers, lora_rank=config.lora_rank
+        model,
+        config.mechanism,
+        trainable=config.trainable,
+        layers=config.layers,
+        lora_rank=config.lora_rank,
+        backend=config.backend,
     )
     return Setting(config, pipe, student)
 
 
 def train(
     config: DistillConfig, folder: Path, *, resume: bool = False, progress: bool = False
-) -> tuple[Setting, Outcome]:
-    """Train by a config into `folder`; on the main process, export the adapter when it is done."""
-    accelerator = Accelerator(mixed_precision=config.precision)
+) -> tuple[Setting | None, Outcome]:
+    """Train by a config into `folder`, and export the adapter when it is done; every process of a group calls it.
+
+    The first process gets the student, which a sharded run opens anew from its last checkpoint; others get None.
+    """
     if not resume and checkpoints.find(folder):
         raise ValueError(f"{folder} holds a run already: go on by --resume auto, or choose another folder")
-    setting = open_setting(config, accelerator.device)
-    trainer = setting.trainer(setting.source(progress and accelerator.is_main_process), folder, accelerator)
-    if accelerator.is_main_process:
+    accelerator = make_accelerator(config, folder)
+    check_processes(config, accelerator)
+    main = accelerator.is_main_process
+    setting: Setting | None = open_setting(config, accelerator.device)
+    assert setting is not None
+    sheets = Sheets(setting, folder, write=main) if config.sheet_every else None
+    trainer = setting.trainer(setting.source(progress and main), folder, accelerator, sheets)
+    if main:
         write_json(folder / "config.json", config.to_dict())
     outcome = trainer.run(resume=resume, progress=progress)
     trainer.use_average()
-    if accelerator.is_main_process and outcome.finished:
-        export(setting, folder / "adapter")
-        draw_losses(folder)
-    return setting, outcome
+    if config.sharded:
+        del trainer, sheets
+        setting = open_run(folder, accelerator.device) if main and outcome.finished else None
+    if main and setting is not None and outcome.finished:
+        losses = draw_losses(folder)
+        export(setting, folder / "adapter", figures=[losses] if losses is not None else [])
+    return setting if main else None, outcome
 
 
-def export(setting: Setting, folder: Path) -> Path:
-    """Write the student as an adapter that `diffattn.load` takes."""
-    student = setting.student
-    if student.trainable == "lora":
-        raise NotImplementedError("a LoRA student is not exported yet: save it by pipe.save_lora_weights")
-    return diffattn.save(student.model, folder, include=student.projections)
+def export_run(folder: Path, output: Path, **hub: Any) -> Path:
+    """`export` of a finished or stopped run: its last checkpoint, with the figures that lie in its folder.
+
+    `hub` are the options `push_to_hub` and `repo_id`. The data of the training need not be there any more.
+    """
+    options = []
+    if checkpoints.find(folder):
+        data = json.loads((folder / "config.json").read_text())["data"]
+        options = ["data="] if data != SHAPES and not Path(data).is_dir() else []
+    setting = open_run(folder, options=options)
+    file = folder / "evaluation.json"
+    evaluation = json.loads(file.read_text()) if file.is_file() else None
+    figures = [folder / name for name in FIGURES if (folder / name).is_file()]
+    return export(setting, output, evaluation, figures=figures, **hub)
 
 
-def open_run(folder: Path, device: torch.device | str = "cpu") -> Setting:
-    """The student of a run's last checkpoint."""
+CHANGEABLE = ("mechanism", "data", "guidance", "text_length")
+"""Fields of a run's config that may be others when it is evaluated."""
+
+
+def open_run(folder: Path, device: torch.device | str = "cpu", options: Iterable[str] = ()) -> Setting:
+    """The student of a run's last checkpoint; `options` as `mechanism.radius=3` change what its weights are used in."""
     found = checkpoints.find(folder)
     if not found:
         raise ValueError(f"{folder} holds no checkpoint: is it the folder of a `diffattn distill run`?")
-    config = from_dict(json.loads((folder / "config.json").read_text()))
+    trained = from_dict(json.loads((folder / "config.json").read_text()))
+    config = override(trained, options)
+    changed = [name for name, value in config.to_dict().items() if value != trained.to_dict()[name]]
+    if set(changed) - set(CHANGEABLE):
+        wrong = next(name for name in changed if name not in CHANGEABLE)
+        raise ValueError(f"an evaluation can change {', '.join(CHANGEABLE)} of its run, got {wrong}: train another run")
     setting = open_setting(config, device)
-    state = checkpoints.read(list(found.values())[-1], config)
-    chosen = dict(zip(state["weights"], state["average"], strict=True)) if state["average"] else state["weights"]
-    with torch.no_grad():
-        for name, weight in setting.student.parameters.items():
-            weight.copy_(chosen[name])
+    state = checkpoints.read(list(found.values())[-1], trained)
+    take_weights(
+        setting.student,
+        dict(zip(state["weights"], state["average"], strict=True)) if state["average"] else state["weights"],
+    )
     return setting
 
 
+@torch.no_grad()
+def take_weights(student: Student, weights: Mapping[str, torch.Tensor]) -> None:
+    """Put trained weights in place; raises `ValueError` where the student has others."""
+    own = {name: list(weight.shape) for name, weight in student.parameters.items()}
+    got = {name: list(weight.shape) for name, weight in weights.items()}
+    wrong = sorted(name for name in own.keys() | got.keys() if own.get(name) != got.get(name))
+    if wrong:
+        mechanism = student.handle.layers[0].mechanism
+        raise ValueError(
+            f"the run's weights don't fit {mechanism}: {wrong[0]} is {got.get(wrong[0], 'absent')} in them and "
+            f"{own.get(wrong[0], 'absent')} in the model; evaluate it with options that leave its weights as they are"
+        )
+    for name, weight in student.parameters.items():
+        weight.copy_(weights[name])
+
+
 def evaluate_run(
-    setting: Setting, folder: Path, prompts: Sequence[str] | None = None, samples: int = 32
+    setting: Setting,
+    folder: Path,
+    prompts: Sequence[str] | None = None,
+    samples: int = 32,
+    *,
+    metrics: Mapping[str, Metric] | None = None,
+    rounds: int = 0,
 ) -> tuple[Evaluation, list[Path]]:
-    """Evaluate a student on held-out samples and prompts, and write the figures to `folder`."""
+    """Evaluate a student on held-out samples and prompts, and write the figures to `folder`.
+
+    `metrics` and `rounds` as in `evaluate`.
+    """
     if prompts is None:
         prompts = held_out(24) if setting.config.data == SHAPES else []
+    if prompts:
+        setting.complete()
+    source = setting.held_out()
     evaluation, drawn = evaluate(
         setting.student,
         setting.pipe.scheduler,
-        setting.held_out(),
+        source,
         samples=samples,
         guidance=setting.config.guidance,
-        draw=setting.draw,
+        draw=partial(setting.draw, size=getattr(source, "picture_size", None)),
         prompts=prompts,
+        metrics=metrics,
+        rounds=rounds,
     )
     return evaluation, save(evaluation, drawn, prompts, folder)
 

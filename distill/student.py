@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from diffattn.kernels.choose import BACKENDS
 from diffattn.mechanisms import Mechanism
 from diffattn.plan import LayerChoice, plan_all
 from diffattn.swap import Handle, commit
@@ -74,12 +75,15 @@ def make_student(
     trainable: Trainable = "projections",
     layers: LayerChoice = None,
     lora_rank: int = 16,
+    backend: str = "auto",
 ) -> Student:
     """Swap `mechanism` in, freeze everything, and choose what is trained.
 
-    Raises `ValueError` where nothing would be trained, or the swapped layers cannot carry gradients.
+    Raises `ValueError` where nothing would be trained, or the backend has no gradients on the model's device.
     """
-    handle = commit(plan_all(model, mechanism, layers), trained=True)
+    swaps = plan_all(model, mechanism, layers, backend=backend)
+    check_gradients(backend, next(model.parameters()).device.type)
+    handle = commit(swaps, trained=True)
     try:
         model.requires_grad_(False)
         if trainable == "lora":
@@ -97,6 +101,17 @@ def make_student(
         parameter.requires_grad_()
     own = [name for name in parameters if trainable == "projections" and ".processor." not in name]
     return Student(model, handle, trainable, parameters, Originals(model, own))
+
+
+def check_gradients(backend: str, device: str) -> None:
+    """Raise `ValueError` where a kernel that was chosen by name has no backward pass."""
+    known = BACKENDS[backend].gradients if backend in BACKENDS else None
+    if known is not None and device not in known:
+        able = [name for name, row in BACKENDS.items() if row.gradients is None or device in row.gradients]
+        raise ValueError(
+            f"backend={backend!r} has no backward pass on {device}, so nothing could be trained through it: use auto, "
+            f"or one of {', '.join(able)}"
+        )
 
 
 def projection_names(model: nn.Module, handle: Handle) -> list[str]:
@@ -131,6 +146,8 @@ def _add_lora(model: Any, handle: Handle, rank: int) -> None:
         from peft import LoraConfig
     except ImportError as error:
         raise ImportError('training a LoRA needs peft: pip install "diffattn[train]"') from error
+    if not hasattr(model, "add_adapter"):
+        raise ValueError(f"diffusers has no LoRA for {type(model).__name__}: train its projections instead")
     layers = sorted({name.rpartition(".")[0] for name in projection_names(model, handle)})
     targets = "|".join(re.escape(name) for name in layers)
     model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=f"({targets})"))
@@ -188,6 +205,12 @@ class Originals:
     def _take(self, module: nn.Module, args: Any, output: Any) -> None:
         for kind, parameter in self._lent.pop(module, {}).items():
             module._parameters[kind] = parameter
+
+    def copy_again(self) -> None:
+        """Take the copies anew from the parameters, which must not have been trained yet: sharding lays them out."""
+        for module, copies in self._modules.items():
+            for kind in copies:
+                copies[kind] = getattr(module, kind).detach().clone()
 
     @torch.no_grad()
     def give_back(self) -> None:

@@ -1,6 +1,7 @@
 """The training loop: one config, one model, any number of processes.
 
-`accelerate` brings devices, mixed precision, gradient scaling and DistributedDataParallel. What a step computes:
+`accelerate` brings devices, mixed precision, gradient scaling, trackers and DistributedDataParallel; `sharding.py`
+splits the weights instead where the config says so. What a step computes:
 
     teacher's pass (no gradients) -> student's pass -> losses -> gradients, clipped -> optimizer, averaged weights
 
@@ -11,17 +12,20 @@ cut does not change the gradient, and a resumed run goes on bit for bit.
 import contextlib
 import csv
 import fnmatch
+import importlib.util
 import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -32,6 +36,17 @@ from .data import Source, collate, places
 from .inputs import predict
 from .losses import Losses, losses
 from .objective import add_noise
+from .sharding import (
+    average_gradients,
+    check_processes,
+    clip_gradients,
+    scatter,
+    scattered_state,
+    shard,
+    split,
+    whole,
+    whole_state,
+)
 from .student import Student
 
 logger = logging.getLogger("diffattn")
@@ -63,22 +78,39 @@ class Trainer:
         source: Source,
         folder: Path,
         accelerator: Accelerator | None = None,
+        draw_sheet: Callable[[int], Path] | None = None,
     ) -> None:
+        """`draw_sheet(step)` draws the sheets that `config.sheet_every` asks for, and gives the file."""
         self.config, self.student, self.scheduler, self.source, self.folder = config, student, scheduler, source, folder
-        self.accelerator = accelerator or Accelerator(mixed_precision=config.precision)
+        self.accelerator = accelerator or make_accelerator(config, folder)
+        self.draw_sheet = draw_sheet
         self.parts = self.accelerator.num_processes * config.accumulation
         places(0, config.batch_size, 0, self.parts)
+        check_processes(config, self.accelerator)
         if len(source) == 0:
             raise ValueError("there are no samples to train on")
+        layers = attention_layers(config, student) if config.loss.attention else ()
         if config.gradient_checkpointing:
             student.model.enable_gradient_checkpointing()  # type: ignore[operator]
-        self.weights = list(student.parameters.values())
-        self.optimizer = make_optimizer(config, self.weights)
-        self.average = [weight.detach().clone() for weight in self.weights] if config.ema else []
-        self.capture = Capture(student.model, attention_layers(config, student) if config.loss.attention else ())
         student.model.train()
-        self.model, self.optimizer = self.accelerator.prepare(student.model, self.optimizer)
+        self.model = self._spread()
+        self.weights = list(student.parameters.values())
+        self.outside = [weight for name, weight in student.parameters.items() if name not in self.inside]
+        self.optimizer = self.accelerator.prepare(make_optimizer(config, self.weights))
+        self.average = [weight.detach().clone() for weight in self.weights] if config.ema else []
+        self.capture = Capture(student.model, layers)
         self.step = 0
+
+    def _spread(self) -> nn.Module:
+        """The student's model over the processes: in shards, or wrapped, or as it is."""
+        model = self.student.model
+        self.inside = {name for name, _ in model.named_parameters() if name in self.student.parameters}
+        if self.config.sharded:
+            shard(self.student)
+            return model
+        # DistributedDataParallel refuses a model that trains nothing: a mechanism's own weights lie outside it.
+        wrapped: nn.Module = self.accelerator.prepare(model) if self.inside else model
+        return wrapped
 
     def run(self, *, resume: bool = False, until: int | None = None, progress: bool = False) -> Outcome:
         """Train up to step `until` (None: all of them); with `resume` from the last checkpoint of the folder."""
@@ -86,6 +118,7 @@ class Trainer:
             self.resume()
         last = self.config.steps if until is None else min(until, self.config.steps)
         outcome = Outcome(self.step, False)
+        self._report_to(self.config.trackers)
         with told_to_stop() as stop, Log(self.folder, self.step, self.accelerator.is_main_process) as log:
             bar = tqdm(
                 range(self.step, last),
@@ -98,15 +131,41 @@ class Trainer:
                 row = self.train_step()
                 outcome.totals.append(row["total"])
                 log.write(row)
+                self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=self.step)
                 bar.set_postfix(loss=f"{row['total']:.4f}", refresh=False)
                 if self._agree(stop.asked):
                     break
                 if self.step % self.config.save_every == 0 or self.step == self.config.steps:
                     self.save()
+                if self.config.sheet_every and self.step % self.config.sheet_every == 0:
+                    self._sheet()
             if self.step not in checkpoints.find(self.folder):
                 self.save()
+        for tracker in self.accelerator.trackers:  # end_training would also end the process group
+            tracker.finish()
         outcome.step, outcome.finished = self.step, self.step == self.config.steps
         return outcome
+
+    def _report_to(self, trackers: tuple[str, ...]) -> None:
+        """Start the trackers, with the config as their hyperparameters."""
+        if trackers:
+            values = {**self.config.to_dict(), "mechanism": str(self.config.mechanism)}
+            plain = {name: value for name, value in values.items() if isinstance(value, (int, float, str))}
+            self.accelerator.init_trackers("diffattn", plain)
+
+    def _sheet(self) -> None:
+        """Draw a sheet, and show it to the trackers; with whole weights that is the work of the first process."""
+        if self.draw_sheet is None or not (self.config.sharded or self.accelerator.is_main_process):
+            return
+        self.student.model.eval()
+        path = self.draw_sheet(self.step)
+        self.student.model.train()
+        if self.accelerator.is_main_process and self.accelerator.trackers:
+            with Image.open(path) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+            for tracker in self.accelerator.trackers:
+                if hasattr(tracker, "log_images"):
+                    tracker.log_images({"teacher, student, swap alone": pixels[None]}, step=self.step, **_axes(tracker))
 
     def train_step(self) -> dict[str, float]:
         """One batch, one update; returns the numbers of the log."""
@@ -118,7 +177,7 @@ class Trainer:
         for number in mine:
             last = number == mine[-1]
             part = self.accelerator.process_index * self.config.accumulation + number
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            with self._gathering_gradients(last):
                 found = self.losses(part)
                 self.accelerator.backward(found.total / self.config.accumulation)
             for name, value in found.values().items():
@@ -129,7 +188,8 @@ class Trainer:
                 f"the loss of step {self.step} is {sums['total']}: nothing was updated in it; lower the rate, or use "
                 f"precision bf16 instead of fp16. The last checkpoint is as it was"
             )
-        norm = self.accelerator.clip_grad_norm_(self.weights, self.config.clip or math.inf)
+        average_gradients(self.outside)
+        norm = self._clip(self.config.clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._average()
@@ -141,6 +201,23 @@ class Trainer:
             "gradient_norm": float(norm) if norm is not None else math.nan,
             "seconds": time.perf_counter() - start,
         }
+
+    @contextlib.contextmanager
+    def _gathering_gradients(self, last: bool) -> Iterator[None]:
+        """Processes exchange gradients in the backward pass of the last part of a batch alone."""
+        if self.config.sharded:
+            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+            yield
+            return
+        with contextlib.nullcontext() if last or not self.inside else self.accelerator.no_sync(self.model):
+            yield
+
+    def _clip(self, limit: float) -> Tensor:
+        """Clip all gradients together; returns their norm before."""
+        if self.config.sharded:
+            return clip_gradients(self.weights, limit)
+        norm: Tensor = self.accelerator.clip_grad_norm_(self.weights, limit)
+        return norm
 
     def losses(self, part: int) -> Losses:
         """The losses of one part of the present batch."""
@@ -160,9 +237,9 @@ class Trainer:
 
     def _average(self) -> None:
         """Fold the weights into their running average, with a shorter memory at first."""
-        if self.average:
-            share = max(1 - self.config.ema, 1 / (self.step + 10))
-            torch._foreach_lerp_(self.average, [weight.detach() for weight in self.weights], share)
+        share = max(1 - self.config.ema, 1 / (self.step + 10))
+        for average, weight in zip(self.average, self.weights, strict=bool(self.average)):
+            average.lerp_(weight.detach(), share)
 
     def _mean(self, values: dict[str, float]) -> dict[str, float]:
         """The means over all processes."""
@@ -177,15 +254,16 @@ class Trainer:
         return self._mean({"asked": float(asked)})["asked"] > 0
 
     def state(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
-        weights = {name: weight.detach().cpu() for name, weight in self.student.parameters.items()}
-        average = [weight.cpu() for weight in self.average]
-        return {"weights": weights, "average": average, "optimizer": self.optimizer.state_dict()}
+        """All that a resumed run needs, whole, on any number of processes; all of them must ask for it."""
+        weights = {name: whole(weight) for name, weight in self.student.parameters.items()}
+        average = [whole(weight) for weight in self.average]
+        return {"weights": weights, "average": average, "optimizer": whole_state(self.optimizer.state_dict())}
 
     def save(self) -> None:
         """Write a checkpoint of the present step."""
+        state = self.state() if self.config.sharded or self.accelerator.is_main_process else {}
         if self.accelerator.is_main_process:
-            checkpoints.write(self.folder, self.step, self.state(), self.config, self.config.keep)
+            checkpoints.write(self.folder, self.step, state, self.config, self.config.keep)
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> None:
@@ -198,10 +276,10 @@ class Trainer:
             raise ValueError(f"the checkpoint in {self.folder} holds other weights than this student trains")
         with torch.no_grad():
             for name, weight in self.student.parameters.items():
-                weight.copy_(state["weights"][name])
+                weight.copy_(scatter(state["weights"][name], weight))
             for own, saved in zip(self.average, state["average"], strict=True):
-                own.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
+                own.copy_(scatter(saved, own))
+        self.optimizer.load_state_dict(scattered_state(state["optimizer"], self.optimizer))
         self.step = int(state["step"])
 
     @torch.no_grad()
@@ -209,6 +287,21 @@ class Trainer:
         """Put the averaged weights in place, for export."""
         for weight, average in zip(self.weights, self.average, strict=bool(self.average)):
             weight.copy_(average)
+
+
+def make_accelerator(config: DistillConfig, folder: Path) -> Accelerator:
+    """accelerate by a config; raises `ImportError` for a tracker that is not installed: accelerate passes over it."""
+    for name in config.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"the tracker {name} is not installed: pip install {name}, or leave it out of trackers")
+    if "tensorboard" in config.trackers:
+        folder.mkdir(parents=True, exist_ok=True)
+    return Accelerator(mixed_precision=config.precision, log_with=list(config.trackers) or None, project_dir=folder)
+
+
+def _axes(tracker: Any) -> dict[str, str]:
+    """TensorBoard asks for the order of the axes of a picture."""
+    return {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
 
 
 def attention_layers(config: DistillConfig, student: Student) -> tuple[str, ...]:
@@ -225,14 +318,15 @@ def attention_layers(config: DistillConfig, student: Student) -> tuple[str, ...]
 
 def make_optimizer(config: DistillConfig, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW, or Prodigy with the settings of CLEAR's release."""
+    groups = [{"params": group} for group in split(weights) if group]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(weights, lr=config.rate, betas=config.betas, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(groups, lr=config.rate, betas=config.betas, weight_decay=config.weight_decay)
     try:
         from prodigyopt import Prodigy
     except ImportError as error:
         raise ImportError('the optimizer prodigy needs prodigyopt: pip install "diffattn[train]"') from error
     return Prodigy(
-        weights,
+        groups,
         lr=config.rate,
         betas=config.betas,
         weight_decay=config.weight_decay,

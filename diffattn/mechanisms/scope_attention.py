@@ -5,7 +5,7 @@ The frames may be a part of a video whose other parts are elsewhere; `scopes.py`
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,18 @@ from .scopes import Scopes, visible
 
 BLOCK_TOKENS = 64
 """Queries of one SDPA call, where frames have fewer tokens; larger frames are computed one by one."""
+
+COPIED_BYTES = {"cpu": 2**20, "cuda": 2**26}
+"""Keys and values that an SDPA call copies side by side, at most, where the batch can be parted and no gradient is
+wanted; a megabyte fits a core's cache."""
+
+
+class LocalKeys(Protocol):
+    """Keys of neighbouring frames, in one tensor or several."""
+
+    def frames(self, places: list[int], cells: int) -> Iterator["Keys"]:
+        """The frames at `places` (ascending), as views of neighbouring ones."""
+        ...
 
 
 class Keys(NamedTuple):
@@ -39,6 +51,11 @@ class Keys(NamedTuple):
             part = slice(first * cells, last * cells)
             yield Keys(self.k[:, :, part], self.v[:, :, part], None if self.mask is None else self.mask[..., part])
 
+    def samples(self, part: slice) -> "Keys":
+        """A part of the batch."""
+        mask = self.mask if self.mask is None or len(self.mask) == 1 else self.mask[part]
+        return Keys(self.k[part], self.v[part], mask)
+
     def pick(self, places: tuple[int, ...], cells: int) -> "Keys":
         """A copy of the frames at `places`, in any order."""
         first = torch.tensor(places, dtype=torch.long, device=self.k.device)[:, None] * cells
@@ -53,9 +70,23 @@ class Keys(NamedTuple):
         return Keys(k, v, mask)
 
 
+class JoinedKeys(NamedTuple):
+    """Keys of neighbouring frames whose parts lie in tensors of their own, and are not copied together."""
+
+    parts: tuple[Keys, ...]
+
+    def frames(self, places: list[int], cells: int) -> Iterator[Keys]:
+        """The frames at `places` (ascending), as views of neighbouring ones."""
+        first = 0
+        for part in self.parts:
+            last = first + part.k.shape[2] // cells
+            yield from part.frames([place - first for place in places if first <= place < last], cells)
+            first = last
+
+
 def attend_scopes(
     q: Tensor,
-    local: Keys,
+    local: LocalKeys,
     shared: Keys,
     others: Keys,
     scopes: Scopes,
@@ -73,6 +104,8 @@ def attend_scopes(
     frames around it. `cells` is the number of tokens of a frame, `train_frames` the base of the scale by seen frames.
     """
     step = block_frames(len(queries), cells)
+    copied = torch.is_grad_enabled()  # autograd keeps all parts; without it they are written where they belong
+    out = None if copied else q.new_empty(*q.shape[:3], others.v.shape[-1])
     parts = []
     for first in range(0, len(queries), step):
         block = queries[first : first + step]
@@ -85,16 +118,36 @@ def attend_scopes(
         block_q = q[:, :, rows]
         if train_frames is not None:
             block_q = block_q * seen_scale(scopes, block, seen_local, seen_shared, cells, train_frames, q)
-        parts.append(
-            F.scaled_dot_product_attention(
-                block_q,
-                torch.cat([piece.k for piece in pieces], dim=-2),
-                torch.cat([piece.v for piece in pieces], dim=-2),
-                attn_mask=add_model_mask(mask, [piece.mask for piece in pieces], rows),
-                scale=scale,
-            )
-        )
+        if out is None:
+            parts.append(attend_pieces(block_q, pieces, mask, rows, scale))
+            continue
+        for part in batch_parts(pieces, len(q)):
+            own = [piece.samples(part) for piece in pieces]
+            out[part, :, rows] = attend_pieces(block_q[part], own, mask, rows, scale)
+    if out is not None:
+        return out
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+
+
+def attend_pieces(q: Tensor, pieces: list[Keys], mask: Tensor | None, rows: slice, scale: float) -> Tensor:
+    """Attention of the queries `rows` to all `pieces`, with the additive `mask` and the model's own masks."""
+    return F.scaled_dot_product_attention(
+        q,
+        torch.cat([piece.k for piece in pieces], dim=-2),
+        torch.cat([piece.v for piece in pieces], dim=-2),
+        attn_mask=add_model_mask(mask, [piece.mask for piece in pieces], rows),
+        scale=scale,
+    )
+
+
+def batch_parts(pieces: list[Keys], batch: int) -> list[slice]:
+    """Parts of the batch that copy no more than `COPIED_BYTES` of keys and values; under torch.compile the whole."""
+    if torch.compiler.is_compiling():
+        return [slice(0, batch)]
+    copied = sum(x.numel() * x.element_size() for piece in pieces for x in (piece.k, piece.v)) // batch
+    most = COPIED_BYTES.get(pieces[0].k.device.type, COPIED_BYTES["cuda"])
+    step = max(1, most // max(copied, 1))
+    return [slice(first, first + step) for first in range(0, batch, step)]
 
 
 def block_frames(frames: int, cells: int) -> int:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffattn.distill.cache import FACTS, LATENTS, PROMPT, CacheSource, model_facts, write_cache
+from diffattn.distill.cache import CacheSource, write_cache
+from diffattn.distill.cache_facts import FACTS, LATENTS, PROMPT
 from diffattn.distill.data import collate
+from diffattn.distill.encoders import model_facts
 from diffattn.distill.pictures import Counts, load_picture
 from diffusers import FluxPipeline
 from PIL import Image
@@ -206,9 +208,9 @@ def test_whole_files_of_another_model_are_not_overwritten(cached, pipe):
 
 def test_a_pipeline_without_encoders_is_refused(folder):
     bare = FluxPipeline.from_pretrained(tiny.path("flux"), text_encoder_2=None, tokenizer_2=None)
-    with pytest.raises(ValueError, match="without text_encoder_2, tokenizer_2"):
+    with pytest.raises(ValueError, match="without tokenizer_2, text_encoder_2"):
         write(bare, folder)
-    with pytest.raises(ValueError, match="expected a Flux pipeline, got object"):
+    with pytest.raises(ValueError, match="expected a diffusers pipeline to encode with, got object"):
         write(object(), folder)
 
 

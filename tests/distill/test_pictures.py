@@ -9,7 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffattn.distill.pictures import find_pictures, load_picture, named, read_shards, share, unpack_shards
+from diffattn.distill.pictures import (
+    find_pictures,
+    find_shards,
+    load_picture,
+    named,
+    own_place,
+    read_shards,
+    share,
+    unpack_shards,
+)
 from PIL import Image
 
 
@@ -245,3 +254,38 @@ def test_without_webdataset_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset.tariterators", None)
     with pytest.raises(ImportError, match=r"diffattn\[train\]"):
         list(read_shards(shards(tmp_path)))
+
+
+def test_ranges_of_shards(tmp_path):
+    for name in ("a-08", "a-09", "a-10", "b"):
+        (tmp_path / f"{name}.tar").touch()
+    found = find_shards([f"{tmp_path}/a-{{08..10}}.tar", f"{tmp_path}/b.tar"])
+    assert [path.stem for path in found] == ["a-08", "a-09", "a-10", "b"]
+    with pytest.raises(ValueError, match=r"each a file, got none for 2 \(.*a-07.tar, .*a-11.tar\)"):
+        find_shards([f"{tmp_path}/a-{{07..11}}.tar"])
+    with pytest.raises(ValueError, match="got none for 0"):
+        find_shards([])
+
+
+def test_each_process_finds_the_whole_folder_behind_it(tmp_path):
+    paths = shards(tmp_path)
+    counts = unpack_shards(paths, tmp_path / "pictures", rank=1, world=2)
+    assert counts.done == 3
+    first = min((tmp_path / "pictures").rglob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    assert first.parent.name == "second"
+    assert unpack_shards(paths, tmp_path / "pictures", rank=0, world=2).skipped == 3
+    with pytest.raises(ValueError, match="rank 2 of 2"):
+        unpack_shards(paths, tmp_path / "pictures", rank=2, world=2)
+
+
+def test_the_place_among_processes_is_torchruns():
+    assert own_place({}) == (0, 1)
+    assert own_place({"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1"}) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    "said", [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "one"}]
+)
+def test_a_wrong_place_is_said(said):
+    with pytest.raises(ValueError, match="expected RANK from 0 to WORLD_SIZE - 1"):
+        own_place(said)

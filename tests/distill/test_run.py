@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from diffattn.distill.config import override, preset
-from diffattn.distill.evaluate import LEVELS, markdown
+from diffattn.distill.evaluate import LEVELS, MODELS
+from diffattn.distill.evaluation_page import markdown
 from diffattn.distill.run import Setting, draw_losses, evaluate_run, export, open_run, open_setting, train
 from diffattn.distill.shapes_data import Shapes, held_out
 from diffattn.distill.trainer import LOG
@@ -20,6 +21,8 @@ import diffattn
 from diffattn import LinearAttention, SoftmaxAttention, TokenGrid, tiny
 from diffattn.cli import main
 from diffattn.distill import checkpoints
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +122,9 @@ def test_held_out_pictures_are_not_trained_on(trained: Setting) -> None:
     assert latents.shape == (16, 4, 32, 32) and 0.5 < latents.std() < 2
 
 
-def test_caches_are_flux_alone() -> None:
-    student: Any = SimpleNamespace(model=BUILDERS["PixArt"]().model)
-    with pytest.raises(ValueError, match="caches are those of Flux models, and this is a PixArtTransformer2DModel"):
+def test_models_without_a_cache_are_named() -> None:
+    student: Any = SimpleNamespace(model=BUILDERS["SVD"]().model)
+    with pytest.raises(ValueError, match="UNetSpatioTemporalConditionModel has no cache yet; known: Flux"):
         Setting(override(preset("tiny"), ["data=folder"]), None, student).source()
 
 
@@ -190,3 +193,83 @@ def test_export_and_plot_say_what_they_cannot(trained: Setting, tmp_path: Path) 
     assert draw_losses(tmp_path) == tmp_path / "loss.png"
     assert size_of(tmp_path / "loss.png") > (300, 200)
     assert export(trained, tmp_path / "adapter").is_file()
+
+
+def test_forwards_are_timed_and_layers_are_counted(trained: Setting, tmp_path: Path, few: None) -> None:
+    evaluation, paths = evaluate_run(trained, tmp_path, prompts=[], samples=2, rounds=2)
+    assert evaluation.speed is not None and evaluation.speed.size == [4, 32, 32]
+    assert set(evaluation.speed.seconds) == set(MODELS)
+    assert all(len(timing["rounds_s"]) == 2 and timing["median_s"] > 0 for timing in evaluation.speed.seconds.values())
+    for layer, swapped in zip(evaluation.layers, trained.student.handle.layers, strict=True):
+        assert layer.name == swapped.name and layer.grid == str(swapped.grid)
+        assert 0 < layer.operations < layer.full and layer.error == evaluation.attention_error[layer.name] > 0
+    assert evaluation.operations == {
+        "teacher": sum(layer.full for layer in evaluation.layers),
+        "student": sum(layer.operations for layer in evaluation.layers),
+    }
+    assert evaluation.attention_share == evaluation.operations["student"] / evaluation.operations["teacher"]
+    text = paths[1].read_text()
+    assert f"| {evaluation.layers[0].name} | {evaluation.layers[0].grid} |" in text
+    assert "| teacher |" in text and "latents 4 x 32 x 32, 2 rounds" in text
+
+
+def test_the_figures_have_the_documented_names(trained: Setting, tmp_path: Path, few: None) -> None:
+    evaluate_run(trained, tmp_path, prompts=["a red circle"], samples=1, rounds=1)
+    saved = json.loads((tmp_path / "evaluation.json").read_text())
+    document = (ROOT / "docs/distillation.md").read_text()
+    named = [*saved, *saved["velocity"][0], *saved["layers"][0], *saved["speed"], *saved["pictures"]]
+    assert [name for name in named if f"`{name}`" not in document] == []
+
+
+def test_metrics_are_of_all_pictures(trained: Setting, tmp_path: Path, few: None) -> None:
+    def brightness(pictures: Any, teacher: Any, prompts: Any) -> float:
+        assert len(pictures) == len(teacher) == len(prompts) == 1
+        return float(pictures[0].mean())
+
+    metrics = {"brightness": brightness}
+    evaluation, paths = evaluate_run(trained, tmp_path, prompts=["a red circle"], samples=1, metrics=metrics)
+    assert evaluation.pictures is not None
+    assert set(evaluation.pictures.metrics["brightness"]) == set(MODELS)
+    assert "| brightness |" in paths[1].read_text()
+    with pytest.raises(ValueError, match="expected prompts to draw for brightness"):
+        evaluate_run(trained, tmp_path, prompts=[], metrics=metrics)
+
+
+def command(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(["distill", *arguments])
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+def test_trained_weights_are_evaluated_under_other_options(
+    trained: Setting, folder: Path, few: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = json.loads((folder / "config.json").read_text())
+    options = ["--prompt", "a red circle", "--samples", "2", "--rounds", "0"]
+    assert command("evaluate", str(folder), *options, "--output", str(folder / "other")) == 0
+    own = json.loads((folder / "other/evaluation.json").read_text())
+    assert command("evaluate", str(folder), *options, "--set", "mechanism.radius=3") == 0
+    saved = json.loads((folder / "evaluations/mechanism.radius=3/evaluation.json").read_text())
+    assert saved["mechanism"]["radius"] == 3 and saved["prompts"] == 1
+    assert own["mechanism"]["radius"] == 2 and own["operations"]["student"] < saved["operations"]["student"]
+    assert own["velocity_error"]["student"] != saved["velocity_error"]["student"]
+    assert json.loads((folder / "config.json").read_text()) == before
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "steps=4"], "can change mechanism, data, guidance, text_length of its run, got steps"),
+        (["--set", "mechanism.radios=3"], "radios"),
+        (["--set", "mechanism.down_factor=2"], "the run's weights don't fit"),
+        (["--clip-model", "/no/such"], "expected a folder with a CLIP model"),
+        (["--lpips-weights", "/no/such.pth"], "the weights of torchvision's AlexNet"),
+    ],
+)
+def test_what_an_evaluation_cannot_take(
+    options: list[str], message: str, trained: Setting, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("evaluate", str(folder), *options) == 2
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -94,3 +94,13 @@ def test_an_exported_student_loads_into_a_fresh_model(tmp_path: Path) -> None:
     assert torch.equal(forward(fresh).detach(), learnt)
     handle.restore()
     assert torch.equal(forward(fresh).detach(), original)
+
+
+def test_a_model_without_lora_in_diffusers_is_refused_as_it_was() -> None:
+    from models import BUILDERS
+
+    model = BUILDERS["PixArt"]().model
+    before = [type(module.processor) for module in model.modules() if hasattr(module, "processor")]
+    with pytest.raises(ValueError, match="diffusers has no LoRA for PixArtTransformer2DModel: train its projections"):
+        make_student(model, ClearAttention(radius=2), trainable="lora")
+    assert before == [type(module.processor) for module in model.modules() if hasattr(module, "processor")]

@@ -17,7 +17,6 @@ from diffattn.distill.student import Student, make_student
 from diffattn.distill.trainer import LOG, Trainer, attention_layers, read_log
 from torch import Tensor
 from toys import Noise, config, flux_model, scheduler
-from train_ranks import run_ranks
 
 from diffattn import AgentAttention, LinearAttention
 from diffattn.distill import checkpoints
@@ -69,18 +68,6 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     plain, saving = trainer(tmp_path / "a"), trainer(tmp_path / "b", config(gradient_checkpointing=True))
     assert saving.run().totals == pytest.approx(plain.run().totals, rel=1e-5)
     torch.testing.assert_close(weights(saving.student), weights(plain.student), atol=2e-5, rtol=0)
-
-
-@pytest.mark.dist
-def test_two_processes_follow_the_curve_of_one(tmp_path: Path) -> None:
-    for ranks in (1, 2):
-        (tmp_path / str(ranks)).mkdir()
-    [alone] = run_ranks(tmp_path / "1", 1)
-    both = run_ranks(tmp_path / "2", 2)
-    assert both[0] == both[1]
-    assert len(alone["totals"]) == 20
-    assert both[0]["totals"] == pytest.approx(alone["totals"], abs=1e-4)
-    assert both[0]["weights"] == pytest.approx(alone["weights"], abs=1e-4)
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])

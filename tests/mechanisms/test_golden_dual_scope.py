@@ -1,10 +1,8 @@
 """Dual-scope attention against numbers recorded from the official implementation."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import pytest
 import torch
+from golden_clips import Tensors, clean_mechanism, official_mechanism, project, project_out, take
 from golden_vectors import GoldenCase, assert_golden, golden_cases
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,52 +11,6 @@ from diffattn.grid import TokenGrid
 from diffattn.mechanisms.base import Context, default_scale
 from diffattn.mechanisms.dual_scope import DualScopeAttention
 from diffattn.mechanisms.scope_attention import Keys, attend_scopes
-from diffattn.mechanisms.scopes import Phase
-
-Tensors = Mapping[str, Tensor]
-
-
-def take(config: dict[str, Any], *known: str, optional: tuple[str, ...] = ()) -> list[Any]:
-    """The values of `known` keys, then of `optional` ones; a key that is missing or that nobody asked for fails."""
-    unknown = (set(config) ^ set(known)) - set(optional)
-    assert not unknown, f"config keys this test does not handle, or misses: {sorted(unknown)}"
-    return [config[key] for key in known] + [config.get(key) for key in optional]
-
-
-def project(tensors: Tensors, heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    def part(name: str) -> Tensor:
-        out = F.linear(tensors["in.x"], tensors[f"weights.to_{name}.weight"], tensors.get(f"weights.to_{name}.bias"))
-        return out.unflatten(-1, (heads, head_dim)).transpose(1, 2)
-
-    return part("q"), part("k"), part("v")
-
-
-def project_out(tensors: Tensors, out: Tensor) -> Tensor:
-    tokens = out.transpose(1, 2).flatten(2)
-    return F.linear(tokens, tensors["weights.to_out.0.weight"], tensors.get("weights.to_out.0.bias"))
-
-
-def phase(values: dict[str, Any] | None) -> Phase | None:
-    return None if values is None else Phase(*take(values, "t", "local_biase", "global_biase"))
-
-
-def official_mechanism(plugin: dict[str, Any], clips: int) -> DualScopeAttention:
-    padding, top_k, _, attn_scale, by_number, dynamic, local, global_ = take(
-        plugin,
-        *("padding", "top_k", "top_k_chunk_size", "attn_scale", "token_num_scale", "dynamic_scale"),
-        optional=("local_phase", "global_phase"),
-    )
-    assert not dynamic or (local and global_)
-    return DualScopeAttention(
-        padding=padding,
-        top_k=top_k,
-        attn_scale=attn_scale,
-        token_num_scale=by_number,
-        local_phase=phase(local) if dynamic else None,
-        global_phase=phase(global_) if dynamic else None,
-        official=True,
-        clips=clips,
-    )
 
 
 def run_official(case: GoldenCase, tensors: Tensors) -> None:
@@ -110,21 +62,7 @@ def in_clips(
 
 
 def run_clean(case: GoldenCase, tensors: Tensors) -> None:
-    _, dim, heads, head_dim, padding, top_k, local_bias, global_bias, attn_scale, by_number, once = take(
-        case.config,
-        *("kind", "dim", "heads", "dim_head", "padding", "top_k", "local_bias", "global_bias", "attn_scale"),
-        *("token_num_scale", "dedup_global_in_window"),
-    )
-    assert not once or local_bias >= global_bias, "a frame seen once keeps the larger bias: this is another rule"
-    mechanism = DualScopeAttention(
-        padding=padding,
-        top_k=top_k,
-        attn_scale=attn_scale,
-        token_num_scale=by_number,
-        local_phase=Phase(None, local_bias, global_bias),
-        global_phase=None,
-        duplicates=not once,
-    )
+    mechanism, dim, heads, head_dim = clean_mechanism(case.config)
     q, k, v = project(tensors, heads, head_dim)
     assert tensors["in.x"].shape[-1] == dim
     grid, context = TokenGrid(1, 1, frames=q.shape[2]), Context()
@@ -138,9 +76,13 @@ def run_clean(case: GoldenCase, tensors: Tensors) -> None:
 
 RUNNERS = {"temporal_attention": run_official, "temporal_attention_clean": run_clean}
 
+ATTENTION = [
+    case for case in golden_cases("video_infinity") if case.values[0] is None or case.values[0].kind in RUNNERS
+]
+"""`tests/parallel/test_golden_clips.py` takes all kinds, on real ranks, and fails on those it does not know."""
+
 
 @pytest.mark.golden
-@pytest.mark.parametrize("case", golden_cases("video_infinity"))
+@pytest.mark.parametrize("case", ATTENTION)
 def test_golden(case: GoldenCase) -> None:
-    assert case.kind in RUNNERS, f"no runner for the kind {case.kind!r}; there are {', '.join(RUNNERS)}"
     RUNNERS[case.kind](case, case.tensors())

@@ -1,0 +1,172 @@
+"""The files of an adapter: which they are, what they say of themselves, where they are found.
+
+    adapter.safetensors               weights of the mechanism, and parameters that take the places of the model's own
+    pytorch_lora_weights.safetensors  a LoRA, in diffusers' format
+    diffattn_config.json              what the others are: mechanism, layers, model class, base model, version
+
+The first says all of that in its metadata too, and can go alone. Diffusers' format has no place for it: a LoRA needs
+the third beside it.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .. import config
+from ..mechanisms.base import Mechanism
+from ..plan import resolve
+
+FILE_NAME = "adapter.safetensors"
+LORA_NAME = "pytorch_lora_weights.safetensors"
+CONFIG_NAME = "diffattn_config.json"
+OFFICIAL_NAME = re.compile(r"clear_local_(?P<radius>\d+)(?:_down_(?P<down_factor>\d+))?")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A weights file of an adapter, opened but not read: shapes by tensor name, and what is said of it."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str]
+    """Those of the file, over what `diffattn_config.json` says where that names the file."""
+
+    @classmethod
+    def open(cls, path: Path, said: dict[str, Any] | None = None) -> "Adapter":
+        """Read the header; a broken file raises `ValueError` with its name. `said` is what the folder's config says."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                own = file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a whole safetensors file ({error}); download or save it again") from error
+        return cls(path, shapes, {**_as_metadata(said, path.name), **own})
+
+    def tensors(self) -> dict[str, Tensor]:
+        with safe_open(self.path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in self.shapes}
+
+    @property
+    def is_lora(self) -> bool:
+        return self.path.name == LORA_NAME or any(".lora_" in name for name in self.shapes)
+
+    def mechanism(self, options: dict[str, Any]) -> Mechanism:
+        """The mechanism of the metadata, or CLEAR by the file name; `options` override either."""
+        if "mechanism" in self.metadata:
+            values = {**json.loads(self.metadata["mechanism"]), **options}
+            return config.from_dict(values)
+        name = OFFICIAL_NAME.search(self.path.name)
+        found = {key: int(value) for key, value in name.groupdict().items() if value} if name else {}
+        if self.is_lora and not found:
+            raise ValueError(
+                f"{self.path.name} is a LoRA, and no {CONFIG_NAME} beside it says its mechanism: put that file there, "
+                f"or load it by load_lora_weights and call diffattn.apply"
+            )
+        if not found and "radius" not in options:
+            raise ValueError(
+                f"{self.path.name} does not say its mechanism: pass radius=... (and down_factor=...) for a CLEAR file"
+            )
+        return resolve("clear", **{**found, **options})
+
+    @property
+    def layers(self) -> list[str] | None:
+        """Names of the layers it was made for; None: all that the mechanism takes."""
+        return json.loads(self.metadata["layers"]) if "layers" in self.metadata else None
+
+    @property
+    def projections(self) -> list[str] | None:
+        """Names of the model's parameters it holds; None: the attention projections of every layer."""
+        return json.loads(self.metadata["projections"]) if "projections" in self.metadata else None
+
+
+def _as_metadata(said: dict[str, Any] | None, name: str) -> dict[str, str]:
+    """What a config says of the file `name`, in the form of safetensors' metadata."""
+    if said is None or name not in said["files"]:
+        return {}
+    return {
+        "mechanism": json.dumps(said["mechanism"]),
+        "layers": json.dumps(said["layers"]),
+        "model": said["model"],
+        "base_model": said.get("base_model", ""),
+    }
+
+
+def open_all(
+    source: str | os.PathLike[str], weight_name: str | None, subfolder: str | None, **hub: Any
+) -> list[Adapter]:
+    """The adapter's weights files in a folder, at a path, or in a hub repository, opened.
+
+    Raises `ValueError` for files that are missing, broken or not clearly chosen.
+    """
+    path = Path(source)
+    if path.is_file():
+        folder, names = path.parent, [path.name]
+    elif path.is_dir():
+        folder = path / (subfolder or "")
+        names = _choose(folder, weight_name)
+    elif path.is_absolute() or str(source).count("/") != 1:
+        raise ValueError(f"{source} is neither a file, a folder nor a hub repository such as 'Huage001/CLEAR'")
+    else:
+        return _open_from_hub(str(source), weight_name, subfolder, **hub)
+    said = read_config(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else None
+    return [Adapter.open(folder / name, said) for name in names]
+
+
+def _choose(folder: Path, weight_name: str | None) -> list[str]:
+    """The names of the weights files that a folder's adapter has."""
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if weight_name is not None:
+        names, who = [weight_name], "file"
+    elif (folder / CONFIG_NAME).is_file():
+        names, who = read_config(folder / CONFIG_NAME)["files"], f"file of its {CONFIG_NAME},"
+    else:
+        names = [name for name in (FILE_NAME, LORA_NAME) if name in found] or found
+        if len(names) not in (1, 2) or (len(names) == 2 and names != [FILE_NAME, LORA_NAME]):
+            raise ValueError(
+                f"{folder} has {len(found)} safetensors files ({', '.join(found)}): choose one by weight_name="
+            )
+        return names
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {who} {name}; it has {', '.join(found) or 'no safetensors file'}")
+    return names
+
+
+def _open_from_hub(repo: str, weight_name: str | None, subfolder: str | None, **hub: Any) -> list[Adapter]:
+    """Download what a repository's config names, or the one file, and open it."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def fetch(name: str) -> Path:
+        return Path(hf_hub_download(repo, name, subfolder=subfolder, **hub))
+
+    said = None
+    if weight_name in (None, LORA_NAME):
+        try:
+            said = read_config(fetch(CONFIG_NAME))
+        except EntryNotFoundError:
+            said = None  # an adapter from before there was one: its file says all
+    names = [weight_name] if weight_name else said["files"] if said else [FILE_NAME]
+    return [Adapter.open(fetch(name), said) for name in names]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """`diffattn_config.json`, with the fields that loading needs; `ValueError` where it is broken."""
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): download or save the adapter again") from error
+    kinds = {"mechanism": dict, "layers": list, "model": str, "files": list}
+    wrong = [name for name, kind in kinds.items() if not isinstance(said, dict) or not isinstance(said.get(name), kind)]
+    if wrong:
+        raise ValueError(f"{path} has no {wrong[0]}, or another kind of value there: save the adapter again")
+    # The files lie beside it: a name from a stranger's repository leads nowhere else.
+    if not said["files"] or not all(isinstance(name, str) and Path(name).name == name for name in said["files"]):
+        raise ValueError(f"files in {path} must be names of files beside it, got {said['files']}")
+    return dict(said)

@@ -1,0 +1,136 @@
+"""`load`: a mechanism and what was trained for it, put on a model."""
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model_swap import ModelSwap
+from ..plan import StepChoice, models_of, plan_all
+from ..swap import Handle, commit
+from . import lora
+from .checks import check_class, check_names, check_writable, expected_parameters, mechanism_weights
+from .files import FILE_NAME, Adapter, open_all
+
+logger = logging.getLogger("diffattn")
+
+
+def load(
+    target: Any,
+    source: str | os.PathLike[str],
+    *,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    steps: StepChoice = None,
+    backend: str = "auto",
+    components: Iterable[str] | None = None,
+    min_tokens: int = 0,
+    keep_original: bool = True,
+    **options: Any,
+) -> Handle:
+    """`apply` with an adapter's weights: ours, or an official CLEAR file.
+
+    Where the adapter is a LoRA, it is the same as `pipe.load_lora_weights(source)` and `apply`, on quantized models
+    too; `restore` takes the LoRA away as well.
+
+    Args:
+        source: a file, a folder or a hub repository; the hub arguments are those of `load_lora_weights`.
+        keep_original: keep the weights that the adapter replaces, on the CPU, so that `restore` is bit-exact.
+        options: override what the adapter says of its mechanism, such as `radius=8` or `ntk_factor=10`.
+
+    Raises `ValueError`, with nothing changed, for files that are missing, broken or belong to another model, and for
+    projections that are fused, quantized or not in memory.
+    """
+    hub = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    opened = open_all(source, weight_name, subfolder, **hub)
+    models = models_of(target, components)
+    if len(models) != 1:
+        names = ", ".join(type(model).__name__ for model in models)
+        raise ValueError(f"an adapter belongs to one model, but the target has {names}: name one by components=[...]")
+    for adapter in opened:
+        check_class(adapter, models[0])
+    mechanism = opened[0].mechanism(options)
+    [swap] = plan_all(target, mechanism, opened[0].layers, steps, backend, components, min_tokens)
+    actions = [_check(adapter, swap, target, keep_original) for adapter in opened]
+    if all(adapter.is_lora for adapter in opened) and mechanism_weights(swap):
+        raise ValueError(
+            f"{opened[0].path.name} is a LoRA without the weights that {mechanism} has of its own: {FILE_NAME} is "
+            f"missing beside it"
+        )
+    handle = commit([swap], trained=True)
+    try:
+        for action in actions:
+            action()
+        if swap.replaced_parameters or any(adapter.is_lora for adapter in opened):
+            swap.on_undo(_warn_on_save(swap.model))
+    except BaseException:
+        handle.restore()
+        raise
+    return handle
+
+
+def _check(adapter: Adapter, swap: ModelSwap, target: Any, keep_original: bool) -> Callable[[], None]:
+    """Raise where a file does not fit the swap; returns what puts it in place."""
+    if adapter.is_lora:
+        lora.check(adapter, swap)
+        return lambda: lora.add(swap, adapter, None if isinstance(target, nn.Module) else target)
+    parameters = expected_parameters(swap, adapter.projections)
+    own = {f"{name}.processor.{key}": value for name, key, value in mechanism_weights(swap)}
+    check_names(adapter, {name: tuple(value.shape) for name, value in {**parameters, **own}.items()})
+    check_writable(swap, parameters)
+    return lambda: _fill(swap, adapter.tensors(), parameters, own, keep_original)
+
+
+@torch.no_grad()
+def _fill(
+    swap: ModelSwap,
+    tensors: dict[str, Tensor],
+    parameters: dict[str, Tensor],
+    own: dict[str, Tensor],
+    keep_original: bool,
+) -> None:
+    originals = (
+        {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+        if keep_original
+        else None
+    )
+    for name, parameter in {**parameters, **own}.items():
+        parameter.copy_(tensors[name])
+    swap.replaced_parameters = frozenset(parameters)
+    if parameters:
+        swap.on_undo(lambda: _give_back(parameters, originals))
+
+
+@torch.no_grad()
+def _give_back(parameters: dict[str, Tensor], originals: dict[str, Tensor] | None) -> None:
+    if originals is None:
+        logger.warning(
+            "keep_original=False: %d parameters keep the adapter's values; reload the model", len(parameters)
+        )
+        return
+    for name, parameter in parameters.items():
+        parameter.copy_(originals[name])
+
+
+def _warn_on_save(model: Any) -> Callable[[], None]:
+    """Make `model.save_pretrained` say that it writes adapter weights; returns what undoes it."""
+    plain = model.save_pretrained
+
+    @functools.wraps(plain)
+    def save_pretrained(*args: Any, **kwargs: Any) -> Any:
+        logger.warning(
+            "save_pretrained writes attention weights that an adapter has replaced or added; diffattn.save writes the "
+            "adapter alone, diffattn.restore brings the model's own weights back"
+        )
+        return plain(*args, **kwargs)
+
+    model.save_pretrained = save_pretrained
+    return lambda: delattr(model, "save_pretrained")
