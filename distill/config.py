@@ -215,6 +215,7 @@ def read_config(path: str | Path, base: DistillConfig | None = None) -> DistillC
 
 def override(config: DistillConfig, options: Iterable[str]) -> DistillConfig:
     """`NAME=VALUE` texts over a config; `mechanism.radius=2` and `loss.attention=0` reach inside."""
+    changes: dict[str, Any] = {}
     for option in options:
         name, equals, text = option.partition("=")
         if not equals:
@@ -226,5 +227,6 @@ def override(config: DistillConfig, options: Iterable[str]) -> DistillConfig:
             value = text.strip()
         if outer == "mechanism" and not dot:
             value = {"type": value} if isinstance(value, str) else value
-        config = from_dict({outer: {inner: value} if dot else value}, config)
-    return config
+        former = changes.get(outer) if isinstance(changes.get(outer), dict) else {}
+        changes[outer] = {**former, inner: value} if dot else value
+    return from_dict(changes, config)

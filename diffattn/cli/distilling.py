@@ -25,12 +25,16 @@ Overrides = Annotated[
         "diffattn distill run --preset tiny",
         "diffattn distill run --preset tiny -s mechanism.radius=2 -s steps=500 --output outputs/radius-2",
         "diffattn distill run --config run.toml --resume auto",
-        "accelerate launch -m diffattn.distill run --preset clear_flux_official -s data=./cache",
+        "accelerate launch -m diffattn.distill run --preset clear_flux_official --data cache",
+        "torchrun --nproc-per-node 8 -m diffattn.distill run --config run.toml --data cache -s sharded=true",
     )
 )
 def run(
     preset: Annotated[str | None, typer.Option(help="A named config: tiny, clear_flux_official.")] = None,
     config: Annotated[Path | None, typer.Option(help="JSON or TOML file; its fields go over the preset's.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Folder made by `diffattn distill cache`; shapes: the bundled world.")
+    ] = None,
     set_: Overrides = None,
     resume: Annotated[str, typer.Option(help="auto: go on from the folder's last checkpoint; never.")] = "never",
     judge: Annotated[bool, typer.Option("--evaluate/--no-evaluate", help="Evaluate at the end.")] = True,
@@ -48,7 +52,8 @@ def run(
     if config is not None:
         chosen = configs.read_config(config, chosen)
     assert chosen is not None
-    chosen = configs.override(chosen, set_ or ())
+    given = [] if data is None else [f"data={data}"]
+    chosen = configs.override(chosen, [*given, *(set_ or ())])
     with quiet():
         setting, outcome = running.train(chosen, output, resume=resume == "auto", progress=True)
     if setting is None and int(os.environ.get("RANK", "0")):

@@ -1,7 +1,10 @@
 """Runs from a cache: neither VAE nor text encoders are loaded, until a picture is to be drawn."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,12 @@ import text_pipelines
 import torch
 from diffattn.distill.cache import write_cache
 from diffattn.distill.cache_facts import FACTS
-from diffattn.distill.config import DistillConfig
+from diffattn.distill.config import DistillConfig, override, preset
 from diffattn.distill.run import evaluate_run, open_run, open_setting, train
 from diffusers import FluxPipeline
 from PIL import Image
 
+import diffattn
 from diffattn import ClearAttention, tiny
 from diffattn.distill import checkpoints
 
@@ -146,3 +150,52 @@ def test_a_cached_run_is_opened_again(places, tmp_path):
     assert again.config.mechanism == ClearAttention(radius=3) and again.pipe.vae is None
     assert all(torch.equal(again.student.parameters[name], own) for name, own in setting.student.parameters.items())
     assert list(checkpoints.find(tmp_path)) == [2]
+
+
+def launch(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_the_official_recipe_is_launched_by_accelerate(places, tmp_path):
+    """With a small model in FLUX.1-dev's place; all else but the sizes is the recipe's."""
+    model, data = places["Flux"]
+    small = ["steps=1", "batch_size=2", "accumulation=2", "text_length=32"]
+    ended = launch(
+        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "-m", "diffattn.distill", "run"),
+        *("--preset", "clear_flux_official", "--data", str(data), "--output", str(tmp_path / "run")),
+        *(word for option in [f"model={model}", *small] for word in ("-s", option)),
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    said = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (said["optimizer"], said["precision"], said["guidance"]) == ("prodigy", "bf16", 3.5)
+    assert diffattn.load(FluxPipeline.from_pretrained(model), tmp_path / "run" / "adapter").layers
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_sharded_run_is_exported_and_judged_by_its_first_process(places, tmp_path):
+    model, data = places["Flux"]
+    options = [f"model={model}", "steps=2", "batch_size=2", "text_length=32", "sharded=true", "sheet_every=0"]
+    ended = launch(
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "diffattn.distill", "run", "--preset", "tiny", "--data", str(data), "--output", str(tmp_path / "run")),
+        *(word for option in options for word in ("-s", option)),
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.count("wrote") == 3, "the adapter and two files of figures, each said once"
+    figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert figures["velocity_error"]["student"] > 0
+    alone, _ = train(override(preset("tiny"), [*options[:-2], f"data={data}"]), tmp_path / "alone")
+    pipe = FluxPipeline.from_pretrained(model)
+    diffattn.load(pipe, tmp_path / "run" / "adapter")
+    own = dict(pipe.transformer.named_parameters())
+    for name, weight in alone.student.parameters.items():
+        torch.testing.assert_close(own[name], weight, atol=1e-4, rtol=0)
