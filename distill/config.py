@@ -227,6 +227,6 @@ def override(config: DistillConfig, options: Iterable[str]) -> DistillConfig:
             value = text.strip()
         if outer == "mechanism" and not dot:
             value = {"type": value} if isinstance(value, str) else value
-        former = changes.get(outer) if isinstance(changes.get(outer), dict) else {}
-        changes[outer] = {**former, inner: value} if dot else value
+        former = changes.get(outer)
+        changes[outer] = {**(former if isinstance(former, dict) else {}), inner: value} if dot else value
     return from_dict(changes, config)

@@ -128,6 +128,8 @@ def test_a_config_cannot_be_changed() -> None:
 def test_overrides_are_judged_together() -> None:
     chosen = override(preset("clear_flux_official"), ["batch_size=2", "accumulation=2"])
     assert (chosen.batch_size, chosen.accumulation) == (2, 2)
-    chosen = override(preset("tiny"), ["mechanism=agent", "mechanism.num_agents=8", "loss.target=0", "loss.attention=1"])
+    chosen = override(
+        preset("tiny"), ["mechanism=agent", "mechanism.num_agents=8", "loss.target=0", "loss.attention=1"]
+    )
     assert chosen.mechanism == AgentAttention(num_agents=8)
     assert (chosen.loss.target, chosen.loss.prediction, chosen.loss.attention) == (0, 0.5, 1)
