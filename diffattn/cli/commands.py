@@ -3,6 +3,7 @@
 They read options, call the library and print; heavy modules are imported inside.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -79,6 +80,8 @@ def demo(
         "diffattn generate black-forest-labs/FLUX.1-dev --prompt 'a lake' --adapter ./my-adapter --height 2048",
         "diffattn generate ./video-model --prompt waves --mechanism clear --swap-steps 4: --output waves.mp4",
         "diffattn generate tiny --prompt 'a red circle' --mechanism clear -o radius=8 --size 512x512 --strength 0.1",
+        "torchrun --nproc-per-node 2 -m diffattn generate tiny --prompt 'a red circle' --mechanism clear -o radius=4 "
+        "--parallel",
     )
 )
 def generate(
@@ -127,6 +130,10 @@ def generate(
         float | None,
         typer.Option(help="With --size: factor by which a stage enlarges at most; inf: at once. Default: 2."),
     ] = None,
+    parallel: Annotated[
+        bool,
+        typer.Option("--parallel", help="Rows of the picture shared out among the processes that torchrun started."),
+    ] = False,
     offload: Annotated[bool, typer.Option("--offload", help="Keep on the GPU only the model that is at work.")] = False,
     seed: Seed = 0,
     device: Device = "auto",
@@ -137,9 +144,12 @@ def generate(
     from . import generate as making
     from .arguments import parse_steps
     from .checkpoints import native_call
+    from .ranks import is_first, joined, own_device
 
     making.check_output(output)
-    swap = making.Swap(mechanism, option or (), layers, parse_steps(swap_steps), backend, adapter, weight_name)
+    swap = making.Swap(
+        mechanism, option or (), layers, parse_steps(swap_steps), backend, adapter, weight_name, parallel
+    )
     if compare and not swap.wanted:
         raise ValueError("--compare needs something to compare: add --mechanism or --adapter")
     enlargement = making.Enlargement(size=size, via=via, strength=strength, growth=growth)
@@ -155,23 +165,23 @@ def generate(
         images=num_images,
     )
     enlargement.check(request, compare)
-    pipe = opened(model, device, dtype, offload)
-    native = native_call(model)
-    if enlargement.size is not None:
-        results, report = enlargement.make(pipe, request, swap, native)
-        typer.echo("\n".join([*report, *(f"wrote {path}" for path in making.save(results, output, fps))]))
+    if compare and parallel:
+        raise ValueError("--compare makes the picture twice, and --parallel shares one out: leave one of them out")
+    with joined(parallel) as mesh:
+        swap = replace(swap, mesh=mesh)
+        pipe = opened(model, own_device(device) if parallel else device, dtype, offload)
+        native = native_call(model)
+        if enlargement.size is not None:
+            results, report = enlargement.make(pipe, request, swap, native)
+        else:
+            results, report = making.make_reported(pipe, request, swap, native)
+    if not is_first():
         return
-    arguments = request.arguments(pipe, native)
-    handle = swap.put(pipe)
-    results, seconds = making.make(pipe, arguments)
-    report = [f"{'own attention' if handle is None else handle.layers[0].mechanism}: {seconds:.1f} s"]
-    if compare and handle is not None:
-        handle.restore()
-        full, full_seconds = making.make(pipe, request.arguments(pipe, native))
-        report.append(f"own attention: {full_seconds:.1f} s; PSNR between them {making.distance(results, full)}")
+    if compare:
+        full, line = making.make_compared(pipe, request, native, results)
+        report.append(line)
         making.save(full, output.with_stem(f"{output.stem}-full"), fps)
-    paths = making.save(results, output, fps)
-    typer.echo("\n".join([*report, *(f"wrote {path}" for path in paths)]))
+    typer.echo("\n".join([*report, *(f"wrote {path}" for path in making.save(results, output, fps))]))
 
 
 @app.command(

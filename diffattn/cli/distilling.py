@@ -1,6 +1,5 @@
 """The commands `diffattn distill run | evaluate | export | cache | generate`: train a cheap attention, and judge it."""
 
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .frame import Device, Dtype, Seed, app, examples, output_option, quiet
+from .ranks import is_first, own_device
 
 distill = typer.Typer(
     rich_markup_mode="rich", no_args_is_help=True, help="Train a model to its cheap attention, and judge the result."
@@ -56,7 +56,7 @@ def run(
     chosen = configs.override(chosen, [*given, *(set_ or ())])
     with quiet():
         setting, outcome = running.train(chosen, output, resume=resume == "auto", progress=True)
-    if setting is None and int(os.environ.get("RANK", "0")):
+    if setting is None and not is_first():
         return  # the first process says and judges
     if not outcome.finished:
         typer.echo(f"stopped after {outcome.step} of {chosen.steps} steps; --resume auto goes on")
@@ -187,14 +187,6 @@ def generate(
     pipe = opened(model, own_device(device), dtype)
     counts = making.make_pictures(pipe, texts, output, seed=seed, call=call, rank=rank, world=world, progress=rank == 0)
     typer.echo(f"{counts} in {output}{of_process(rank, world)}")
-
-
-def own_device(device: str) -> str:
-    """`auto` as this process's own GPU, where torchrun or `accelerate launch` says its number."""
-    import torch
-
-    number = os.environ.get("LOCAL_RANK")
-    return f"cuda:{number}" if device == "auto" and number and torch.cuda.is_available() else device
 
 
 def of_process(rank: int, world: int) -> str:

@@ -18,7 +18,8 @@ from ..adapters import load
 from ..files import written
 from ..highres import generate_large
 from ..measure import as_pixels, psnr
-from ..swap import Handle, apply
+from ..parallel.image import shard
+from ..swap import Handle, apply, restore
 from .arguments import parse_mechanism, parse_overrides, parse_size
 
 logger = logging.getLogger("diffattn")
@@ -73,8 +74,13 @@ class Swap:
     backend: str = "auto"
     adapter: str | None = None
     weight_name: str | None = None
+    parallel: bool = False
+    """Share the rows of the picture out among the processes of `mesh`."""
+    mesh: Any = None
 
     def __post_init__(self) -> None:
+        if self.parallel and not self.wanted:
+            raise ValueError("--parallel shares out clear's local attention: add --mechanism clear or --adapter")
         if self.mechanism and self.adapter:
             raise ValueError("give --mechanism or --adapter, not both: an adapter says its own mechanism")
         if self.adapter and self.layers:
@@ -90,6 +96,10 @@ class Swap:
 
     def put(self, pipe: Any) -> Handle | None:
         """Swap the attention of `pipe`; None where nothing is to be swapped."""
+        handle = self._put_whole(pipe)
+        return shard(pipe, self.mesh) if self.parallel else handle
+
+    def _put_whole(self, pipe: Any) -> Handle | None:
         if self.adapter is not None:
             return load(
                 pipe,
@@ -106,7 +116,7 @@ class Swap:
 
     def for_stages(self) -> dict[str, Any]:
         """The arguments of `generate_large` that swap the stages alone."""
-        if self.mechanism is None:
+        if self.mechanism is None or self.parallel:
             return {"mechanism": self.put if self.wanted else None}
         return {"mechanism": parse_mechanism(self.mechanism, self.options), "apply_options": self._places}
 
@@ -178,6 +188,23 @@ def make(pipe: Any, arguments: dict[str, Any]) -> tuple[list[Frames], float]:
     if hasattr(output, "frames"):
         return [[_picture(frame) for frame in video] for video in output.frames], seconds
     raise ValueError(f"{type(pipe).__name__} returns neither images nor frames, but {type(output).__name__}")
+
+
+def make_reported(pipe: Any, request: Request, swap: Swap, native: dict[str, Any]) -> tuple[list[Frames], list[str]]:
+    """What is asked for, with the swap left in place, and a line on it."""
+    arguments = request.arguments(pipe, native)
+    handle = swap.put(pipe)
+    results, seconds = make(pipe, arguments)
+    return results, [f"{'own attention' if handle is None else handle.layers[0].mechanism}: {seconds:.1f} s"]
+
+
+def make_compared(
+    pipe: Any, request: Request, native: dict[str, Any], results: list[Frames]
+) -> tuple[list[Frames], str]:
+    """The same by the model's own attention, and a line that compares them."""
+    restore(pipe)
+    full, seconds = make(pipe, request.arguments(pipe, native))
+    return full, f"own attention: {seconds:.1f} s; PSNR between them {distance(results, full)}"
 
 
 def distance(results: Sequence[Frames], others: Sequence[Frames]) -> str:
