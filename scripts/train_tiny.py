@@ -1,4 +1,4 @@
-"""Train, export and evaluate the tiny text-to-image pipeline that ships in `diffattn/tiny/flux`.
+"""Train, export and evaluate the tiny pipelines that ship in `diffattn/tiny/flux` and `diffattn/tiny/video`.
 
     python scripts/train_tiny.py vae
     python scripts/train_tiny.py decoder
@@ -6,27 +6,36 @@
     python scripts/train_tiny.py export
     python scripts/train_tiny.py evaluate
 
-Every step works on `--work-dir`; `flow --resume` goes on from the last checkpoint there. `decoder`, `flow`
-and `export` may run side by side: a checkpoint is replaced in one rename.
+    python scripts/train_tiny.py video-vae
+    python scripts/train_tiny.py video-flow
+    python scripts/train_tiny.py video-export
+    python scripts/train_tiny.py video-evaluate
+
+Every step works on `--work-dir`; `flow --resume` and `video-flow --resume` go on from the last checkpoint there.
+`decoder`, `flow` and `export` may run side by side: a checkpoint is replaced in one rename.
 """
 
 import logging
 import os
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
-from diffusers import AutoencoderKL, FluxPipeline
+from diffusers import AutoencoderKL, FluxPipeline, TextToVideoSDPipeline
 
 from diffattn import tiny
-from diffattn.tiny import shapes
+from diffattn.tiny import moving, shapes
 from diffattn.tiny.components import build_vae
 from diffattn.tiny.evaluate import generate, judge, write_sheet
-from diffattn.tiny.export import export_pipeline, folder_size
+from diffattn.tiny.evaluate_video import generate_videos, judge_videos, write_strips
+from diffattn.tiny.export import export_pipeline, export_video_pipeline, folder_size
 from diffattn.tiny.fit_flow import FlowPlan, fit_flow
 from diffattn.tiny.fit_vae import fit_vae, refine_decoder
+from diffattn.tiny.fit_video import VideoPlan, draw_frames, fit_video
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 
@@ -34,8 +43,11 @@ WorkDir = Annotated[Path, typer.Option(help="Checkpoints and encoded pictures.")
 Threads = Annotated[int, typer.Option(help="Compute threads.")]
 Nice = Annotated[int, typer.Option(help="How far to step back for other processes.")]
 WORK_DIR = Path(tempfile.gettempdir()) / "diffattn-tiny"
+VIDEO_WORK_DIR = Path(tempfile.gettempdir()) / "diffattn-video"
 FOLDER = tiny.path("flux")
+VIDEO_FOLDER = tiny.path("video")
 PLAN = FlowPlan()
+VIDEO_PLAN = VideoPlan()
 
 
 def settle(threads: int, nice: int) -> None:
@@ -133,6 +145,94 @@ def evaluate(
     for part in ("background_kept", "object_kept", "place_kept", "kept"):
         typer.echo(f"{part}: {sum(getattr(finding, part) for finding in findings)} of {count}")
     typer.echo(f"share found: {share:.3f}; sheet: {sheet}")
+
+
+@app.command()
+def video_vae(
+    work_dir: WorkDir = VIDEO_WORK_DIR, steps: int = 500, seed: int = 0, threads: Threads = 1, nice: Nice = 5
+) -> None:
+    """Train the picture pipeline's decoder on frames, and save that VAE in WORK_DIR/vae."""
+    settle(threads, nice)
+    torch.manual_seed(seed)
+    model = AutoencoderKL.from_pretrained(FOLDER / "vae", torch_dtype=torch.float32)
+    refine_decoder(model, draw_frames, steps=steps, batch_size=16, rate=1e-3, seed=seed)
+    model.save_pretrained(work_dir / "vae")
+
+
+@app.command()
+def video_flow(
+    work_dir: WorkDir = VIDEO_WORK_DIR,
+    steps: Annotated[int, typer.Option(help="Steps in all.")] = VIDEO_PLAN.steps,
+    picture_steps: Annotated[int, typer.Option(help="Steps on single frames.")] = VIDEO_PLAN.picture_steps,
+    short_steps: Annotated[int, typer.Option(help="Steps on clips of half the length.")] = VIDEO_PLAN.short_steps,
+    batch_size: Annotated[int, typer.Option(help="Clips a step.")] = VIDEO_PLAN.batch_size,
+    laps: Annotated[int, typer.Option(help="Encoded videos, of one period each.")] = VIDEO_PLAN.laps,
+    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = VIDEO_PLAN.rate,
+    decay: Annotated[float, typer.Option(help="Share of the steps over which the rate falls.")] = VIDEO_PLAN.decay,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = VIDEO_PLAN.save_every,
+    seed: int = VIDEO_PLAN.seed,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+    threads: Threads = 1,
+    nice: Nice = 5,
+) -> None:
+    """Train the video U-Net and its text encoder, after `video-vae`; checkpoints go to WORK_DIR/video.pt."""
+    settle(threads, nice)
+    plan = VideoPlan(
+        steps=steps,
+        picture_steps=picture_steps,
+        short_steps=short_steps,
+        batch_size=batch_size,
+        laps=laps,
+        rate=rate,
+        decay=decay,
+        save_every=save_every,
+        seed=seed,
+    )
+    fit_video(plan, work_dir, resume)
+
+
+@app.command()
+def video_export(
+    work_dir: WorkDir = VIDEO_WORK_DIR,
+    folder: Annotated[Path, typer.Option(help="Where the pipeline goes.")] = VIDEO_FOLDER,
+) -> None:
+    """Write the averaged weights of the last checkpoint as a TextToVideoSDPipeline folder."""
+    export_video_pipeline(work_dir, folder)
+    typer.echo(f"{folder}: {folder_size(folder) / 1e6:.2f} MB")
+
+
+@app.command()
+def video_evaluate(
+    folder: Annotated[Path, typer.Option(help="A TextToVideoSDPipeline folder.")] = VIDEO_FOLDER,
+    strips: Annotated[Path, typer.Option(help="Where the PNGs go.")] = VIDEO_WORK_DIR,
+    count: Annotated[int, typer.Option(help="Held-out prompts.")] = 32,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = tiny.NATIVE["video"]["guidance_scale"],
+    seed: int = 0,
+    threads: Threads = 1,
+    nice: Nice = 5,
+) -> None:
+    """Draw held-out prompts twice, in full and without colour, shape and direction; print what was kept."""
+    settle(threads, nice)
+    pipeline = TextToVideoSDPipeline.from_pretrained(folder)
+    chosen = moving.held_out_scenes(count, seed)
+    strips.mkdir(parents=True, exist_ok=True)
+    options = {"seed": seed, "num_inference_steps": steps, "guidance_scale": guidance}
+    for name, said in (("named", True), ("unnamed", False)):
+        texts = [moving.caption(scene, colour=said, shape=said, motion=said) for scene in chosen]
+        videos = generate_videos(pipeline, texts, **options)
+        write_strips(videos, strips / f"{name}.png")
+        findings, measured = judge_videos(videos, chosen)
+        for part in ("colour_kept", "shape_kept", "background_kept", "motion_kept", "kept") if said else ():
+            typer.echo(f"{name} {part}: {sum(getattr(finding, part) for finding in findings)} of {count}")
+        for figure in ("identity", "colour_identity", "shape_identity", "background_identity", "clean", "acceleration"):
+            values = [getattr(figures, figure) for figures in measured]
+            typer.echo(f"{name} {figure}: mean {np.nanmean(values):.3f}, worst {worst(figure)(values):.3f}")
+
+
+def worst(figure: str) -> Callable[[Sequence[float]], float]:
+    """The function that picks the worst of the values of a figure."""
+    return max if figure == "acceleration" else min
 
 
 if __name__ == "__main__":

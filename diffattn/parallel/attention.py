@@ -77,29 +77,48 @@ class ClipAttention(Mechanism):
         self.check_backend(backend)
         grid.check(q, k)
         self.check(grid)
-        if self.plan.ranks == 1:
+        if self.plan.ranks == 1 and self.as_alone:
             return self.mechanism.attend(q, k, v, grid, scale=scale, context=context)
         mask = _key_mask(context.mask, q)
         scale = default_scale(q) if scale is None else scale
         asking, others = grid.split(q)
         local, shared, other_keys = self.exchange_keys(k, v, grid, mask)
-        cells = attend_scopes(
-            asking,
+        cells = self.attend_cells(asking, local, shared, other_keys, grid, scale, context)
+        cells = tie(cells, [x for keys in (*local.parts, shared) for x in (keys.k, keys.v)])
+        if not grid.others:
+            return cells
+        return grid.join(cells, self.attend_others(others, k, v, grid, mask, scale, shared, other_keys))
+
+    @property
+    def as_alone(self) -> bool:
+        """Is it `mechanism` itself where one rank holds the whole video?"""
+        return True
+
+    def attend_cells(
+        self,
+        q: Tensor,
+        local: JoinedKeys,
+        shared: Keys,
+        others: Keys,
+        grid: TokenGrid,
+        scale: float,
+        context: Context,
+        queries: range | None = None,
+    ) -> Tensor:
+        """The output of the cells of frames `queries`, `(b, h, n, c)`; None: of this rank's."""
+        return attend_scopes(
+            q,
             local,
             shared,
-            other_keys,
+            others,
             self.mechanism.scopes(context),
-            queries=self.plan.own,
+            queries=self.plan.own if queries is None else queries,
             local_frames=self.local_frames,
             shared_frames=self.shared_frames,
             cells=grid.height * grid.width,
             scale=scale * self.mechanism.attn_scale,
             train_frames=self.mechanism.train_frames if self.mechanism.token_num_scale else None,
         )
-        cells = tie(cells, [x for keys in (*local.parts, shared) for x in (keys.k, keys.v)])
-        if not grid.others:
-            return cells
-        return grid.join(cells, self._attend_others(others, k, v, grid, mask, scale))
 
     @property
     def shared_frames(self) -> tuple[int, ...]:
@@ -133,8 +152,16 @@ class ClipAttention(Mechanism):
         local = JoinedKeys((_keys(before), _keys(parts), _keys(after)))
         return local, _keys(shared), Keys(others_k, others_v, others_mask)
 
-    def _attend_others(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, mask: Tensor | None, scale: float
+    def attend_others(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: TokenGrid,
+        mask: Tensor | None,
+        scale: float,
+        shared: Keys,
+        others: Keys,
     ) -> Tensor:
         """The output of the tokens off the grid; their own keys are counted on the first rank alone."""
         if self.plan.rank > 0:

@@ -27,6 +27,12 @@ def clip_attention(model: nn.Module, mechanism: DualScopeAttention, plan: FrameP
     return ClipAttention(mechanism=mechanism, plan=plan)
 
 
+def refuse_official(mechanism: DualScopeAttention, name: str) -> None:
+    """Raise `ValueError` for a mechanism that computes what the released code does, which knows UNet3D alone."""
+    if mechanism.official:
+        raise ValueError(f"official=True is what the released code does with UNet3D, it has no {name}; leave it out")
+
+
 @dataclass(frozen=True)
 class ClipFamily:
     """One row."""
@@ -35,3 +41,6 @@ class ClipFamily:
     """Class names of the models, subclasses included."""
     attach: Attach
     attention: MakeAttention = clip_attention
+    """Raises `ValueError` where model, mechanism and split do not fit; nothing has been changed by then."""
+    modes: tuple[str, ...] = ("clean", "official")
+    """Those of `apply_on_clips` that it knows."""

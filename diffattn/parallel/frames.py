@@ -25,14 +25,17 @@ from ..mechanisms.dual_scope import DualScopeAttention
 from ..model_swap import ModelSwap
 from ..plan import models_of, plan_all, resolve
 from ..swap import Handle, commit
+from .animatediff import ANIMATEDIFF
 from .attention import official_on
 from .clip_family import ClipFamily
+from .cogvideox import COGVIDEOX
 from .plan import FramePlan
 from .unet3d import UNET3D
+from .wan import WAN
 
 Mode = Literal["clean", "official"]
 
-CLIP_FAMILIES: list[ClipFamily] = [UNET3D]
+CLIP_FAMILIES: list[ClipFamily] = [UNET3D, ANIMATEDIFF, COGVIDEOX, WAN]
 """Models that can be split into clips: one row, in a file of its own, for each family."""
 
 
@@ -90,10 +93,15 @@ def _plan_swaps(
         raise TypeError(f"on clips attention along the frames is DualScopeAttention, got {resolved}")
     if mode not in ("clean", "official"):
         raise ValueError(f"mode must be 'clean' or 'official', got {mode!r}")
+    model = models_of(target)[0]
+    family = clip_family_of(model)
+    if mode not in family.modes:
+        raise ValueError(
+            f"mode={mode!r} is what the released code does with UNet3D, it has no {type(model).__name__}; use 'clean'"
+        )
     if mode == "official":
         resolved = official_on(resolved, plan)
-    model = models_of(target)[0]
-    swaps = plan_all(target, clip_family_of(model).attention(model, resolved, plan))
+    swaps = plan_all(target, family.attention(model, resolved, plan))
     for swap in swaps:
         _check_model(swap)
     return swaps

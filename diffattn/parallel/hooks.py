@@ -94,6 +94,23 @@ class PaddedConvLayer(ModelHook):  # type: ignore[misc]
         return crop_frames(output.unflatten(0, (-1, len(self.wanted))), self.wanted, 1, self.plan).flatten(0, 1)
 
 
+def own_prompts(text: Tensor | None, plan: FramePlan) -> Tensor | None:
+    """The prompts of this rank's frames out of `(batch, frames, tokens, dim)`, theirs or the whole video's.
+
+    None where there is one prompt for all frames, or none.
+    """
+    if text is None or text.dim() != 4:
+        return None
+    if text.shape[1] == plan.frames:
+        text = text[:, plan.own.start : plan.own.stop]
+    if text.shape[1] != plan.length:
+        raise ValueError(
+            f"encoder_hidden_states of (batch, frames, tokens, dim) needs a prompt for each of this rank's "
+            f"{plan.length} frames, or of the video's {plan.frames}, got {tuple(text.shape)}"
+        )
+    return text
+
+
 class FramePrompts:
     """Lets a UNet take a prompt for each frame: `encoder_hidden_states` of `(batch, frames, tokens, dim)`.
 
@@ -108,18 +125,10 @@ class FramePrompts:
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take the prompts out of the call of the model."""
         call = named_call(module, args, kwargs)
-        prompts = call["encoder_hidden_states"]
         self.prompts = None
-        if prompts is None or prompts.dim() != 4:
+        prompts = own_prompts(call["encoder_hidden_states"], self.plan)
+        if prompts is None:
             return None
-        own = self.plan.own
-        if prompts.shape[1] == self.plan.frames:
-            prompts = prompts[:, own.start : own.stop]
-        if prompts.shape[1] != self.plan.length:
-            raise ValueError(
-                f"encoder_hidden_states of (batch, frames, tokens, dim) needs a prompt for each of this rank's "
-                f"{self.plan.length} frames, or of the video's {self.plan.frames}, got {tuple(prompts.shape)}"
-            )
         self.prompts = prompts.flatten(0, 1)
         call["encoder_hidden_states"] = prompts[:, 0]
         return (), call

@@ -112,6 +112,15 @@ class FramePlan:
         clip = self.clip(self.rank if rank is None else rank)
         return range(max(clip.start - left, 0), min(clip.stop + right, self.frames))
 
+    def coarser(self, size: int) -> "FramePlan":
+        """The same split in patches of `size` frames; raises `ValueError` where it would cut one."""
+        if any(length % size for length in self.lengths):
+            raise ValueError(
+                f"the model takes {size} latent frames as one patch, so clips must have multiples of {size} frames, "
+                f"got {self.lengths}; pass lengths= to FramePlan.split"
+            )
+        return FramePlan(tuple(length // size for length in self.lengths), self.rank, self.group, self.traffic)
+
     def owner(self, frame: int) -> int:
         """The rank that holds `frame`."""
         for rank in range(self.ranks):

@@ -17,12 +17,19 @@ NATIVE: dict[str, dict[str, Any]] = {
         "num_inference_steps": 20,
         "guidance_scale": 0.0,
     },
+    "video": {
+        "height": 48,
+        "width": 48,
+        "num_frames": 16,
+        "num_inference_steps": 20,
+        "guidance_scale": 2.0,
+    },
 }
 """Call arguments of each pipeline at the size it was trained for; `height` and `width` are in pixels."""
 
 
 def path(name: str) -> Path:
-    """Folder of the pipeline `name`, for `from_pretrained`."""
+    """Folder of the pipeline `name`, for `from_pretrained`. That of "video" is not shipped yet, and must be made."""
     _check(name)
     return Path(__file__).parent / name
 

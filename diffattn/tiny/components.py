@@ -1,6 +1,12 @@
-"""The untrained parts of the tiny Flux pipeline, sized to train on a CPU within an hour."""
+"""The untrained parts of the tiny pipelines, sized to train on a CPU within an hour."""
 
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    UNet3DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from diffattn.tiny.text import MAX_TOKENS
@@ -8,6 +14,9 @@ from diffattn.tiny.text import MAX_TOKENS
 LATENT_CHANNELS = 4
 LATENT_SIDE = 32
 """Side of the VAE's latent of a native picture: 128 pixels / 4."""
+
+VIDEO_LATENT_SIDE = 12
+"""Side of the VAE's latent of a native frame: 48 pixels / 4."""
 
 IMAGE_TOKENS = (LATENT_SIDE // 2) ** 2
 """Image tokens of a native picture: the latent in patches of 2 x 2."""
@@ -50,17 +59,17 @@ def build_transformer(num_layers: int = 2, num_single_layers: int = 4, heads: in
     )
 
 
-def build_clip(tokenizer: PreTrainedTokenizerBase) -> CLIPTextModel:
-    """One-layer CLIP text model whose pooled output modulates the transformer."""
+def build_clip(tokenizer: PreTrainedTokenizerBase, num_layers: int = 1) -> CLIPTextModel:
+    """CLIP text model of the tokenizer's vocabulary and length; its pooled output modulates the transformer."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=CLIP_DIM,
             intermediate_size=2 * CLIP_DIM,
             projection_dim=CLIP_DIM,
-            num_hidden_layers=1,
+            num_hidden_layers=num_layers,
             num_attention_heads=2,
-            max_position_embeddings=MAX_TOKENS,
+            max_position_embeddings=tokenizer.model_max_length,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -91,3 +100,33 @@ def build_t5(tokenizer: PreTrainedTokenizerBase) -> T5EncoderModel:
 def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """Flow-matching Euler steps, crowded towards high noise, where places are decided."""
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=False)
+
+
+def build_unet() -> UNet3DConditionModel:
+    """Video U-Net of three levels; the inner two, of 6 x 6 and 3 x 3 cells, attend to the text and to other frames."""
+    return UNet3DConditionModel(
+        sample_size=VIDEO_LATENT_SIDE,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        down_block_types=("DownBlock3D", "CrossAttnDownBlock3D", "CrossAttnDownBlock3D"),
+        up_block_types=("CrossAttnUpBlock3D", "CrossAttnUpBlock3D", "UpBlock3D"),
+        block_out_channels=(32, 48, 80),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=CLIP_DIM,
+        attention_head_dim=8,
+    )
+
+
+def build_video_scheduler() -> DDIMScheduler:
+    """Steps of DDIM from pure noise: without it the colours of the background would lean to the mean of all."""
+    return DDIMScheduler(
+        beta_schedule="linear",
+        beta_start=0.0001,
+        beta_end=0.02,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )

@@ -1,14 +1,17 @@
-"""The trained parts as a standard `FluxPipeline` folder."""
+"""The trained parts as standard pipeline folders."""
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline
+from diffusers import AutoencoderKL, FluxPipeline, TextToVideoSDPipeline
 
-from diffattn.tiny.components import build_scheduler, build_transformer
+from diffattn.tiny.components import build_scheduler, build_transformer, build_unet, build_video_scheduler
+from diffattn.tiny.fit import load_averaged
 from diffattn.tiny.fit_flow import TinyFlow
+from diffattn.tiny.fit_video import TinyVideo
 
 
 def export_pipeline(work_dir: Path, folder: Path) -> FluxPipeline:
@@ -18,9 +21,7 @@ def export_pipeline(work_dir: Path, folder: Path) -> FluxPipeline:
     float32, because transformers keeps the stored type.
     """
     flow = TinyFlow()
-    state = torch.load(work_dir / "flow.pt")
-    for parameter, averaged in zip(flow.parameters(), state["ema"], strict=True):
-        parameter.data.copy_(averaged)
+    load_averaged(flow, work_dir / "flow.pt")
     transformer = build_transformer()
     transformer.load_state_dict(flow.transformer.state_dict())
     pipeline = FluxPipeline(
@@ -32,6 +33,52 @@ def export_pipeline(work_dir: Path, folder: Path) -> FluxPipeline:
         tokenizer_2=flow.text.tokenizer_2,
         transformer=transformer.half(),
     )
+    replace_folder(pipeline, folder)
+    return FluxPipeline.from_pretrained(folder)
+
+
+def export_video_pipeline(work_dir: Path, folder: Path) -> TextToVideoSDPipeline:
+    """Write the averaged weights of `work_dir`/video.pt and the VAE of `work_dir`/vae as a pipeline in `folder`.
+
+    U-Net and VAE are stored in float16, as those of the picture pipeline are.
+    """
+    video = TinyVideo()
+    load_averaged(video, work_dir / "video.pt")
+    unet = build_unet()
+    unet.load_state_dict(video.unet.state_dict())
+    vae = AutoencoderKL.from_pretrained(work_dir / "vae")
+    fold_shift(vae)
+    pipeline = TextToVideoSDPipeline(
+        vae=vae.half(),
+        text_encoder=video.clip,
+        tokenizer=video.tokenizer,
+        unet=unet.half(),
+        scheduler=build_video_scheduler(),
+    )
+    replace_folder(pipeline, folder)
+    return TextToVideoSDPipeline.from_pretrained(folder)
+
+
+@torch.no_grad()
+def fold_shift(vae: AutoencoderKL) -> None:
+    """Make latents of mean zero by the weights themselves, for pipelines that know a scale but no shift.
+
+    encode gives z - shift: from the bias of the encoder's last layer. decode takes z - shift: its first layer sees
+    latents padded by zeros, so the shift goes to the bias of an added 1 x 1 layer before it.
+    """
+    shift = vae.config.shift_factor
+    if not shift:
+        return
+    channels = vae.config.latent_channels
+    vae.encoder.conv_out.bias[:channels] -= shift
+    vae.post_quant_conv = torch.nn.Conv2d(channels, channels, 1)
+    vae.post_quant_conv.weight.copy_(torch.eye(channels)[:, :, None, None])
+    vae.post_quant_conv.bias.fill_(shift)
+    vae.register_to_config(shift_factor=None, use_post_quant_conv=True)
+
+
+def replace_folder(pipeline: Any, folder: Path) -> None:
+    """Save the pipeline as `folder`, of which a former one stays whole until then."""
     fresh, stale = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     pipeline.save_pretrained(fresh)
     for file in fresh.rglob("*.safetensors"):
@@ -41,7 +88,6 @@ def export_pipeline(work_dir: Path, folder: Path) -> FluxPipeline:
         folder.rename(stale)
     fresh.rename(folder)
     shutil.rmtree(stale, ignore_errors=True)
-    return FluxPipeline.from_pretrained(folder)
 
 
 def forget_origin(config: Path) -> None:

@@ -65,9 +65,12 @@ def find(picture: np.ndarray, scene: Scene) -> Finding:
     )
 
 
-def name_pixels(picture: np.ndarray) -> np.ndarray:
-    """Index into the palette's names of each pixel's nearest tone in RGB, int of shape (rows, columns)."""
-    apart = (_TONES**2).sum(-1) - 2.0 * picture.astype(np.float64) @ _TONES.T  # |p - t|^2 less |p|^2
+def name_pixels(picture: np.ndarray, tones: np.ndarray = _TONES) -> np.ndarray:
+    """Index into the palette's names of each pixel's nearest tone in RGB, int of shape (rows, columns).
+
+    `tones` holds one RGB row for each name of the palette, once or several times over.
+    """
+    apart = (tones**2).sum(-1) - 2.0 * picture.astype(np.float64) @ tones.T  # |p - t|^2 less |p|^2
     names: np.ndarray = apart.argmin(-1) % len(_NAMES)
     return names
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from diffattn.tiny.components import build_clip, build_t5, build_transformer
 from diffattn.tiny.fast_flux import FastFlux, zero_modulation
+from diffattn.tiny.fit import Plan, Trainer
 from diffattn.tiny.fit_vae import encode_scenes
 from diffattn.tiny.shapes import SIDE, Scene, captions, is_held_out, scenes
 from diffattn.tiny.text import MAX_TOKENS, caption_words, clip_tokenizer, t5_tokenizer
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowPlan:
+class FlowPlan(Plan):
     """How long and how fast to train; `batch_size` and `pictures` count per worker."""
 
     steps: int = 14500
@@ -36,23 +37,13 @@ class FlowPlan:
     batch_size: int = 16
     pictures: int = 5000
     rate: float = 1.5e-3
-    warmup: int = 200
-    decay: float = 0.2
-    ema: float = 0.998
     caption_dropout: float = 0.05
     object_weight: float = 5.0
     """Weight of the object's tokens in the loss."""
-    save_every: int = 250
     workers: int = 2
     compiled: bool = False
-    seed: int = 0
     start: Path | None = None
     """Folder of a trained pipeline whose weights to start from; None for new ones."""
-
-    def rate_at(self, step: int) -> float:
-        """Learning rate of a step: linear warm-up, constant, then linear to zero over the last `decay` share."""
-        left = (self.steps - step) / (self.decay * self.steps)
-        return self.rate * min(1.0, (step + 1) / self.warmup, left)
 
 
 class TinyText(nn.Module):
@@ -166,13 +157,6 @@ def average_gradients(parameters: Sequence[nn.Parameter], workers: int) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def save_checkpoint(file: Path, **state: object) -> None:
-    """Write a checkpoint beside `file`, then put it in place in one rename."""
-    partial = file.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, file)
-
-
 def fit_flow(rank: int, plan: FlowPlan, folder: Path, resume: bool, niceness: int) -> None:
     """One worker's training; worker 0 writes `folder`/flow.pt with the averaged weights under "ema"."""
     os.nice(niceness)
@@ -186,14 +170,10 @@ def fit_flow(rank: int, plan: FlowPlan, folder: Path, resume: bool, niceness: in
         flow.load_pipeline(plan.start)
     if plan.compiled:
         flow.transformer.compile_repeated_blocks(dynamic=False)
-    parameters = list(flow.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=plan.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    averaged, first, file = [p.detach().clone() for p in parameters], 0, folder / "flow.pt"
-    if resume and file.exists():
-        state = torch.load(file)
-        flow.load_state_dict(state["flow"])
-        optimizer.load_state_dict(state["optimizer"])
-        averaged, first = state["ema"], state["step"]
+    trainer = Trainer(flow, plan, folder / "flow.pt")
+    if resume:
+        trainer.resume()
+    first = trainer.step
     generator = torch.Generator().manual_seed(1000 * plan.seed + 100_000 * first + rank)
     pictures: Pictures | None = None
     progress = tqdm(range(first, plan.steps), desc="flow", disable=rank > 0, mininterval=10.0)
@@ -203,19 +183,13 @@ def fit_flow(rank: int, plan: FlowPlan, folder: Path, resume: bool, niceness: in
             side = SIDE // 2 if step < plan.small_steps else SIDE
             pictures = Pictures(vae, side, plan, rank, folder, step)
         loss = flow.loss(*pictures.batch(plan.batch_size), generator, plan.object_weight)
-        optimizer.zero_grad(set_to_none=True)
+        trainer.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        average_gradients(parameters, plan.workers)
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = plan.rate_at(step)
-        optimizer.step()
-        weight = max(1.0 - plan.ema, 1.0 / (step + 10))
-        torch._foreach_lerp_(averaged, [p.detach() for p in parameters], weight)
+        average_gradients(trainer.parameters, plan.workers)
+        trainer.update()
         running += 0.02 * (loss.item() - running)
         progress.set_postfix(loss=f"{running:.4f}", refresh=False)
-        if rank == 0 and ((step + 1) % plan.save_every == 0 or step + 1 == plan.steps):
-            state = {"flow": flow.state_dict(), "optimizer": optimizer.state_dict(), "ema": averaged}
-            save_checkpoint(file, step=step + 1, **state)
+        if rank == 0:
+            trainer.save()
     if plan.workers > 1:
         dist.destroy_process_group()

@@ -146,7 +146,7 @@ def render(scene: Scene, rng: np.random.Generator | None = None) -> np.ndarray:
     pixels = np.arange(SIDE, dtype=np.float32) + 0.5
     y = pixels[:, None] - (CENTRES[row] + _JITTER_PIXELS * shift_y)
     x = pixels[None, :] - (CENTRES[column] + _JITTER_PIXELS * shift_x)
-    coverage = np.clip(0.5 - _distance(scene.shape, x, y, radius), 0.0, 1.0)[..., None]
+    coverage = np.clip(0.5 - outline_distance(scene.shape, x, y, radius), 0.0, 1.0)[..., None]
     picture = coverage * np.array(PALETTE[scene.colour]) + (1.0 - coverage) * _background(scene)
     return np.round(picture).astype(np.uint8)
 
@@ -160,7 +160,7 @@ def _background(scene: Scene) -> np.ndarray:
     return ground
 
 
-def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+def outline_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     """Signed distance in pixels (negative inside) from (x, y), relative to the centre, to the shape's outline."""
     if shape == "circle":
         return np.hypot(x, y) - radius

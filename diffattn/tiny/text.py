@@ -8,19 +8,33 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, T5Tokenizer
 
+from diffattn.tiny import moving
 from diffattn.tiny.shapes import captions, scenes
 
 MAX_TOKENS = 32
-"""Tokens per caption of both encoders, the padding included."""
+"""Tokens per caption of a picture, for both encoders, the padding included."""
+
+MAX_VIDEO_TOKENS = 16
+"""Tokens per caption of a video, the padding included."""
 
 
 def caption_words() -> list[str]:
     """The words and punctuation of every caption, sorted."""
-    texts = (text for scene in scenes() for text in captions(scene))
+    return words_of(text for scene in scenes() for text in captions(scene))
+
+
+def video_caption_words() -> list[str]:
+    """The words of every caption of a moving scene, sorted."""
+    texts = (moving.caption(scene, shape=named) for scene in moving.scenes() for named in (True, False))
+    return words_of(texts)
+
+
+def words_of(texts: Iterable[str]) -> list[str]:
+    """The distinct words and punctuation of `texts`, sorted."""
     return sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]", text)})
 
 
-def clip_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
+def clip_tokenizer(words: Iterable[str], max_tokens: int = MAX_TOKENS) -> CLIPTokenizer:
     """Byte-pair tokenizer in which each of `words` is one token; other words fall apart into shorter pieces.
 
     The merges come from training on the words themselves; the lower-case printable ASCII characters are the alphabet.
@@ -37,7 +51,7 @@ def clip_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocab[special] = len(vocab)
     merges = [tuple(merge) for merge in model["merges"]]
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens)
 
 
 def t5_tokenizer(words: Iterable[str]) -> T5Tokenizer:

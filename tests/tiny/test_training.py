@@ -6,6 +6,7 @@ from diffusers import FluxPipeline
 
 from diffattn.tiny.components import CLIP_DIM, IMAGE_TOKENS, T5_DIM, build_transformer
 from diffattn.tiny.fast_flux import FastFlux
+from diffattn.tiny.fit import Plan, Trainer, load_averaged
 from diffattn.tiny.fit_flow import FlowPlan, object_tokens, pack
 from diffattn.tiny.text import MAX_TOKENS
 
@@ -39,3 +40,31 @@ def test_rate_warms_up_stays_and_decays():
     assert plan.rate_at(0) == pytest.approx(0.01)
     assert plan.rate_at(100) == plan.rate_at(800) == 1.0
     assert plan.rate_at(900) == pytest.approx(0.5)
+
+
+def train(trainer: Trainer, until: int) -> None:
+    """Pull the model's outputs for fixed inputs to one, a checkpoint every other step."""
+    inputs = torch.linspace(-1, 1, 12).view(4, 3)
+    while trainer.step < until:
+        trainer.optimizer.zero_grad()
+        (trainer.model(inputs) - 1.0).square().mean().backward()
+        trainer.update()
+        trainer.save()
+
+
+def test_resumed_training_goes_on_as_if_never_stopped(tmp_path):
+    plan = Plan(steps=6, batch_size=1, rate=0.1, warmup=1, caption_dropout=0.0, save_every=2)
+    trainers = []
+    for name, stops in (("whole", [6]), ("stopped", [2, 6])):
+        for until in stops:
+            torch.manual_seed(0)
+            trainer = Trainer(torch.nn.Linear(3, 2), plan, tmp_path / name)
+            trainer.resume()
+            train(trainer, until)
+        trainers.append(trainer)
+    for parameter, other in zip(trainers[0].averaged, trainers[1].averaged, strict=True):
+        assert torch.equal(parameter, other)
+    averaged = torch.nn.Linear(3, 2)
+    load_averaged(averaged, tmp_path / "stopped")
+    assert torch.equal(averaged.weight, trainers[0].averaged[0])
+    assert not torch.equal(averaged.weight, trainers[0].model.weight)

@@ -1,0 +1,145 @@
+"""What a run computes: one frozen config, the same on every rank.
+
+Devices, numbers of ranks, paths and time limits are not part of it: they change nothing in the video.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from diffattn.mechanisms.dual_scope import EARLY, LATE, DualScopeAttention
+from diffattn.mechanisms.scopes import Phase
+from diffattn.parallel.noise import FrameNoise
+
+from .prompts import PromptRange, check_ranges
+
+SCHEDULERS = ("own", "dpmsolver++", "sde-dpmsolver++")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongVideoConfig:
+    """A run; `to_dict` and `from_dict` are its JSON form."""
+
+    prompts: tuple[PromptRange, ...]
+    """Each frame has one."""
+    frames: int
+    """Of the whole video."""
+    height: int
+    """In pixels, as `width`."""
+    width: int
+    model: str = "tiny"
+    """Bundled pipeline (tiny), "videocrafter2", a folder or a hub id of a text-to-video pipeline with a UNet3D."""
+    unet: str | None = None
+    """Another folder or hub id for the UNet alone."""
+    negative_prompt: str = ""
+    steps: int = 30
+    """Of denoising."""
+    guidance: float = 12.0
+    """Scale of classifier-free guidance; up to 1: without, in half the time."""
+    seed: int = 0
+    fps: int = 8
+    """Frames a second in the file."""
+    model_fps: int = 24
+    """What a model that is conditioned on the frame rate is told, as VideoCrafter2."""
+    blend: int = 16
+    """Frames in which one prompt goes over into the next; 0: a hard cut."""
+    padding: int = 8
+    """Frames of local context on either side."""
+    top_k: int = 16
+    """Global frames, spread over the whole video."""
+    local_phase: tuple[float | None, float, float] | None = LATE
+    """(t, local_bias, global_bias) of the steps below t; None: no bias."""
+    global_phase: tuple[float | None, float, float] | None = EARLY
+    """(t, local_bias, global_bias) of the steps from t on; None: no bias."""
+    attn_scale: float = 1.0
+    token_num_scale: bool = False
+    train_frames: int = 16
+    mode: Literal["clean", "official"] = "clean"
+    """`diffattn.parallel.apply_on_clips`: "clean" does not depend on the number of ranks; "official" needs equal
+    clips."""
+    lengths: tuple[int, ...] | None = None
+    """Frames of each rank's clip; None: as even as possible."""
+    scheduler: str = "own"
+    """The model's "own", or DPM-Solver++ by its schedule: "dpmsolver++", "sde-dpmsolver++" (the released code's)."""
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "height", "width", "steps", "fps", "model_fps"):
+            _check_int(name, getattr(self, name), 1)
+        _check_int("blend", self.blend, 0)
+        if not isinstance(self.guidance, (int, float)) or not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be a number, got {self.guidance!r}")
+        if self.mode not in ("clean", "official"):
+            raise ValueError(f"mode must be 'clean' or 'official', got {self.mode!r}")
+        if self.scheduler not in SCHEDULERS:
+            raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {self.scheduler!r}")
+        object.__setattr__(self, "prompts", tuple(sorted(self.prompts, key=lambda part: part.first)))
+        if self.lengths is not None:
+            object.__setattr__(self, "lengths", tuple(self.lengths))
+        check_ranges(self.prompts, self.frames)
+        FrameNoise(self.seed)
+        self.attention()
+
+    def attention(self) -> DualScopeAttention:
+        """What the attention along the frames computes; raises `ValueError` where its options are wrong."""
+        return DualScopeAttention(
+            padding=self.padding,
+            top_k=self.top_k,
+            local_phase=None if self.local_phase is None else Phase(*self.local_phase),
+            global_phase=None if self.global_phase is None else Phase(*self.global_phase),
+            attn_scale=self.attn_scale,
+            token_num_scale=self.token_num_scale,
+            train_frames=self.train_frames,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        values = dataclasses.asdict(self)
+        values["prompts"] = [{"frames": [part.first, part.end], "prompt": part.prompt} for part in self.prompts]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LongVideoConfig":
+        """From what `to_dict` gives; fields that are missing have their defaults, unknown ones raise `ValueError`."""
+        check_names(values, [field.name for field in dataclasses.fields(cls)], "the config")
+        missing = [
+            field.name
+            for field in dataclasses.fields(cls)
+            if field.default is dataclasses.MISSING and field.name not in values
+        ]
+        if missing:
+            raise ValueError(f"the config lacks {', '.join(missing)}")
+        prompts = tuple(
+            part if isinstance(part, PromptRange) else PromptRange(part["frames"][0], part["frames"][1], part["prompt"])
+            for part in values["prompts"]
+        )
+        phases = {
+            name: tuple(values[name])
+            for name in ("local_phase", "global_phase")
+            if name in values and values[name] is not None
+        }
+        return cls(**{**values, "prompts": prompts, **phases})
+
+    def same_video(self, other: "LongVideoConfig") -> list[str]:
+        """The names of fields that make another video: a checkpoint of it can't be gone on with."""
+        free = {"fps"} | ({"lengths"} if self.mode == "clean" else set())
+        return [
+            field.name
+            for field in dataclasses.fields(self)
+            if field.name not in free and getattr(self, field.name) != getattr(other, field.name)
+        ]
+
+
+def check_names(values: Any, known: list[str], where: str) -> None:
+    """Raise `ValueError` on a name nobody knows, or where there are no names at all."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} must be a JSON object, got {type(values).__name__}")
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{where} has unknown entries {', '.join(unknown)}; known are {', '.join(known)}")
+
+
+def _check_int(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")

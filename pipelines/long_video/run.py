@@ -1,0 +1,161 @@
+"""A run from its settings to its file: what the command does on every rank."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffattn import tiny
+from diffattn.parallel import FramePlan
+
+from .checkpoints import Checkpoints, State, found_in
+from .config import LongVideoConfig
+from .loading import fingerprint, open_parts
+from .pipeline import LongVideoPipeline, work_folder
+from .prompts import PromptRange, read_prompts
+from .ranks import Ranks
+from .video import check_output
+from .watch import Watch
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for, apart from the video itself."""
+
+    settings: dict[str, Any]
+    """Fields of `LongVideoConfig`, from a file and from options."""
+    output: Path
+    prompt: str | None = None
+    """One for all frames."""
+    prompts: Path | None = None
+    """Prompt file."""
+    work: Path | None = None
+    save_every: int = 5
+    resume: bool = False
+    keep: bool = False
+    """Keep the checkpoints of a finished run."""
+
+    @property
+    def folder(self) -> Path:
+        return self.work or work_folder(self.output)
+
+
+class RunError(RuntimeError):
+    """A run that ended on the way; the text names rank and step."""
+
+
+def make_config(request: Request) -> LongVideoConfig:
+    """The settings with what the model and the prompts bring."""
+    values = {**_native(request.settings.get("model", "tiny")), **request.settings}
+    if request.prompts is not None:
+        values["prompts"] = read_prompts(request.prompts)
+        values.setdefault("frames", max(part.end for part in values["prompts"]))
+    values.setdefault("frames", 48)
+    if request.prompt is not None:
+        values["prompts"] = (PromptRange(0, values["frames"], request.prompt),)
+    if "prompts" not in values:
+        raise ValueError("a prompt is needed: give --prompt, --prompts or --config")
+    return LongVideoConfig.from_dict(values)
+
+
+def _native(model: str) -> dict[str, Any]:
+    """What suits the bundled pipeline, and VideoCrafter2 and its like."""
+    if model != "tiny":
+        return {"height": 320, "width": 512}
+    call = tiny.defaults("video")
+    return {
+        "height": call["height"],
+        "width": call["width"],
+        "steps": call["num_inference_steps"],
+        "guidance": call["guidance_scale"],
+        "train_frames": call["num_frames"],
+        "padding": 3,
+        "top_k": 8,
+    }
+
+
+def run(
+    request: Request, ranks: Ranks, device: torch.device, dtype: torch.dtype, timeout: float, progress: bool
+) -> None:
+    """Check everything, then make the video. Wrong input raises before the first step, on all ranks alike."""
+    with Watch(ranks.rank, ranks.size, ranks.store, timeout) as watch:
+        watch.at("the preparation")
+        try:
+            pipe, config, checkpoints, state = prepare(request, ranks, device, dtype, watch)
+            pipe.bars = progress and ranks.rank == 0
+        except RuntimeError as error:
+            raise RunError(watch.failed(error)) from error
+        try:
+            pipe(config, request.output, work=request.folder, checkpoints=checkpoints, resume=state)
+            if ranks.rank == 0:
+                _clean(request)
+            ranks.gather(None)
+        except Exception as error:
+            raise RunError(watch.failed(error)) from error
+
+
+def prepare(
+    request: Request, ranks: Ranks, device: torch.device, dtype: torch.dtype, watch: Watch
+) -> tuple[LongVideoPipeline, LongVideoConfig, Checkpoints, State | None]:
+    """Everything up to the first step; all ranks know after it that they compute the same."""
+    config = ranks.together(lambda: make_config(request))
+    ranks.agree("the settings", {**config.to_dict(), "dtype": str(dtype), "output": str(request.output)})
+    how = {"work": str(request.folder), "save_every": request.save_every, "resume": request.resume}
+    ranks.agree("how to run", how)
+    plan = FramePlan.split(config.frames, ranks.mesh, config.lengths)
+    ranks.together(lambda: check_output(request.output, config.height, config.width))
+    _check_shared(request.folder, ranks)
+    checkpoints = Checkpoints(request.folder, config, plan, request.save_every)
+    last = ranks.together(lambda: _last_checkpoint(request, checkpoints))
+    ranks.agree("the checkpoint", {"folder": None if last is None else last.name})
+    watch.at("loading the model")
+    parts = ranks.together(lambda: open_parts(config.model, config.unet, dtype, device))
+    weights = {name: fingerprint(getattr(parts, name)) for name in ("unet", "text_encoder", "vae")}
+    ranks.agree("the weights of the model", weights)
+    pipe = LongVideoPipeline(parts, plan, report=watch.at)
+    pipe.check(config)
+    state = None if last is None else ranks.together(lambda: checkpoints.read(last, device))
+    return pipe, config, checkpoints, state
+
+
+def _last_checkpoint(request: Request, checkpoints: Checkpoints) -> Path | None:
+    """The newest whole checkpoint, if it is to be gone on with; else there must be none that would be mixed up."""
+    found = found_in(request.folder / "checkpoints")
+    if not request.resume:
+        if found:
+            raise ValueError(
+                f"{request.folder} has checkpoints of a run up to step {max(found)}: add --resume to go on with it, or "
+                f"remove the folder"
+            )
+        return None
+    if not found:
+        raise ValueError(f"--resume: there is no checkpoint in {request.folder}; leave --resume out")
+    last = found[max(found)]
+    checkpoints.check(last)
+    return last
+
+
+def _check_shared(folder: Path, ranks: Ranks) -> None:
+    """Raise where a rank does not see what the first one writes into `folder`, or can't write there."""
+    probe = folder / ".shared"
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if ranks.rank == 0:
+            probe.touch()
+
+    def see() -> None:
+        if not probe.exists():
+            raise ValueError(f"rank {ranks.rank} does not see {folder} of rank 0; use a folder that all machines share")
+
+    ranks.together(write)
+    ranks.together(see)
+    if ranks.rank == 0:
+        probe.unlink()
+
+
+def _clean(request: Request) -> None:
+    if not request.keep:
+        shutil.rmtree(request.folder, ignore_errors=True)

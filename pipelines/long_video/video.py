@@ -1,0 +1,96 @@
+"""A video file in parts: every rank writes its own frames, and the first joins the parts without encoding anew.
+
+A part is a whole file by itself, with a key frame first and no frames that lean on later ones, so the packets of the
+next can follow. Nobody holds more than one frame and one packet. An output without an ending is a folder of PNG files.
+"""
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffattn.files import written
+
+ENDINGS = (".mp4", ".mov", ".mkv")
+QUALITY = "18"
+"""Constant rate factor of x264: visually without loss."""
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("writing a video needs PyAV: pip install 'diffattn[video]', or give a folder") from error
+    return av
+
+
+def check_output(output: Path, height: int, width: int) -> None:
+    """Raise before the work where `output` could not be written after it."""
+    if output.suffix == "":
+        if output.exists() and not output.is_dir():
+            raise ValueError(f"--output {output} is a file, expected a folder for pictures, or a name in {ENDINGS}")
+        folder = output
+    else:
+        if output.suffix.lower() not in ENDINGS:
+            raise ValueError(f"--output must end in {', '.join(ENDINGS)}, or be a folder for pictures, got {output}")
+        if output.is_dir():
+            raise ValueError(f"--output {output} is a folder; give the name of a file in it")
+        if height % 2 or width % 2:
+            raise ValueError(f"a video file needs even sides, got {height} x {width} pixels; give a folder")
+        _av()
+        folder = output.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output: cannot write into {folder}: {error.strerror or error}") from error
+
+
+def write_pictures(frames: Iterable[NDArray[np.uint8]], folder: Path, first: int) -> None:
+    """Write frames of `(height, width, 3)` as `frame-000000.png` and on, numbered in the whole video."""
+    from PIL import Image
+
+    for number, frame in enumerate(frames, first):
+        with written(folder / f"frame-{number:06d}.png") as file:
+            Image.fromarray(frame).save(file)
+
+
+def write_part(frames: Iterable[NDArray[np.uint8]], path: Path, fps: int) -> None:
+    """Encode frames of `(height, width, 3)` as they come."""
+    av = _av()
+    with written(path) as file, av.open(str(file), "w") as container:
+        stream = None
+        for number, frame in enumerate(frames):
+            if stream is None:
+                stream = container.add_stream("libx264", rate=fps, options={"crf": QUALITY, "bf": "0"})
+                stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
+                stream.codec_context.time_base = Fraction(1, fps)
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.pts, picture.time_base = number, Fraction(1, fps)
+            container.mux(stream.encode(picture))
+        if stream is not None:
+            container.mux(stream.encode())
+
+
+def join_parts(parts: Sequence[Path], lengths: Sequence[int], output: Path, fps: int) -> None:
+    """Put the packets of parts of `lengths` frames one after the other into `output`."""
+    av = _av()
+    with written(output) as file, av.open(str(file), "w") as joined:
+        stream, first = None, 0
+        for part, length in zip(parts, lengths, strict=True):
+            with av.open(str(part)) as container:
+                source = container.streams.video[0]
+                if stream is None:
+                    stream = joined.add_stream_from_template(source)
+                shift = round(Fraction(first, fps) / source.time_base)
+                for packet in container.demux(source):
+                    if packet.dts is not None:
+                        packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+                        packet.stream = stream
+                        joined.mux(packet)
+            first += length

@@ -1,0 +1,94 @@
+"""How the tiny video pipeline is built and trained; its weights are not shipped yet."""
+
+import numpy as np
+import torch
+
+from diffattn.tiny.components import build_unet, build_vae, build_video_scheduler
+from diffattn.tiny.export import fold_shift
+from diffattn.tiny.fast_unet import FrameConv, identity_temporal, quicken, temporal_layers, without_temporal
+from diffattn.tiny.fit_video import Clips, TinyVideo, VideoPlan, draw_laps, object_cells, one_way_motion
+from diffattn.tiny.moving import BOTH_WAYS, ONE_WAY, is_held_out
+
+
+def test_quick_unet_computes_the_same():
+    unet = build_unet().eval()
+    for layer in temporal_layers(unet):
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    latents, timestep, text = torch.randn(2, 4, 5, 12, 12), torch.tensor([3, 900]), torch.randn(2, 16, 64)
+    with torch.no_grad():
+        expected = unet(latents, timestep, text).sample
+        names = list(unet.state_dict())
+        quicken(unet)
+        got = unet(latents, timestep, text).sample
+    assert any(isinstance(module, FrameConv) for module in unet.modules()) and list(unet.state_dict()) == names
+    assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_temporal_layers_start_as_the_identity_and_can_be_left_out():
+    unet = build_unet().eval()
+    latents, timestep, text = torch.randn(1, 4, 3, 12, 12), torch.tensor([500]), torch.randn(1, 16, 64)
+    with torch.no_grad():
+        plain = unet(latents, timestep, text).sample
+        with without_temporal(unet):
+            left_out = unet(latents, timestep, text).sample
+        assert torch.equal(unet(latents, timestep, text).sample, plain) and not torch.allclose(plain, left_out)
+        identity_temporal(unet)
+        assert torch.allclose(unet(latents, timestep, text).sample, left_out, atol=1e-5)
+
+
+def test_noise_ends_without_any_signal():
+    assert build_video_scheduler().alphas_cumprod[-1] == 0.0 and TinyVideo().alphas_cumprod[-1] == 0.0
+
+
+def test_folded_shift_changes_latents_but_no_picture():
+    vae = build_vae().eval()
+    vae.register_to_config(shift_factor=0.3)
+    pictures = torch.rand(1, 3, 48, 48) * 2 - 1
+    with torch.no_grad():
+        before = vae.encode(pictures).latent_dist.mean
+        expected = vae.decode(before).sample
+        fold_shift(vae)
+        after = vae.encode(pictures).latent_dist.mean
+        assert torch.allclose(after, before - 0.3, atol=1e-6)
+        assert torch.allclose(vae.decode(after).sample, expected, atol=1e-5)
+    assert vae.config.shift_factor is None
+
+
+def test_object_cells_mark_what_departs_from_its_frame():
+    latents = torch.zeros(1, 4, 2, 12, 12)
+    latents[:, :, 1] = 3.0
+    latents[:, :, 0, 2:4, 5] += 2.0
+    latents[:, :, 1, 6, 0] -= 2.0
+    assert object_cells(latents)[0, 0].nonzero().tolist() == [[0, 2, 5], [0, 3, 5], [1, 6, 0]]
+
+
+def test_laps_are_never_held_out_and_windows_know_their_direction():
+    laps = draw_laps(40, np.random.default_rng(0))
+    assert len({lap.scene for lap in laps}) == 40 and not any(is_held_out(lap.scene) for lap in laps)
+    for lap in laps:
+        order = np.arange(lap.course.period)
+        assert one_way_motion(lap, order) is None
+        forwards = next(run for start in order if one_way_motion(lap, run := (start + order[:16]) % len(order)))
+        motion = one_way_motion(lap, forwards)
+        there, back = ONE_WAY[motion], ONE_WAY[one_way_motion(lap, forwards[::-1])]
+        assert there[0] == back[0] == BOTH_WAYS[lap.scene.motion] and there[1] == -back[1]
+
+
+def test_captions_of_clips_tell_the_truth(tmp_path):
+    plan = VideoPlan(laps=4)
+    vae = build_vae().eval()
+    vae.register_to_config(shift_factor=0.0, scaling_factor=1.0)
+    clips = Clips(vae, plan, tmp_path, 0)
+    latents, texts = clips.batch(64, 16)
+    assert latents.shape == (64, 4, 16, 12, 12) and "" in texts
+    backgrounds = {lap.scene.background for lap in clips.laps}
+    assert {text.split()[-2] for text in texts if text} == backgrounds
+    assert any(text.startswith("a shape moving") for text in texts)
+    again, texts_again = Clips(vae, plan, tmp_path, 0).batch(64, 16)
+    assert torch.equal(latents, again) and texts == texts_again
+
+
+def test_fewer_frames_leave_room_for_more_clips():
+    plan = VideoPlan(picture_steps=2, short_steps=2, batch_size=3)
+    assert [plan.shape_at(step) for step in (0, 1, 2, 3, 4)] == [(48, 1), (48, 1), (6, 8), (6, 8), (3, 16)]
