@@ -118,8 +118,8 @@ def _tuned_for_cpu() -> Iterator[None]:
             blocking, keys = template.GemmBlocking, 16 if has_avx512() else 8
             larger = lambda rows, columns, depth: blocking(max(rows, 8), keys, depth)  # noqa: E731
             stack.enter_context(mock.patch.object(template, "GemmBlocking", larger))
-        if getattr(config.cpp, "march", "") is None:
-            stack.enter_context(config.patch({"cpp.march": " ".join(["native", *_wide_moves()])}))
+        if getattr(config.cpp, "march", "") is None and (moves := _wide_moves()):
+            stack.enter_context(config.patch({"cpp.march": " ".join(["native", *moves])}))
         yield
 
 

@@ -45,6 +45,12 @@ class Patches:
 
     def begin(self, rows: int) -> FramePlan:
         """Share out the rows of a forward; raises `ValueError` on every rank where there are fewer than ranks."""
+        ranks = 1 if self.mesh is None else self.mesh.size()
+        if rows < ranks:
+            raise ValueError(
+                f"a picture of {rows} rows of tokens can't be shared out among {ranks} ranks: start fewer of them, or "
+                f"make a taller picture"
+            )
         if rows not in self._plans:
             self._plans[rows] = replace(FramePlan.split(rows, self.mesh), traffic=self.traffic)
         self.plan = self._plans[rows]

@@ -192,6 +192,14 @@ def test_what_is_tuned_for_the_cpu_is_put_back(monkeypatch):
     assert (template.GemmBlocking, config.cpp.march) == before
 
 
+def test_a_compiler_without_wide_moves_keeps_inductors_own_architecture(monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(flex, "_wide_moves", lambda: ())
+    with config.patch({"cpp.march": None}), flex._tuned_for_cpu():
+        assert config.cpp.march is None
+
+
 def test_an_architecture_that_the_user_chose_is_kept():
     from torch._inductor import config
 

@@ -195,7 +195,7 @@ def too_many(mesh: DeviceMesh) -> str:
 def test_fewer_rows_than_ranks_are_refused_on_every_rank() -> None:
     rows = models.ROWS
     for message in on_ranks(rows + 1, too_many):
-        assert f"{rows} frames can't be shared out among {rows + 1} ranks" in message
+        assert f"a picture of {rows} rows of tokens can't be shared out among {rows + 1} ranks" in message
 
 
 def test_the_reach_is_that_of_the_disc() -> None:
