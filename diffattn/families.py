@@ -209,6 +209,17 @@ _UNET_LAYERS = (
     Layers(rf".*attentions\.\d+{_BLOCK}attn1", "spatial", feature_map, rf"(.*){_BLOCK}.*"),
 )
 
+_PASD_LAYERS = (
+    *_UNET_LAYERS,
+    # attention to the ControlNet's residual, which has a token for each of the features' own
+    Layers(
+        rf".*(pixel_attentions\.\d+{_BLOCK}attn2|attentions\.\d+{_BLOCK}attn2_plus)",
+        "spatial",
+        feature_map,
+        rf"(.*){_BLOCK}.*",
+    ),
+)
+
 
 def _dit(pattern: str, read: Read) -> tuple[Layers, ...]:
     return (Layers(pattern, "spatial", read),)
@@ -260,6 +271,7 @@ FAMILIES: list[Family] = [
         "Mochi", ("MochiTransformer3DModel",), _dit(r"transformer_blocks\.\d+\.attn1", video(2, before=0, after=None))
     ),
     Family("HunyuanDiT", ("HunyuanDiT2DModel",), _dit(r"blocks\.\d+\.attn1", picture())),
+    Family("PASD", ("PASDUNet2DConditionModel",), _PASD_LAYERS, latent="sample"),
     Family("Stable Diffusion UNet", ("UNet2DConditionModel", "ControlNetModel"), _UNET_LAYERS, latent="sample"),
     Family("AnimateDiff", ("UNetMotionModel",), _UNET_LAYERS, latent="sample"),
     Family("SVD", ("UNetSpatioTemporalConditionModel",), _UNET_LAYERS, latent="sample"),

@@ -239,10 +239,6 @@ def test_an_interrupted_run_does_not_count_on(seen: list[float]) -> None:
     assert seen == [0.0, 0.0]
 
 
-by_numpy = pytest.mark.filterwarnings("ignore:__array__ implementation")  # some schedulers' own, under NumPy 2
-
-
-@by_numpy
 def test_a_second_order_scheduler(seen: list[float]) -> None:
     case = StableDiffusionHeun()
     pipe = case.pipe()
@@ -293,7 +289,6 @@ SCHEDULERS = [
 ]
 
 
-@by_numpy
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda scheduler: type(scheduler).__name__)
 def test_the_share_of_noise_is_what_the_scheduler_adds(scheduler: Any) -> None:
     """Noise of 1 added to latents of 0, and of 0 to latents of 1: the two weights, without a word of sigma."""

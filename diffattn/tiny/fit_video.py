@@ -33,7 +33,7 @@ WORLD = tuple(moving.scenes())
 class VideoPlan(Plan):
     """How long and how fast to train; `batch_size` counts clips."""
 
-    steps: int = 9000
+    steps: int = 7500
     picture_steps: int = 1100
     """Steps on single frames, the first of all."""
     short_steps: int = 400

@@ -3,7 +3,7 @@
     centre(t) = 24 + 11 sin(2 pi (start + t) / period)      along the line, in pixels
 
 The shape slows down before it turns at the end of its line, so its course has no corner and never leaves the picture,
-however long the video is. Colours, backgrounds and shapes are those of `diffattn.tiny.shapes`. A caption may leave
+however long the video is. Colours and backgrounds are those of `diffattn.tiny.shapes`. A caption may leave
 out the colour, the shape, or both: the video then shows any one of them, the same in all its frames.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffattn.tiny.shapes import PALETTE, SHAPES, outline_distance
+from diffattn.tiny.shapes import PALETTE, outline_distance
 
 SIDE = 48
 """Side of a frame in pixels."""
@@ -39,6 +39,9 @@ ONE_WAY: dict[str, tuple[int, int]] = {"right": (0, 1), "left": (0, -1), "up": (
 
 BOTH_WAYS: dict[str, int] = {"sideways": 0, "up and down": 1}
 """Axis of each motion that may turn within a clip."""
+
+MOVING_SHAPES = ("circle", "square", "triangle", "cross")
+"""Those shapes of `diffattn.tiny.shapes` that no motion blur of a few pixels confuses."""
 
 MOTIONS = (*ONE_WAY, *BOTH_WAYS)
 
@@ -68,7 +71,7 @@ class MovingScene:
 
 _KNOWN: dict[str, Sequence[str]] = {
     "colour": tuple(PALETTE),
-    "shape": SHAPES,
+    "shape": MOVING_SHAPES,
     "background": tuple(PALETTE),
     "motion": MOTIONS,
 }

@@ -12,8 +12,8 @@ from functools import lru_cache
 import numpy as np
 
 from diffattn.tiny.finder import largest_blob, name_pixels
-from diffattn.tiny.moving import ONE_WAY, RADIUS, SIDE
-from diffattn.tiny.shapes import PALETTE, SHAPES, outline_distance
+from diffattn.tiny.moving import MOVING_SHAPES, ONE_WAY, RADIUS, SIDE
+from diffattn.tiny.shapes import PALETTE, outline_distance
 
 CLEAN_FIT = 0.7
 """Least overlap of an object with its shape's template, as intersection over union, in a clean frame."""
@@ -109,7 +109,7 @@ def centroid(weights: np.ndarray) -> tuple[float, float]:
 def best_shape(coverage: np.ndarray, centre: tuple[float, float]) -> tuple[str, float]:
     """The shape whose template with its middle at `centre` overlaps `coverage` most, and that overlap."""
     overlaps = {}
-    for shape in SHAPES:
+    for shape in MOVING_SHAPES:
         off_x, off_y = middle_of(shape)
         drawn = template(shape, centre[0] - off_x, centre[1] - off_y)
         overlaps[shape] = float(np.minimum(coverage, drawn).sum() / np.maximum(coverage, drawn).sum())

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from diffattn import tiny
+from diffattn.weights import check_keys
 
 RECIPES = {"videocrafter2": ("cerspense/zeroscope_v2_576w", "adamdad/videocrafterv2_diffusers")}
 """Name -> where the parts come from, and where the UNet does."""
@@ -83,7 +84,7 @@ def open_unet(source: str, dtype: torch.dtype) -> nn.Module:
         unet, found = cls.from_pretrained(source, **place, dtype=dtype, output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"cannot load the UNet of {source!r}: {_first_line(error)}") from error
-    check_keys(source, found["missing_keys"], found["unexpected_keys"])
+    check_keys(found["missing_keys"], found["unexpected_keys"], repr(source))
     return unet
 
 
@@ -104,17 +105,6 @@ def _errors_only() -> Iterator[None]:
         for library, level in zip(libraries, levels, strict=True):
             library.set_verbosity(level)
             library.enable_progress_bar()
-
-
-def check_keys(source: str, missing: list[str], unexpected: list[str]) -> None:
-    """Raise `ValueError` that names the weights a checkpoint lacks or has too many."""
-    if missing or unexpected:
-        parts = [
-            f"{len(keys)} {what}: {', '.join(sorted(keys)[:8])}{', ...' if len(keys) > 8 else ''}"
-            for what, keys in (("missing", missing), ("unexpected", unexpected))
-            if keys
-        ]
-        raise ValueError(f"the weights of {source!r} are not those of its configuration: {'; '.join(parts)}")
 
 
 def _unet_config(source: str) -> tuple[str | None, dict[str, Any]]:

@@ -48,7 +48,6 @@ def run(mesh: DeviceMesh | None, lengths: tuple[int, ...], name: str | None) -> 
 
 
 # diffusers' solver converts a tensor in a way that numpy 2 deprecates
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.dist
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_no_split_changes_a_run(name: str) -> None:

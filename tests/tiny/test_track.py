@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from diffattn.tiny import moving
-from diffattn.tiny.moving import Course, MovingScene, render, render_random
-from diffattn.tiny.shapes import PALETTE, SHAPES
+from diffattn.tiny.moving import MOVING_SHAPES, Course, MovingScene, render, render_random
+from diffattn.tiny.shapes import PALETTE
 from diffattn.tiny.track import accelerations, direction, figures, follow, sight
 
 SCENE = MovingScene(colour="red", shape="circle", background="blue", motion="right")
@@ -16,7 +16,7 @@ def course(start: float = 0.0, lane: float = 24.0) -> Course:
     return Course(axis=0, lane=lane, period=40, start=start)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", MOVING_SHAPES)
 def test_sees_colour_shape_background_and_place_of_every_pair_of_colours(shape):
     for index, (colour, background) in enumerate((a, b) for a in PALETTE for b in PALETTE if a != b):
         scene = MovingScene(colour=colour, shape=shape, background=background)

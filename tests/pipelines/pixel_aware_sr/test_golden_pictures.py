@@ -1,0 +1,151 @@
+"""Colours, tiles and preprocessing against numbers recorded from the official PASD."""
+
+import re
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffattn.pipelines.pixel_aware_sr.preprocess import prepare, restore_size, target_size
+from diffattn.pipelines.pixel_aware_sr.vae_tiles import padded_tiles
+from golden_vectors import GoldenCase, assert_golden, golden_cases
+from PIL import Image
+from torch import Tensor
+
+from diffattn.color import adain_fix, blur, keep_luma, to_bytes, wavelet_fix, wavelet_split
+from diffattn.windows import Tile, blend_tiles, gaussian_weights, official_tiles
+
+
+def color_fix(case: GoldenCase) -> None:
+    t, levels, eps = case.tensors(), case.config["levels"], case.config["adain_eps"]
+    content, style = t.pop("content"), t.pop("style")
+    got = {
+        "wavelet": wavelet_fix(content, style, levels),
+        "adain": adain_fix(content, style, eps),
+        "content": content,
+        "style": style,
+    }
+    got["content_high"], got["content_low"] = wavelet_split(content, levels)
+    for name, want in t.items():
+        if dilation := re.fullmatch(r"blur_r(\d+)", name):
+            got[name] = blur(content, int(dilation[1]))
+        elif name.endswith("_u8"):
+            got[name] = to_bytes(got[name.removesuffix("_u8")])
+        assert_golden(name, got[name], want, case.tolerance)
+
+
+def tile_weights(case: GoldenCase) -> None:
+    for name, want in case.tensors().items():
+        square, rectangle = re.fullmatch(r"weights_(\d+)", name), re.fullmatch(r"weights_rect_w(\d+)_h(\d+)", name)
+        assert square or rectangle, f"unknown tensor {name}"
+        width, height = (int(side) for side in (rectangle.groups() if rectangle else (square[1], square[1])))
+        got = gaussian_weights(height, width, case.config["var"], official=True)
+        assert_golden(name, got.expand_as(want), want, case.tolerance)
+
+
+def stub_network(x: Tensor, condition: Tensor, prompts: Tensor, scale: float) -> Tensor:
+    """What the recording had in the place of ControlNet and UNet; it sees where in its tile a cell lies."""
+    rows, columns = (torch.linspace(-1, 1, side) for side in x.shape[-2:])
+    out = 0.7 * x + 0.5 * scale * condition.mean(1, keepdim=True) + rows[:, None] - 0.5 * columns
+    return out + 0.3 * x.mean((-2, -1), keepdim=True) + prompts.mean((1, 2))[:, None, None, None]
+
+
+def tiled_aggregation(case: GoldenCase) -> None:
+    t, config = case.tensors(), case.config
+    latents, guidance = t["latents"], config["guidance_scale"]
+    height, width = latents.shape[-2:]
+    places = official_tiles(height, width, config["tile"], config["overlap"])
+    assert len(places) == config["tiles_per_step"]
+    assert {(tile.height, tile.width) for tile in places} == {(config["tile_size_used"],) * 2}
+    assert [call[0][-2:] for call in config["controlnet_calls"]] == [[tile.height, tile.width] for tile in places]
+    weights = gaussian_weights(places[0].height, places[0].width, official=True)
+    prompts = [t["negative_prompt_embeds"], t["prompt_embeds"]] if guidance > 1 else [t["prompt_embeds"]]
+    scheduler = getattr(diffusers, config["scheduler_class"]).from_config(config["scheduler"])
+    scheduler.set_timesteps(config["steps"])
+    for step, timestep in enumerate(scheduler.timesteps):
+        parts = (
+            torch.cat(
+                [stub_network(cut(latents, tile), cut(t["cond_avgpool8"], tile), text, scale) for text in prompts]
+            )
+            for scale in [config["conditioning_scale"]]
+            for tile in places
+        )
+        predicted = list(blend_tiles(parts, places, weights, height, width).chunk(len(prompts)))
+        guided = predicted[0] + guidance * (predicted[1] - predicted[0]) if guidance > 1 else predicted[0]
+        assert_golden(f"step {step}", guided, t[f"guided_noise_pred_step{step}"], case.tolerance)
+        latents = scheduler.step(guided, timestep, latents).prev_sample
+    assert_golden("final_latents", latents, t["final_latents"], case.tolerance)
+
+
+def cut(x: Tensor, tile: Tile) -> Tensor:
+    return x[(..., *tile.slices)]
+
+
+def tiled_vae_split(case: GoldenCase) -> None:
+    assert case.spec["layout"] == "[x1,x2,y1,y2]"
+    for asked in case.spec["cases"]:
+        decoder = asked["is_decoder"]
+        got = padded_tiles(asked["height"], asked["width"], asked["tile_size"], decoder=decoder)
+        assert [box(tile.read) for tile in got] == asked["input_bboxes"]
+        assert [box(tile.write.scaled(8 if decoder else 1 / 8)) for tile in got] == asked["output_bboxes"]
+
+
+def box(tile: Tile) -> list[int]:
+    return [tile.left, tile.left + tile.width, tile.top, tile.top + tile.height]
+
+
+def preprocess_size_rules(case: GoldenCase) -> None:
+    for asked in case.spec["cases"]:
+        rules = {"upscale": asked["upscale"], "process_size": asked["process_size"], "task": asked["control_type"]}
+        got = target_size(asked["width"], asked["height"], **rules)
+        assert got == (asked["out_width"], asked["out_height"]), asked
+
+
+def preprocess_pixels(case: GoldenCase) -> None:
+    t, config = case.tensors(), case.config
+    picture = Image.fromarray(t["input_u8_hwc"].numpy())
+    rules = {"upscale": config["upscale"], "process_size": config["process_size"], "task": config["control_type"]}
+    out = prepare(picture, **rules)
+    assert out.size == target_size(*picture.size, **rules)
+    assert_golden("out", as_tensor(out), t["out_u8_hwc"], case.tolerance)
+    # gray pictures, whose upscale is ignored, come back at their own size
+    back = t["back_u8_hwc"].shape[1] / picture.width
+    assert back == config["upscale"] or (back == 1 and config["control_type"] == "grayscale")
+    recorded = Image.fromarray(t["out_u8_hwc"].numpy())
+    assert_golden("back", as_tensor(restore_size(recorded, *picture.size, back)), t["back_u8_hwc"], case.tolerance)
+
+
+def as_tensor(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture))
+
+
+def colorization_merge(case: GoldenCase) -> None:
+    t = case.tensors()
+    gray, coloured = (t[name].permute(2, 0, 1)[None] / 255 for name in ("gray_rgb_u8_hwc", "colorized_rgb_u8_hwc"))
+    got = to_bytes(keep_luma(gray, coloured), truncate=False)
+    assert_golden("out", got[0].permute(1, 2, 0), t["out_rgb_u8_hwc"], case.tolerance)
+
+
+CHECKS: dict[str, Any] = {
+    check.__name__: check
+    for check in (
+        color_fix,
+        tile_weights,
+        tiled_aggregation,
+        tiled_vae_split,
+        preprocess_size_rules,
+        preprocess_pixels,
+        colorization_merge,
+    )
+}
+KINDS = set(CHECKS)
+"""Kinds of PASD's cases that this file checks."""
+
+CASES = [case for case in golden_cases("pasd") if case.values[0] is None or case.values[0].kind in KINDS]
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", CASES)
+def test_pictures(case: GoldenCase) -> None:
+    CHECKS[case.kind](case)
