@@ -40,7 +40,8 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
         found: Any = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
     except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         kind = "safetensors file" if path.suffix == ".safetensors" else "file of weights alone"
-        raise ValueError(f"{path} is not a whole {kind}: {str(error).splitlines()[0]}; download it again") from error
+        why = (str(error).splitlines() or ["it is empty"])[0]
+        raise ValueError(f"{path} is not a whole {kind}: {why}; download it again") from error
     found = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise ValueError(f"expected named tensors in {path}; got other things too; is it a model's checkpoint?")
