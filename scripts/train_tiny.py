@@ -205,14 +205,14 @@ def video_export(
 def video_evaluate(
     folder: Annotated[Path, typer.Option(help="A TextToVideoSDPipeline folder.")] = VIDEO_FOLDER,
     strips: Annotated[Path, typer.Option(help="Where the PNGs go.")] = VIDEO_WORK_DIR,
-    count: Annotated[int, typer.Option(help="Held-out prompts.")] = 32,
+    count: Annotated[int, typer.Option(help="Held-out prompts.")] = 16,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = tiny.NATIVE["video"]["guidance_scale"],
     seed: int = 0,
     threads: Threads = 1,
     nice: Nice = 5,
 ) -> None:
-    """Draw held-out prompts twice, in full and without colour, shape and direction; print what was kept."""
+    """Draw held-out prompts twice, in full and without colour, shape and motion; print what was kept."""
     settle(threads, nice)
     pipeline = TextToVideoSDPipeline.from_pretrained(folder)
     chosen = moving.held_out_scenes(count, seed)

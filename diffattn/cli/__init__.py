@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from . import commands as commands
 from . import distilling as distilling
+from . import upscaling as upscaling
 from .frame import app as app
 
 

@@ -94,6 +94,13 @@ class ClipAttention(Mechanism):
         """Is it `mechanism` itself where one rank holds the whole video?"""
         return True
 
+    @property
+    def sees_everything(self) -> bool:
+        """Is it the model's own attention: a window over the whole video, and nothing else that changes a logit?"""
+        own = self.mechanism
+        plain = own.attn_scale == 1 and not (own.token_num_scale or own.official)
+        return plain and own.top_k == 0 and own.padding >= self.plan.frames - 1
+
     def attend_cells(
         self,
         q: Tensor,

@@ -14,6 +14,8 @@ Cost for an inner rank and `e` bytes a number, with S numbers a frame in the key
 of all convolutions: (4 padding + 2 top_k / ranks) S e + 2 C e bytes sent, whatever the length of the video.
 """
 
+import functools
+import logging
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -26,12 +28,14 @@ from ..model_swap import ModelSwap
 from ..plan import models_of, plan_all, resolve
 from ..swap import Handle, commit
 from .animatediff import ANIMATEDIFF
-from .attention import official_on
+from .attention import ClipAttention, official_on
 from .clip_family import ClipFamily
 from .cogvideox import COGVIDEOX
 from .plan import FramePlan
 from .unet3d import UNET3D
 from .wan import WAN
+
+logger = logging.getLogger("diffattn")
 
 Mode = Literal["clean", "official"]
 
@@ -73,7 +77,7 @@ def apply_on_clips(
     _raise_everywhere(plan, error)
     settings = [f"{type(swap.model).__name__}: {swap.mechanism.to_dict()}" for swap in swaps]
     plan.agree("the split, the mode, the model or the mechanism", (plan.lengths, mode, settings))
-    handle = commit(swaps)
+    handle = commit(swaps, trained=True)  # its warning is of pictures; clips have their own
     try:
         for swap in swaps:
             stack = ExitStack()
@@ -82,7 +86,20 @@ def apply_on_clips(
     except BaseException:
         handle.restore()
         raise
+    for swap in swaps:
+        if isinstance(swap.mechanism, ClipAttention) and not swap.mechanism.sees_everything:
+            _say_other_video(swap.mechanism.mechanism.padding, swap.mechanism.mechanism.top_k)
     return handle
+
+
+@functools.cache  # once per window
+def _say_other_video(padding: int, top_k: int) -> None:
+    logger.warning(
+        "frames see %d on either side and %d of the whole video: expect another video than from the model's own "
+        "attention, which sees all",
+        padding,
+        top_k,
+    )
 
 
 def _plan_swaps(

@@ -76,9 +76,11 @@ class FramePlan:
             even = [frames // ranks + (r < frames % ranks) for r in range(ranks)]
             plan = cls(tuple(even if lengths is None else lengths), rank, group)
         told = _gather_objects(group, ranks, (error, None if plan is None else plan.lengths))
+        if error:
+            raise ValueError(error)
         for r, (wrong, _) in enumerate(told):
             if wrong:
-                raise ValueError(wrong if r == rank else f"rank {r}: {wrong}")
+                raise ValueError(f"rank {r}: {wrong}")
         _same_everywhere("the split of the frames", [clips for _, clips in told])
         assert plan is not None
         return plan

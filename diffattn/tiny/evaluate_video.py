@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffattn.tiny import defaults
 from diffattn.tiny.moving import MovingScene
-from diffattn.tiny.track import Figures, Sighting, direction, figures, follow, majority
+from diffattn.tiny.track import Figures, Sighting, figures, follow, majority, motion
 
 
 def generate_videos(
@@ -39,7 +39,7 @@ class VideoFinding:
     shape_kept: bool
     background_kept: bool
     motion_kept: bool
-    """The object moves the promised way from the first frame to the last."""
+    """The object moves along the promised axis."""
 
     @property
     def kept(self) -> bool:
@@ -48,12 +48,12 @@ class VideoFinding:
 
 
 def check(sightings: Sequence[Sighting], scene: MovingScene) -> VideoFinding:
-    """Compare what a video shows with the scene of its caption, which moves one way."""
+    """Compare what a video shows with the scene of its caption."""
     return VideoFinding(
         colour_kept=majority([sighting.colour for sighting in sightings]) == scene.colour,
         shape_kept=majority([sighting.shape for sighting in sightings]) == scene.shape,
         background_kept=majority([sighting.background for sighting in sightings]) == scene.background,
-        motion_kept=direction(sightings) == scene.motion,
+        motion_kept=motion(sightings) == scene.motion,
     )
 
 

@@ -33,13 +33,13 @@ WORLD = tuple(moving.scenes())
 class VideoPlan(Plan):
     """How long and how fast to train; `batch_size` counts clips."""
 
-    steps: int = 7500
+    steps: int = 9500
     picture_steps: int = 1100
     """Steps on single frames, the first of all."""
-    short_steps: int = 400
+    short_steps: int = 6200
     """Steps on clips of half the native length, after those on single frames."""
     batch_size: int = 4
-    laps: int = 600
+    laps: int = 576
     """Encoded laps, of one period each."""
     rate: float = 1.5e-3
     decay: float = 0.25
@@ -114,20 +114,9 @@ class Lap:
 
 def draw_laps(count: int, rng: np.random.Generator) -> list[Lap]:
     """Laps on random lines of scenes that are not held out, as many of each as can be."""
-    world = [scene for scene in WORLD if scene.motion in moving.BOTH_WAYS and not moving.is_held_out(scene)]
+    world = [scene for scene in WORLD if not moving.is_held_out(scene)]
     order = np.concatenate([rng.permutation(len(world)) for _ in range(-(-count // len(world)))])
     return [Lap(world[index], moving.draw_course(world[index], rng)) for index in order[:count]]
-
-
-def one_way_motion(lap: Lap, order: np.ndarray) -> str | None:
-    """The direction that the lap's shape keeps over the frames `order`; None where it turns."""
-    places = lap.course.centres(lap.course.period)[order, lap.course.axis]
-    steps = np.diff(places)
-    if (steps > 0).all():
-        return "right" if lap.course.axis == 0 else "down"
-    if (steps < 0).all():
-        return "left" if lap.course.axis == 0 else "up"
-    return None
 
 
 class Clips:
@@ -144,37 +133,29 @@ class Clips:
         self.rng = np.random.default_rng([plan.seed, step])
 
     def batch(self, size: int, frames: int) -> tuple[Tensor, list[str]]:
-        """`size` random windows, float32 (batch, channels, frames, rows, columns), and a caption of each.
-
-        Half of the windows are drawn until they move one way, which a third would do by themselves.
-        """
+        """`size` random windows, float32 (batch, channels, frames, rows, columns), and a caption of each."""
         latents, texts = [], []
         for index in self.rng.integers(len(self.laps), size=size).tolist():
-            lap, one_way = self.laps[index], self.rng.random() < 0.5
-            order = self._window(lap, frames)
-            while one_way and one_way_motion(lap, order) is None:
-                order = self._window(lap, frames)
-            latents.append(self.latents[index][order[:frames]].float().transpose(0, 1))
-            texts.append(self._caption(lap, order))
+            lap = self.laps[index]
+            latents.append(self.latents[index][self._window(lap, frames)].float().transpose(0, 1))
+            texts.append(self._caption(lap.scene))
         return torch.stack(latents), texts
 
     def _window(self, lap: Lap, frames: int) -> np.ndarray:
-        """Frame numbers of a random window, at least two so that it has a direction."""
+        """Frame numbers of a random window, forwards or backwards."""
         period, sign = lap.course.period, self.rng.choice((-1, 1))
-        return (self.rng.integers(period) + sign * np.arange(max(frames, 2))) % period
+        return (self.rng.integers(period) + sign * np.arange(frames)) % period
 
-    def _caption(self, lap: Lap, order: np.ndarray) -> str:
-        scene, direction, draw = lap.scene, one_way_motion(lap, order), self.rng.random
+    def _caption(self, scene: MovingScene) -> str:
+        draw = self.rng.random
         if draw() < self.dropout:
             return ""
-        if direction is not None and draw() < 0.6:
-            scene = MovingScene(colour=scene.colour, shape=scene.shape, background=scene.background, motion=direction)
         silent = draw()  # of ten captions five name colour and shape, and two name neither
         return moving.caption(
             scene,
             colour=silent < 0.5 or 0.65 <= silent < 0.8,
             shape=silent < 0.65,
-            motion=scene.motion in moving.ONE_WAY or draw() < 0.5,
+            motion=draw() < 0.7,
         )
 
 

@@ -1,10 +1,11 @@
 """Captioned videos made by formula: one coloured shape swings smoothly along a line on a plain background.
 
-    centre(t) = 24 + 11 sin(2 pi (start + t) / period)      along the line, in pixels
+    centre(t) = 24 + 5 sin(2 pi (start + t) / period)      along the line, in pixels
 
 The shape slows down before it turns at the end of its line, so its course has no corner and never leaves the picture,
-however long the video is. Colours and backgrounds are those of `diffattn.tiny.shapes`. A caption may leave
-out the colour, the shape, or both: the video then shows any one of them, the same in all its frames.
+however long the video is; and it never leaves the middle, where attention over time at one place finds it in every
+frame. A caption may leave out the colour, the shape, or both: the video then shows any one of them, the same in all
+its frames.
 """
 
 import itertools
@@ -22,33 +23,31 @@ SIDE = 48
 FRAMES = 16
 """Frames of a native clip."""
 
-RADIUS = 11.0
+RADIUS = 14.0
 """Nominal radius of every shape in pixels."""
 
-SWING = 11.0
+SWING = 5.0
 """Largest distance in pixels between the shape's centre and the middle of its line."""
 
-LANE = (14.0, 34.0)
+LANE = (21.0, 27.0)
 """Range in pixels of the coordinate that a shape keeps: the row of a horizontal line, the column of a vertical one."""
 
 PERIODS = (36, 40, 44, 48)
 """Frames from one side to the other and back; half of it is longer than a native clip."""
 
-ONE_WAY: dict[str, tuple[int, int]] = {"right": (0, 1), "left": (0, -1), "up": (1, -1), "down": (1, 1)}
-"""Axis (0 horizontal, 1 vertical) and sign of each direction that a native clip keeps from first to last frame."""
+MOTIONS: dict[str, int] = {"sideways": 0, "up and down": 1}
+"""Axis of each motion."""
 
-BOTH_WAYS: dict[str, int] = {"sideways": 0, "up and down": 1}
-"""Axis of each motion that may turn within a clip."""
+MOVING_COLOURS = ("red", "yellow", "green", "blue", "white")
+"""Those colours of `diffattn.tiny.shapes` between any two of which there is no third."""
 
 MOVING_SHAPES = ("circle", "square", "triangle", "cross")
-"""Those shapes of `diffattn.tiny.shapes` that no motion blur of a few pixels confuses."""
-
-MOTIONS = (*ONE_WAY, *BOTH_WAYS)
+"""Those shapes of `diffattn.tiny.shapes` that are unlike when drawn on 12 x 12 latent cells."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MovingScene:
-    """What one video shows; `motion` is a key of ONE_WAY or of BOTH_WAYS."""
+    """What one video shows; `motion` is a key of MOTIONS."""
 
     colour: str
     shape: str
@@ -66,14 +65,14 @@ class MovingScene:
     @property
     def axis(self) -> int:
         """0 for a horizontal line, 1 for a vertical one."""
-        return ONE_WAY[self.motion][0] if self.motion in ONE_WAY else BOTH_WAYS[self.motion]
+        return MOTIONS[self.motion]
 
 
 _KNOWN: dict[str, Sequence[str]] = {
-    "colour": tuple(PALETTE),
+    "colour": MOVING_COLOURS,
     "shape": MOVING_SHAPES,
-    "background": tuple(PALETTE),
-    "motion": MOTIONS,
+    "background": MOVING_COLOURS,
+    "motion": tuple(MOTIONS),
 }
 
 
@@ -111,8 +110,8 @@ def is_held_out(scene: MovingScene) -> bool:
 
 
 def held_out_scenes(count: int, seed: int = 0) -> list[MovingScene]:
-    """`count` distinct held-out scenes that move one way, drawn with `seed`."""
-    pool = [scene for scene in scenes() if is_held_out(scene) and scene.motion in ONE_WAY]
+    """`count` distinct held-out scenes, drawn with `seed`."""
+    pool = [scene for scene in scenes() if is_held_out(scene)]
     if not 0 < count <= len(pool):
         raise ValueError(f"expected a count from 1 to {len(pool)}, the number of held-out scenes; got {count}")
     chosen = np.random.default_rng(seed).choice(len(pool), size=count, replace=False)
@@ -123,22 +122,13 @@ def caption(scene: MovingScene, *, colour: bool = True, shape: bool = True, moti
     """Say a scene in words; what is False goes unsaid: "a shape moving on a blue background"."""
     words = ["a", scene.colour if colour else "", scene.shape if shape else "shape", "moving"]
     words += [scene.motion if motion else "", f"on a {scene.background} background"]
-    text = " ".join(word for word in words if word)
-    return text.replace("a orange", "an orange")
+    return " ".join(word for word in words if word)
 
 
-def draw_course(scene: MovingScene, rng: np.random.Generator, frames: int = FRAMES) -> Course:
-    """A random course of the scene; one that moves one way does so for all of `frames` frames."""
+def draw_course(scene: MovingScene, rng: np.random.Generator) -> Course:
+    """A random course of the scene."""
     period = int(rng.choice(PERIODS))
-    if scene.motion not in ONE_WAY:
-        start = rng.uniform(0, period)
-    elif frames - 1 >= period / 2:
-        raise ValueError(f"expected fewer than {period // 2 + 1} frames for a motion one way; got {frames}")
-    else:
-        spare = period / 2 - (frames - 1)
-        start = rng.uniform(0, spare) - period / 4
-        start += period / 2 if ONE_WAY[scene.motion][1] < 0 else 0.0
-    return Course(axis=scene.axis, lane=rng.uniform(*LANE), period=period, start=start)
+    return Course(axis=scene.axis, lane=rng.uniform(*LANE), period=period, start=rng.uniform(0, period))
 
 
 def render(scene: MovingScene, course: Course, frames: int = FRAMES) -> np.ndarray:
@@ -154,4 +144,4 @@ def render(scene: MovingScene, course: Course, frames: int = FRAMES) -> np.ndarr
 
 def render_random(scene: MovingScene, seed: int, frames: int = FRAMES) -> np.ndarray:
     """Draw the scene along the random course of `seed`, uint8 RGB of shape (frames, SIDE, SIDE, 3)."""
-    return render(scene, draw_course(scene, np.random.default_rng(seed), frames), frames)
+    return render(scene, draw_course(scene, np.random.default_rng(seed)), frames)

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from diffattn.tiny.finder import largest_blob, name_pixels
-from diffattn.tiny.moving import MOVING_SHAPES, ONE_WAY, RADIUS, SIDE
+from diffattn.tiny.moving import MOTIONS, MOVING_SHAPES, RADIUS, SIDE
 from diffattn.tiny.shapes import PALETTE, outline_distance
 
 CLEAN_FIT = 0.7
@@ -24,8 +24,8 @@ CLEAN_SHARE = 0.9
 CLEAN_TINT = 30.0
 """Largest mean distance in RGB (0..255) between a clean frame's background and its colour in the palette."""
 
-LEAST_TRAVEL = 8.0
-"""Least distance in pixels from the first to the last place of a motion that has a direction."""
+LEAST_TRAVEL = 2.0
+"""Least distance in pixels between the ends of a motion."""
 
 _NAMES = tuple(PALETTE)
 _TONES = np.array(list(PALETTE.values()), dtype=np.float64)
@@ -199,12 +199,13 @@ def finite_mean(values: np.ndarray) -> float:
     return float(numbers.mean()) if len(numbers) else float("nan")
 
 
-def direction(sightings: Sequence[Sighting]) -> str | None:
-    """The direction of ONE_WAY from the first to the last place; None for a motion short, slanted or unseen."""
-    travel = np.subtract(sightings[-1].centre, sightings[0].centre)
-    if not np.isfinite(travel).all():
+def motion(sightings: Sequence[Sighting]) -> str | None:
+    """The key of MOTIONS along whose axis the places spread; None for a motion that is short, slanted or unseen."""
+    centres = np.array([sighting.centre for sighting in sightings if np.isfinite(sighting.centre).all()])
+    if not len(centres):
         return None
-    along = int(np.abs(travel).argmax())
-    if abs(travel[along]) < LEAST_TRAVEL or abs(travel[1 - along]) > 0.5 * abs(travel[along]):
+    spread = np.ptp(centres, axis=0)
+    along = int(spread.argmax())
+    if spread[along] < LEAST_TRAVEL or spread[1 - along] > 0.5 * spread[along]:
         return None
-    return next(name for name, way in ONE_WAY.items() if way == (along, int(np.sign(travel[along]))))
+    return next(name for name, axis in MOTIONS.items() if axis == along)

@@ -1,10 +1,14 @@
 """Who holds which frames, and what is refused."""
 
+from typing import Any
+
+import models
 import pytest
 from clip_splits import SPLITS
 from parallel_ranks import on_ranks
 from torch.distributed.device_mesh import DeviceMesh
 
+from diffattn.parallel.frames import _say_other_video, apply_on_clips
 from diffattn.parallel.plan import FramePlan, Traffic
 
 
@@ -80,6 +84,52 @@ def refusal(mesh: DeviceMesh, frames: list[int], lengths: list[list[int] | None]
 def test_every_rank_refuses_a_wrong_split(frames: list[int], lengths: list[list[int] | None], message: str) -> None:
     for told in on_ranks(2, refusal, frames, lengths):
         assert any(part in told for part in message.split("|")), told
+
+
+@pytest.mark.dist
+def test_a_rank_names_only_others_in_an_error() -> None:
+    own = on_ranks(2, refusal, [1, 1], [None, None])
+    assert all(text.startswith("1 frames can't be shared out") for text in own), own
+    first, second = on_ranks(2, refusal, [6, 6], [[2, 4], [2, 5]])
+    assert first.startswith("rank 1: lengths must name") and second.startswith("lengths must name")
+
+
+def test_a_coarser_plan_has_the_same_clips_in_patches() -> None:
+    plan = FramePlan((6, 2, 4), rank=2, group="ranks")
+    coarser = plan.coarser(2)
+    assert (coarser.lengths, coarser.rank, coarser.group) == ((3, 1, 2), 2, "ranks")
+    assert [frame // 2 for frame in plan.own[::2]] == list(coarser.own)
+    coarser.traffic.count("halo", 3, 4)
+    assert plan.traffic.sent == {"halo": 3}
+    assert plan.coarser(1) == plan
+    with pytest.raises(ValueError, match=r"multiples of 3 frames, got \(6, 2, 4\); pass lengths="):
+        plan.coarser(3)
+
+
+def told(caplog: pytest.LogCaptureFixture, **options: Any) -> list[str]:
+    """The warnings of a model on clips: a window that leaves frames out gives another video, and says so."""
+    _say_other_video.cache_clear()
+    caplog.clear()
+    with apply_on_clips(models.unet3d().model, FramePlan((5,)), "dual_scope", **options):
+        return [
+            record.getMessage()
+            for record in caplog.records
+            if record.name == "diffattn" and record.levelname == "WARNING"
+        ]
+
+
+def test_a_window_over_everything_promises_no_other_video(caplog: pytest.LogCaptureFixture) -> None:
+    assert told(caplog, padding=4, top_k=0) == []
+    assert told(caplog, padding=5, top_k=0, local_phase=None, global_phase=None) == []
+    for options in (
+        {"padding": 3, "top_k": 0},
+        {"padding": 4, "top_k": 2},
+        {"padding": 4, "top_k": 0, "attn_scale": 2},
+    ):
+        (line,) = told(caplog, **options)
+        assert f"see {options['padding']} on either side and {options['top_k']} of the whole video" in line
+    (line,) = told(caplog, padding=4, top_k=0, mode="official")
+    assert "expect another video" in line and "steps=" not in line
 
 
 def test_traffic_adds_up() -> None:

@@ -7,33 +7,30 @@ from diffattn.tiny import moving
 from diffattn.tiny.moving import FRAMES, RADIUS, SIDE, MovingScene, caption, draw_course, held_out_scenes, render
 from diffattn.tiny.shapes import PALETTE
 
-SCENE = MovingScene(colour="red", shape="circle", background="blue", motion="right")
+SCENE = MovingScene(colour="red", shape="circle", background="blue", motion="sideways")
 
 
 def test_caption_says_what_it_is_asked_to():
-    assert caption(SCENE) == "a red circle moving right on a blue background"
+    assert caption(SCENE) == "a red circle moving sideways on a blue background"
     assert caption(SCENE, colour=False, motion=False) == "a circle moving on a blue background"
     assert caption(SCENE, colour=False, shape=False, motion=False) == "a shape moving on a blue background"
-    orange = MovingScene(colour="orange", shape="cross", background="white")
-    assert caption(orange) == "an orange cross moving sideways on a white background"
 
 
 def test_every_scene_has_a_caption_of_its_own():
     world = list(moving.scenes())
-    assert len(world) == 8 * 7 * len(moving.MOVING_SHAPES) * 6
+    assert len(world) == 5 * 4 * 4 * 2
     assert len({caption(scene) for scene in world}) == len(world)
 
 
 def test_about_a_tenth_is_held_out_whatever_the_motion():
     held_out = [scene for scene in moving.scenes() if moving.is_held_out(scene)]
     assert 0.05 < len(held_out) / len(list(moving.scenes())) < 0.15
-    assert len(held_out) == 6 * len({(scene.colour, scene.shape, scene.background) for scene in held_out})
+    assert len(held_out) == 2 * len({(scene.colour, scene.shape, scene.background) for scene in held_out})
 
 
-def test_held_out_draw_is_seeded_distinct_and_one_way():
-    assert held_out_scenes(32, seed=3) == held_out_scenes(32, seed=3) != held_out_scenes(32, seed=4)
-    assert len(set(held_out_scenes(32))) == 32
-    assert all(moving.is_held_out(scene) and scene.motion in moving.ONE_WAY for scene in held_out_scenes(32))
+def test_held_out_draw_is_seeded_and_distinct():
+    assert held_out_scenes(8, seed=3) == held_out_scenes(8, seed=3) != held_out_scenes(8, seed=4)
+    assert len(set(held_out_scenes(12))) == 12 and all(map(moving.is_held_out, held_out_scenes(12)))
 
 
 @pytest.mark.parametrize("motion", moving.MOTIONS)
@@ -42,22 +39,8 @@ def test_shapes_stay_inside_and_move_smoothly_however_long(motion):
     course = draw_course(scene, np.random.default_rng(0))
     places = course.centres(200)
     assert places.min() > RADIUS and places.max() < SIDE - RADIUS
-    assert np.ptp(places[:, scene.axis]) > 20 and np.ptp(places[:, 1 - scene.axis]) == 0
-    assert np.linalg.norm(np.diff(places, n=2, axis=0), axis=1).max() < 0.6
-
-
-@pytest.mark.parametrize("motion", moving.ONE_WAY)
-def test_a_motion_one_way_does_not_turn_within_a_clip(motion):
-    scene = MovingScene(colour="red", shape="circle", background="blue", motion=motion)
-    axis, sign = moving.ONE_WAY[motion]
-    for seed in range(50):
-        places = draw_course(scene, np.random.default_rng(seed)).centres(FRAMES)[:, axis]
-        assert (sign * np.diff(places) > 0).all()
-
-
-def test_a_motion_one_way_is_refused_where_it_would_have_to_turn():
-    with pytest.raises(ValueError, match="expected fewer than .* got 64"):
-        draw_course(SCENE, np.random.default_rng(0), 64)
+    assert np.ptp(places[:, scene.axis]) > 9 and np.ptp(places[:, 1 - scene.axis]) == 0
+    assert np.linalg.norm(np.diff(places, n=2, axis=0), axis=1).max() < 0.2
 
 
 def test_render_draws_the_colour_where_the_course_says():
@@ -75,7 +58,7 @@ def test_render_random_follows_its_seed():
 
 
 def test_scene_refuses_what_it_cannot_draw():
-    with pytest.raises(ValueError, match="expected motion to be one of right, .* got 'round'"):
+    with pytest.raises(ValueError, match="expected motion to be one of sideways, .* got 'round'"):
         MovingScene(colour="red", shape="circle", background="blue", motion="round")
     with pytest.raises(ValueError, match="unlike the background"):
         MovingScene(colour="blue", shape="circle", background="blue")
