@@ -23,7 +23,7 @@ LONGEST_SIDE = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383}
 """What each format holds, in pixels."""
 
 _LABEL, _GAP = 16, 4
-"""Height of the text and space around it on a comparison sheet, in pixels."""
+"""Least height of the text on a comparison sheet, and the space around it, in pixels."""
 
 Pixels = NDArray[np.uint8]
 
@@ -177,9 +177,10 @@ def side_by_side(pictures: Sequence[Pixels], labels: Sequence[str], height: int 
         raise ValueError(f"expected a height of at least 1 pixel; got {height}; leave it out for that of the highest")
     images = [Image.fromarray(pixels) for pixels in pictures]
     images = [image.resize((max(1, round(image.width * rows / image.height)), rows)) for image in images]
-    font = ImageFont.load_default(_LABEL)
+    size = max(_LABEL, rows // 48)
+    font = ImageFont.load_default(size)
     widths = [max(image.width, int(font.getlength(label)) + 1) for image, label in zip(images, labels, strict=True)]
-    top = _LABEL + 2 * _GAP
+    top = size + 2 * _GAP
     sheet = Image.new("RGB", (sum(widths) + _GAP * (len(images) + 1), top + rows + _GAP), "white")
     draw, left = ImageDraw.Draw(sheet), _GAP
     for image, label, width in zip(images, labels, widths, strict=True):

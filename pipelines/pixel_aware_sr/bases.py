@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from diffattn.weights import check_keys
@@ -18,6 +18,7 @@ Source = str | os.PathLike[str]
 
 def open_base(source: Source, classes: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Parts of a diffusers pipeline, from its folder or hub id; `classes` gives the class of each by its name."""
+    _check_kind(source, "text_encoder_2" in classes)
     parts = {}
     for name, cls in classes.items():
         options = {} if name.startswith("tokenizer") else {"dtype": dtype}
@@ -27,6 +28,18 @@ def open_base(source: Source, classes: dict[str, Any], dtype: torch.dtype) -> di
             first = str(error).strip().splitlines()[0]
             raise ValueError(f"cannot load the {name} of the base model {str(source)!r}: {first}") from error
     return parts
+
+
+def _check_kind(source: Source, wanted: bool) -> None:
+    """Raise `ValueError` for SDXL in the place of Stable Diffusion 1.5, or the other way round."""
+    try:
+        index = DiffusionPipeline.load_config(source)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"cannot read model_index.json of the base model {str(source)!r}: {first}") from error
+    if ("text_encoder_2" in index) != wanted:
+        kinds = ("SDXL", "Stable Diffusion 1.5") if wanted else ("Stable Diffusion 1.5", "SDXL")
+        raise ValueError(f"expected a base model of the kind of {kinds[0]}; {str(source)!r} is of that of {kinds[1]}")
 
 
 def scheduler_config(source: Source) -> dict[str, Any]:

@@ -73,10 +73,10 @@ def load_pasd(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float3
     control_config["use_rrdb"] = any(key.startswith(f"{encoder}.preprocesser.") for key in control_weights)
     unet_config["pixel_attention"] = variant
     _check_pair(folder, unet_config, control_config)
-    unet = _build(PASDUNet2DConditionModel, unet_config, unet_weights, folder / "unet")
-    controlnet = _build(PASDControlNetModel, control_config, control_weights, folder / "controlnet")
+    unet = _build(PASDUNet2DConditionModel, unet_config, unet_weights, folder / "unet", dtype)
+    controlnet = _build(PASDControlNetModel, control_config, control_weights, folder / "controlnet", dtype)
     scheduler = next((place for place in (folder / "scheduler", folder.parent / "scheduler") if place.is_dir()), None)
-    return PASDNetworks(unet.to(dtype), controlnet.to(dtype), scheduler)
+    return PASDNetworks(unet, controlnet, scheduler)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -109,10 +109,10 @@ def _check_pair(folder: Path, unet: dict[str, Any], controlnet: dict[str, Any]) 
             )
 
 
-def _build(cls: type[ModelMixin], config: dict[str, Any], weights: Weights, source: Path) -> Any:
+def _build(cls: type[ModelMixin], config: dict[str, Any], weights: Weights, source: Path, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
         model = cls.from_config({**config, "_class_name": cls.__name__})
-    load_strictly(model, weights, source, assign=True)
+    load_strictly(model, {key: tensor.to(dtype) for key, tensor in weights.items()}, source, assign=True)
     return model.eval()
 
 

@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import tiny_pasd
 import torch
-from diffattn.pipelines.pixel_aware_sr import PASDPipeline, load_paca, load_pasd, save_paca
+from diffattn.pipelines.pixel_aware_sr import PASDPipeline, PASDXLPipeline, load_paca, load_pasd, save_paca
 from diffattn.pipelines.pixel_aware_sr.bases import restyle
 from diffattn.pipelines.pixel_aware_sr.paca import is_pixel_aware
 from safetensors.torch import load_file, save_file
@@ -173,4 +173,9 @@ def test_sdxl_and_sd15_do_not_mix(tmp_path):
     pipe.controlnet.save_pretrained(folder / "controlnet")
     with pytest.raises(ValueError, match="expected a U-Net for text of width 12"):
         PASDPipeline.from_checkpoint(folder, tiny_pasd.write_base(tmp_path / "base"))
+    tiny_pasd.xl_pipeline().save_pretrained(tmp_path / "xl_base")
+    with pytest.raises(ValueError, match="expected a base model of the kind of Stable Diffusion 1.5"):
+        PASDPipeline.from_checkpoint(tiny_pasd.write_checkpoint(tmp_path / "pasd"), tmp_path / "xl_base")
+    with pytest.raises(ValueError, match="expected a base model of the kind of SDXL"):
+        PASDXLPipeline.from_checkpoint(folder, tmp_path / "base")
     assert json.loads((folder / "unet" / "config.json").read_text())["_class_name"] == "PASDUNet2DConditionModel"
