@@ -308,7 +308,7 @@ def test_checkpoints_of_another_kind_are_refused(models: Path, inputs: Path, tmp
     assert "holds a stock U-Net" in refusal(*line, checkpoint=stock)
     (stock / "controlnet" / "config.json").write_text("{")
     assert "config.json: " in refusal(*line, checkpoint=stock)
-    assert "cannot load the text_encoder_2 of the base model" in refusal(*line, checkpoint="xl")
+    assert "expected a base model of the kind of SDXL" in refusal(*line, checkpoint="xl")
     assert "--stylize goes with Stable Diffusion 1.5" in refusal(
         *line, "--stylize", models / "style", checkpoint="xl", base="xl"
     )

@@ -1,0 +1,1 @@
+"""PASD under Stable Diffusion 1.5."""

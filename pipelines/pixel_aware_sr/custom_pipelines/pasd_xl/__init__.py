@@ -1,0 +1,1 @@
+"""PASD under SDXL."""
