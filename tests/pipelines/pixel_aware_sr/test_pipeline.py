@@ -102,6 +102,22 @@ def counted(function):
     return call
 
 
+def test_in_guess_mode_the_negative_half_sees_no_picture(pipe):
+    seen = []
+    hook = pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["down_block_additional_residuals"]), with_kwargs=True
+    )
+    try:
+        run(pipe, guess_mode=True)
+        run(pipe)
+    finally:
+        hook.remove()
+    for residual in seen[0]:
+        negative, positive = residual.chunk(2)
+        assert not negative.any() and positive.any()
+    assert all(residual.chunk(2)[0].any() for residual in seen[2])
+
+
 def test_a_tile_that_covers_the_picture_changes_nothing(pipe):
     """The picture is restored at 104 x 64."""
     covered, whole, cut = (run(pipe, tile_size=size, tile_overlap=16) for size in (104, 1024, 64))
@@ -200,6 +216,17 @@ def test_the_start_is_the_picture_under_noise(pipe):
         assert share == pytest.approx(0.0666 if official else 0.00812, rel=0.01)
     noise = pipe.start_latents(pipe.as_tensor([dark]), "noise", 900, tiny_pasd.generator(), False)
     assert torch.equal(noise, pipe.start_latents(pipe.as_tensor([light]), "noise", 900, tiny_pasd.generator(), False))
+
+
+@torch.no_grad()
+def test_sdxl_starts_from_noise_of_the_scheduler_deviation(xl):
+    xl.scheduler.set_timesteps(25)
+    sigma = float(xl.scheduler.init_noise_sigma)
+    picture = xl.as_tensor([tiny_pasd.picture(512, 512)])
+    assert sigma > 10
+    for start in ("noise", "lr"):
+        latents = xl.start_latents(picture, start, 900, tiny_pasd.generator(), False)
+        assert float(latents.std()) == pytest.approx(sigma, rel=0.02)
 
 
 def test_a_callback_sees_every_step_and_may_change_it(pipe):
