@@ -20,7 +20,7 @@ setup: $(INSTALLED) ## make .venv with the library and everything for developmen
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python 3.11 or later is needed, got %d.%d: set PYTHON=..." % v[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo,metrics,train,quantized,video]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo,metrics,train,quantized,video,face]'
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation natten
 	@touch $@
 
