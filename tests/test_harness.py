@@ -1,5 +1,6 @@
 """The test harness itself: a golden set that cannot be read must not look like one that passed."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from golden_vectors import LATER, OWN_SET, GoldenCase, assert_golden, golden_cases
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tolerances import assert_close
 
 
@@ -22,6 +23,8 @@ def test_every_own_case_names_its_source_and_tolerance_and_has_its_tensors() -> 
     systems = sorted(folder.name for folder in OWN_SET.iterdir() if folder.is_dir())
     assert {"agent", "clear"} <= set(systems)
     for system in systems:
+        if "files" in index_of(OWN_SET / system):
+            continue
         for parameter in golden_cases(system):
             (case,) = parameter.values
             assert parameter.id == f"{system}/{case.path.name}"
@@ -38,6 +41,36 @@ def test_every_own_case_names_its_source_and_tolerance_and_has_its_tensors() -> 
             undescribed = shapes.keys() - described.keys()
             assert all(name.startswith("weights.") for name in undescribed)  # as in video_infinity
             assert described == {name: shape for name, shape in shapes.items() if name not in undescribed}
+
+
+def index_of(folder: Path) -> dict[str, Any]:
+    """Sets of files with many cases each are described by their index, and not by a JSON file for each case."""
+    path = folder / "index.json"
+    read = json.loads(path.read_text()) if path.is_file() else {}
+    return read if isinstance(read, dict) else {}
+
+
+@pytest.mark.parametrize("folder", [folder for folder in sorted(OWN_SET.iterdir()) if "files" in index_of(folder)])
+def test_an_index_describes_its_files(folder: Path) -> None:
+    """Each one's source, tolerance, and every tensor or how many there are."""
+    index = index_of(folder)
+    assert index["source"] and index["commit"]
+    assert index["files"].keys() == {path.name for path in folder.iterdir()} - {"index.json"}
+    for name, entry in index["files"].items():
+        if entry["kind"] == "json":
+            assert json.loads((folder / name).read_text())
+            continue
+        shapes = {key: list(tensor.shape) for key, tensor in load_file(folder / name).items()}
+        described = entry["tensors"]
+        if isinstance(described, dict):
+            assert {key: shape_of(value) for key, value in described.items()} == shapes, name
+        else:
+            assert described == f"{len(shapes)} tensors", name
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == entry["sha256"], name
+        if entry["kind"] == "weights" or name.endswith("_inputs.safetensors"):
+            continue  # nothing to compare with
+        allowed = entry["tolerance"].get("rel_l2", entry["tolerance"].get("atol"))
+        assert all(value > 0 for value in (allowed.values() if isinstance(allowed, dict) else [allowed])), name
 
 
 def shape_of(entry: Any) -> list[int]:

@@ -1,0 +1,311 @@
+"""X-Portrait's networks, conversion, sampling and selection of frames against recorded numbers."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffattn.pipelines.portrait_animation import Sizes, select_frames
+from diffattn.pipelines.portrait_animation.components import build_networks, build_text_encoder, official_scheduler
+from diffattn.pipelines.portrait_animation.convert import UNUSED, load_networks, official_names, same_shape
+from diffattn.pipelines.portrait_animation.denoiser import Condition, Denoiser, Networks
+from diffattn.pipelines.portrait_animation.names import motion_name
+from diffattn.pipelines.portrait_animation.reference import Reader, ReferenceBank, Writer
+from diffattn.pipelines.portrait_animation.sampling import set_timesteps
+from diffattn.pipelines.portrait_animation.unet import FrameGroupNorm
+from diffattn.pipelines.portrait_animation.windows import circular_windows, plain_windows
+from diffusers import Transformer2DModel
+from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
+from golden_portrait import PortraitCase, full_size, portrait_cases, read_tensors, tiny_sizes, tiny_weights
+from torch import Tensor
+
+from diffattn.windows import blend_windows
+
+Tensors = dict[str, Tensor]
+TEXT = "cond_stage_model.transformer."
+CHECKED: dict[str, Callable[[PortraitCase], None]] = {}
+
+
+def checks(kind: str) -> Callable[[Callable[[PortraitCase], None]], Callable[[PortraitCase], None]]:
+    def register(check: Callable[[PortraitCase], None]) -> Callable[[PortraitCase], None]:
+        CHECKED[kind] = check
+        return check
+
+    return register
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", portrait_cases())
+def test_networks(case):
+    assert case.kind in CHECKED, f"a kind of case that no test knows: {case.kind}"
+    with torch.no_grad():
+        CHECKED[case.kind](case)
+
+
+def test_a_further_set_is_listed_whole_and_a_new_kind_fails(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFATTN_GOLDEN", str(tmp_path))
+    (absent,) = portrait_cases()
+    assert absent.id == "xportrait/absent" and absent.marks[0].name == "skip"
+    files = {
+        "gaze.safetensors": {"kind": "gaze"},
+        "fusion.safetensors": {"kind": "fusion", "cases": {"a": {}, "b": {}}},
+        "tiny_weights_unet_0.safetensors": {"kind": "weights"},
+    }
+    (tmp_path / "xportrait").mkdir()
+    (tmp_path / "xportrait" / "index.json").write_text(json.dumps({"files": files}))
+    gaze, *fusion = portrait_cases()
+    assert [case.id for case in fusion] == [f"xportrait/fusion.safetensors::{name}" for name in "ab"]
+    assert gaze.id == "xportrait/gaze.safetensors::all"
+    with pytest.raises(AssertionError, match="no test knows: gaze"):
+        test_networks(*gaze.values)
+
+
+@functools.cache
+def tiny_networks(folder: Path) -> dict[str, Any]:
+    sizes = tiny_sizes(folder)
+    return load_networks(tiny_weights(folder), folder, sizes, null_text=torch.zeros(1, sizes.text_tokens, 24))
+
+
+def networks(case: PortraitCase) -> Networks:
+    made = tiny_networks(case.file.parent)
+    return Networks(made["unet"], made["reference_unet"], made["controlnet"])
+
+
+@checks("full_state_dict")
+def check_all_names(case: PortraitCase) -> None:
+    """Every weight of the full size is known and of its shape, but those that are named as unused."""
+    keys = case.spec()["keys"]
+    with torch.device("meta"):
+        wanted = official_names({**build_networks(Sizes()), "text_encoder": build_text_encoder(Sizes())})
+    left = keys.keys() - wanted.keys()
+    assert not wanted.keys() - keys.keys() and all(any(rule.fullmatch(name) for rule in UNUSED) for name in left)
+    assert {name for name in left if "text_model" in name} <= {f"{TEXT}text_model.embeddings.position_ids"}
+    for name, place in wanted.items():
+        assert same_shape(torch.Size(keys[name][0]), place.shape), name
+    for prefix, count in case.spec()["parameters"].items():
+        own = {name: place.shape for name, place in wanted.items() if name.startswith(prefix)}
+        hints = {name: torch.Size(keys[name][0]) for name in left if name.startswith(f"{prefix}input_hint_block.")}
+        numbers = [shape.numel() for name, shape in {**own, **hints}.items() if not name.endswith("pos_encoder.pe")]
+        assert sum(numbers) == count, prefix
+
+
+@checks("tiny_state_dict")
+def check_tiny_names(case: PortraitCase) -> None:
+    keys, weights = case.spec(), tiny_weights(case.file.parent)
+    listed = {key: shape for key, (shape, _) in keys.items() if not UNUSED[0].fullmatch(key)}
+    assert {key: list(tensor.shape) for key, tensor in weights.items()} == listed
+    tiny_networks(case.file.parent)
+
+
+@checks("key_map")
+def check_key_map(case: PortraitCase) -> None:
+    with torch.device("meta"):
+        wanted = official_names(build_networks(Sizes()))
+    spec = case.spec()
+    assert spec.keys() == {"note", "motion", "pose"}
+    assert {name: wanted[name].key for name in spec["motion"]} == spec["motion"]
+    assert {name: wanted[name].key.removeprefix("nets.0.") for name in spec["pose"]} == spec["pose"]
+    assert len([name for name in wanted if "_motion_module." in name]) == len(spec["motion"])
+
+
+EPS: dict[str, dict[str, Any]] = {
+    "eps_cond": {},
+    "eps_uncond": {"plain": True},
+    "eps_cond_two_refs": {"references": 2},
+    "eps_cond_zero_pose": {"zero": (0,)},
+    "eps_cond_zero_local": {"zero": (1,)},
+    "eps_ref_only": {"nets": 0},
+    "eps_ref_pose": {"nets": 1},
+    "eps_cfg5_controlnet_important": {"guidance_scale": 5.0},
+    "eps_cfg5_balance": {"guidance_scale": 5.0, "mode": "balance"},
+    "eps_cfg5_noised_reference": {"guidance_scale": 5.0, "noised": True},
+}
+"""What each case changes about one prediction from everything, without guidance."""
+
+
+@checks("model")
+def check_prediction(case: PortraitCase) -> None:
+    given = read_tensors(case.file.parent / "tiny_inputs.safetensors")
+    timestep, want = torch.tensor(case.entry["timestep"]), case.tensors()[case.name]
+    noised = add_noise(given["reference"], given["reference_noise"], timestep)
+    if case.name == "reference_noisy":
+        case.close(case.name, noised, want)
+        return
+    options = dict(EPS[case.name])
+    first = noised if options.pop("noised", False) else given["reference"].expand(16, -1, -1, -1)
+    references = [first, given["reference_2"]][: options.pop("references", 1)]
+    controls = [full_size(given[f"{name}_rgb_quarter"]) for name in ("pose", "local")]
+    for i in options.pop("zero", ()):
+        controls[i] = torch.zeros_like(controls[i])
+    texts = given["context"], given["uncond_context"]
+    condition = Condition(torch.stack(references), (controls[0], controls[1]), *texts)
+    parts, nets = networks(case), options.pop("nets", 2)
+    if options.pop("plain", False):
+        got = Denoiser(parts, condition, guidance_scale=1.0).run(given["latents"][None], timestep, texts[1], None, None)
+        case.close(case.name, got[0], want)
+        return
+    if nets < 2:
+        parts = dataclasses.replace(parts, controlnet=FirstControlNets(parts.controlnet, nets))
+    options = {"guidance_scale": 1.0, **options}
+    case.close(case.name, predict(parts, condition, given["latents"], timestep, **options), want)
+
+
+def predict(parts: Networks, condition: Condition, latents: Tensor, timestep: Tensor, **options: Any) -> Tensor:
+    return Denoiser(parts, condition, **options)(latents, timestep, plain_windows(len(latents), 16, 4))
+
+
+class FirstControlNets:
+    """The first of the ControlNets, or none of them."""
+
+    def __init__(self, both: Any, count: int) -> None:
+        self.nets, self.count = both.nets, count
+
+    def __call__(
+        self, sample: Tensor, t: Tensor, text: Tensor, pictures: list[Tensor], scales: list[float], return_dict: bool
+    ) -> tuple[list[Tensor], Tensor]:
+        down, mid = self.nets[0](sample, t, text, pictures[0], scales[0], return_dict=return_dict)
+        return [self.count * residual for residual in down], self.count * mid
+
+
+def add_noise(latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    return official_scheduler().add_noise(latents.expand_as(noise), noise, timestep[None])
+
+
+@checks("components")
+def check_components(case: PortraitCase) -> None:
+    given, want = read_tensors(case.file.parent / "tiny_inputs.safetensors"), case.tensors()
+    parts, timestep = tiny_networks(case.file.parent), torch.tensor(case.entry["timestep"])
+    text = given["context"].expand(2, -1, -1)
+    got: Tensors = {}
+    for name, net in zip(("pose", "local"), parts["controlnet"].nets, strict=True):
+        picture = full_size(given[f"{name}_rgb_quarter"][:2])
+        down, mid = net(given["latents"][:2], timestep, text, picture, return_dict=False)
+        got |= {f"{name}_residual_{i}": residual for i, residual in enumerate((*down, mid))}
+    bank = ReferenceBank.write(parts["reference_unet"], given["reference_2"][:2], timestep, given["context"])
+    got |= {f"bank_{i}": entry for i, entry in enumerate(bank.entries)}
+    distribution = parts["vae"].encode(want["vae_image"]).latent_dist
+    got |= {"vae_mean": distribution.mean, "vae_logvar": distribution.logvar}
+    got["vae_decoded"] = parts["vae"].decode(want["vae_latent"]).sample
+    assert got.keys() == want.keys() - {"vae_image", "vae_latent"}
+    for name, tensor in got.items():
+        case.close(name, tensor, want[name])
+
+
+@checks("sampling")
+def check_sampling(case: PortraitCase) -> None:
+    """The whole loop from the first latents, and each step alone from the recorded latents before it."""
+    given, entry, scheduler = case.tensors(), case.entry, official_scheduler()
+    controls = full_size(given["pose_rgb_quarter"]), full_size(given["local_rgb_quarter"])
+    condition = Condition(given["reference"][None], controls, given["context"], given["uncond_context"])
+    denoiser = Denoiser(networks(case), condition, guidance_scale=entry["guidance"], window_batch=2)
+    set_timesteps(scheduler, entry["ddim_steps"], "cpu")
+    assert scheduler.timesteps.tolist() == entry["timesteps"] and entry["eta"] == 0
+    latents = given["x_T"]
+    for step, (timestep, windows) in enumerate(zip(scheduler.timesteps, official_windows(entry), strict=True)):
+        out = scheduler.step(denoiser(latents, timestep, windows), timestep, latents)
+        latents = out.prev_sample
+        case.close(f"x_after_step_{step}", latents, given[f"x_after_step_{step}"])
+        case.close(f"pred_x0_step_{step}", out.pred_original_sample, given[f"pred_x0_step_{step}"])
+    case.close("final_latents", latents, given["final_latents"])
+
+
+def official_windows(config: dict[str, Any]) -> Iterator[Any]:
+    for offset in config["offsets"] or [0] * config["ddim_steps"]:
+        yield circular_windows(config["num_frames"], config["window"], config["num_overlap"], offset)
+
+
+@checks("fusion")
+def check_fusion(case: PortraitCase) -> None:
+    config, given, scheduler = case.config(), case.tensors(), official_scheduler()
+    set_timesteps(scheduler, config["ddim_steps"], "cpu")
+    assert scheduler.timesteps.tolist() == config["timesteps"]
+    guidance, latents = config["guidance"], given["x_T"]
+    u, c = given["window_eps_uncond"], given["window_eps_cond"]
+    parts, places = iter(u + guidance * (c - u)), []
+    for step, (timestep, windows) in enumerate(zip(scheduler.timesteps, official_windows(config), strict=True)):
+        places += [list(place) for place in windows.places]
+        step_parts = [next(parts) for _ in windows.places]
+        eps = blend_windows(step_parts, windows.places, windows.weights, config["num_frames"], dim=0)
+        latents = scheduler.step(eps, timestep, latents).prev_sample
+        case.close("eps", eps, given[f"fused_eps_step_{step}"])
+        if f"x_after_step_{step}" in given:
+            case.close("x", latents, given[f"x_after_step_{step}"])
+    assert places == config["windows"]
+    case.close("final", latents, given["final"])
+
+
+@checks("motion")
+def check_motion_module(case: PortraitCase) -> None:
+    config, given = case.config(), case.tensors()
+    module = AnimateDiffTransformer3D(
+        num_attention_heads=config["heads"],
+        attention_head_dim=config["channels"] // config["heads"],
+        in_channels=config["channels"],
+        positional_embeddings="sinusoidal",
+        num_positional_embeddings=config["max_len"],
+    )
+    module.norm = FrameGroupNorm(32, config["channels"], eps=1e-6)
+    names = {key: f"weights.temporal_transformer.{motion_name(key)}" for key in module.state_dict()}
+    module.load_state_dict({key: given[name] for key, name in names.items()})
+    assert len(given["input"]) == config["batch"] * config["frames"]
+    case.close("output", module(given["input"], num_frames=config["frames"]), given["output"])
+
+
+@checks("reference-attention")
+def check_reference_attention(case: PortraitCase) -> None:
+    config, given = case.config(), case.tensors()
+    writer, reader = (transformer(config, given, name) for name in ("writer", "reader"))
+    writing, reading = (model.transformer_blocks[0].attn1 for model in (writer, reader))
+    entries: list[Tensor] = []
+    writing.processor = Writer(writing.processor, entries)
+    for i in range(config["num_refs"]):
+        written = writer(given[f"ref_{i}"], given["context"], return_dict=False)[0]
+    case.close("last_write_out", written, given["last_write_out"])
+    bank = ReferenceBank([torch.cat(entries)]).joined(config["num_refs"])
+    case.close("bank", bank.entries[0], given["bank"])
+    case.close("plain", reader(given["x"], given["context"], return_dict=False)[0], given["plain"])
+    reading.processor = Reader(reading.processor, bank.entries[0])
+    case.close("read", reader(given["x"], given["context"], return_dict=False)[0], given["read"])
+
+
+def transformer(config: dict[str, Any], given: Tensors, name: str) -> Transformer2DModel:
+    model = Transformer2DModel(
+        config["heads"],
+        config["channels"] // config["heads"],
+        in_channels=config["channels"],
+        cross_attention_dim=config["context_dim"],
+    )
+    model.load_state_dict({key.removeprefix(f"{name}."): t for key, t in given.items() if key.startswith(f"{name}.")})
+    return model.eval()
+
+
+@checks("ddim_schedule")
+def check_schedule(case: PortraitCase) -> None:
+    spec, scheduler = case.spec(), official_scheduler()
+    kept = scheduler.alphas_cumprod
+    close = functools.partial(pytest.approx, rel=spec["tolerance"], abs=spec["tolerance"])
+    assert float(kept[0]) == close(spec["alphas_cumprod_0"]) and float(kept[999]) == close(spec["alphas_cumprod_999"])
+    for steps, want in spec["steps"].items():
+        set_timesteps(scheduler, int(steps), "cpu")
+        timesteps = scheduler.timesteps.tolist()
+        assert timesteps == [timestep for timestep in want["timesteps"] if timestep < 1000], steps
+        if "official_raises" in want:  # for the timestep 1000, which is left out here
+            continue
+        for timestep, which in ((timesteps[0], "first"), (timesteps[-1], "last")):
+            before = timestep - 1000 // int(steps)
+            assert float(kept[timestep]) == close(want[f"alpha_{which}"])
+            assert float(kept[max(before, 0)]) == close(want[f"alpha_prev_{which}"])
+            step = scheduler.step(torch.zeros(1), timestep, torch.ones(1)).prev_sample  # sqrt(alpha_prev / alpha)
+            assert float(step) == close((want[f"alpha_prev_{which}"] / want[f"alpha_{which}"]) ** 0.5)
+
+
+@checks("frame_selection")
+def check_frame_selection(case: PortraitCase) -> None:
+    for asked in case.spec()["cases"]:
+        options = {"start": asked["start_idx"], "count": asked["out_frames"], "skip": asked["skip"]}
+        assert list(select_frames(asked["video_len"], **options, official=True)) == asked["selected"], options
+        assert len(asked["selected"]) == asked["shapes"]["conditions"][0]
