@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from . import animating as animating
 from . import commands as commands
 from . import distilling as distilling
 from . import upscaling as upscaling

@@ -4,6 +4,9 @@
 >>> from diffattn import tiny
 >>> pipe = FluxPipeline.from_pretrained(tiny.path("flux"))
 >>> picture = pipe("a red circle at the top left on a blue background", **tiny.defaults("flux")).images[0]
+>>> from diffusers import TextToVideoSDPipeline
+>>> pipe = TextToVideoSDPipeline.from_pretrained(tiny.path("video"))
+>>> frames = pipe("a red circle moving sideways on a blue background", **tiny.defaults("video")).frames[0]
 """
 
 from pathlib import Path
@@ -29,7 +32,7 @@ NATIVE: dict[str, dict[str, Any]] = {
 
 
 def path(name: str) -> Path:
-    """Folder of the pipeline `name`, for `from_pretrained`. That of "video" is not shipped yet, and must be made."""
+    """Folder of the pipeline `name`, for `from_pretrained`."""
     _check(name)
     return Path(__file__).parent / name
 

@@ -33,7 +33,7 @@ WORLD = tuple(moving.scenes())
 class VideoPlan(Plan):
     """How long and how fast to train; `batch_size` counts clips."""
 
-    steps: int = 9500
+    steps: int = 10400
     picture_steps: int = 1100
     """Steps on single frames, the first of all."""
     short_steps: int = 6200
@@ -42,7 +42,7 @@ class VideoPlan(Plan):
     laps: int = 576
     """Encoded laps, of one period each."""
     rate: float = 1.5e-3
-    decay: float = 0.25
+    decay: float = 0.2
     ema: float = 0.995
     caption_dropout: float = 0.1
     object_weight: float = 4.0
@@ -142,9 +142,16 @@ class Clips:
         return torch.stack(latents), texts
 
     def _window(self, lap: Lap, frames: int) -> np.ndarray:
-        """Frame numbers of a random window, forwards or backwards."""
+        """Frame numbers of a clip, forwards or backwards: one run, or two or four runs from anywhere in the lap.
+
+        Between runs no convolution over time can tell what the object is, so attention learns to: in a long video it
+        sees frames that are far away.
+        """
         period, sign = lap.course.period, self.rng.choice((-1, 1))
-        return (self.rng.integers(period) + sign * np.arange(frames)) % period
+        runs = int(self.rng.choice((1, 2, 4))) if frames == FRAMES else 1
+        starts = self.rng.integers(period, size=runs)
+        order: np.ndarray = (starts[:, None] + sign * np.arange(frames // runs)).ravel() % period
+        return order
 
     def _caption(self, scene: MovingScene) -> str:
         draw = self.rng.random

@@ -22,7 +22,7 @@ NAME = "python -m diffattn.pipelines.long_video"
 COMMON = "Every command takes"
 WINDOW = "Attention along the frames"
 EXAMPLES = (
-    f"{NAME} --prompt 'a red circle moving right on a blue background' --output out.mp4",
+    f"{NAME} --prompt 'a red circle moving sideways on a blue background' --output out.mp4",
     "torchrun --nproc-per-node 8 -m diffattn.pipelines.long_video --model videocrafter2 \\",
     "    --prompts story.json --frames 480 --output out.mp4",
     "torchrun --nproc-per-node 4 -m diffattn.pipelines.long_video --config multi_promts.json --output out.mp4 --resume",

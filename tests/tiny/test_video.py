@@ -1,13 +1,62 @@
-"""How the tiny video pipeline is built and trained; its weights are not shipped yet."""
+"""The shipped video pipeline: it loads as any other, is small, and shows the colours of unseen captions."""
 
 import numpy as np
+import pytest
 import torch
+from diffusers import TextToVideoSDPipeline
 
+from diffattn import tiny
 from diffattn.tiny.components import build_unet, build_vae, build_video_scheduler
-from diffattn.tiny.export import fold_shift
+from diffattn.tiny.evaluate_video import generate_videos, judge_videos
+from diffattn.tiny.export import fold_shift, folder_size
 from diffattn.tiny.fast_unet import FrameConv, identity_temporal, quicken, temporal_layers, without_temporal
 from diffattn.tiny.fit_video import Clips, TinyVideo, VideoPlan, draw_laps, object_cells
-from diffattn.tiny.moving import is_held_out
+from diffattn.tiny.moving import caption, held_out_scenes, is_held_out
+from diffattn.tiny.track import figures, follow, majority
+
+PARTS = ("unet", "vae", "text_encoder")
+PROMPT = "a red circle moving sideways on a blue background"
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> TextToVideoSDPipeline:
+    """The shipped pipeline in float32, without a progress bar."""
+    pipeline = TextToVideoSDPipeline.from_pretrained(tiny.path("video"))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_folder_is_at_most_ten_megabytes():
+    assert folder_size(tiny.path("video")) <= 10_000_000
+
+
+def test_loads_in_float32(pipeline):
+    for part in PARTS:
+        assert {parameter.dtype for parameter in getattr(pipeline, part).parameters()} == {torch.float32}
+
+
+def test_each_caption_word_is_one_token(pipeline):
+    assert len(pipeline.tokenizer(PROMPT).input_ids) == len(PROMPT.split()) + 2
+
+
+def test_same_seed_gives_the_same_video(pipeline):
+    first, again = (generate_videos(pipeline, [PROMPT], num_inference_steps=2)[0] for _ in range(2))
+    assert first.shape == (16, 48, 48, 3)
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, generate_videos(pipeline, [PROMPT], seed=1, num_inference_steps=2)[0])
+
+
+def test_shows_the_colours_of_unseen_captions(pipeline):
+    scenes = held_out_scenes(4, seed=1)
+    findings, measured = judge_videos(generate_videos(pipeline, [caption(scene) for scene in scenes], seed=1), scenes)
+    assert sum(finding.colour_kept and finding.background_kept for finding in findings) >= 3
+    assert np.mean([found.acceleration for found in measured]) < 2.0
+
+
+def test_an_unnamed_object_keeps_its_colour_but_differs_between_videos(pipeline):
+    seen = [follow(video) for video in generate_videos(pipeline, ["a shape moving on a white background"] * 4, seed=1)]
+    assert np.mean([figures(sightings).colour_identity for sightings in seen]) > 0.75
+    assert len({majority([sighting.colour for sighting in sightings]) for sightings in seen}) > 1
 
 
 def test_quick_unet_computes_the_same():
@@ -66,6 +115,23 @@ def test_object_cells_mark_what_departs_from_its_frame():
 def test_laps_are_of_every_scene_that_is_not_held_out():
     laps = draw_laps(160, np.random.default_rng(0))
     assert len({lap.scene for lap in laps}) == 148 and not any(is_held_out(lap.scene) for lap in laps)
+
+
+def test_clips_are_runs_of_a_lap(tmp_path):
+    """Whole, or in two or four pieces that neighbour each other in no other way."""
+    clips = Clips.__new__(Clips)
+    clips.rng = np.random.default_rng(0)
+    lap = draw_laps(1, np.random.default_rng(0))[0]
+    period, counts = lap.course.period, set()
+    for _ in range(60):
+        order = clips._window(lap, 16)
+        steps = np.diff(order) % period
+        breaks = np.flatnonzero((steps != 1) & (steps != period - 1))
+        assert len(order) == 16 and set((breaks + 1) % 4) <= {0}
+        counts.add(len(breaks))
+    assert {0, 1, 3} <= counts
+    short = np.diff(clips._window(lap, 8)) % period
+    assert len(set(short.tolist())) == 1
 
 
 def test_captions_of_clips_tell_the_truth(tmp_path):

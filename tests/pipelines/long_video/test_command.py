@@ -5,9 +5,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_video
 from diffattn.pipelines.long_video.command import main
+
+from diffattn.tiny.track import figures, follow, majority
+from diffattn.video import read_frames
 
 SIZE = ("--height", "16", "--width", "16")
 
@@ -98,3 +102,17 @@ def test_every_rank_says_why_nothing_was_made(model: Path, tmp_path: Path) -> No
         (line,) = [line for line in result.stderr.splitlines() if f"diffattn: error: rank {rank}: " in line]
         assert "1 frames can't be shared out among 2 ranks" in line
     assert not (tmp_path / "out.mp4").exists()
+
+
+@pytest.mark.dist
+def test_the_bundled_model_shows_what_was_said_on_two_ranks(tmp_path: Path) -> None:
+    """Longer than in its training, without any option but prompt, length and output."""
+    prompt = "a white triangle moving sideways on a blue background"
+    result = tiny_video.call("--prompt", prompt, "--frames", 40, "--output", tmp_path / "out.mp4", ranks=2)
+    assert result.returncode == 0, result.stderr
+    frames = list(read_frames(tmp_path / "out.mp4"))
+    assert len(frames) == 40
+    seen = follow(np.stack(frames))
+    assert majority([sighting.colour for sighting in seen]) == "white"
+    assert majority([sighting.background for sighting in seen]) == "blue"
+    assert figures(seen).colour_identity > 0.9
