@@ -15,15 +15,15 @@ import torch
 import typer
 from diffattn.pipelines.long_video import LongVideoConfig, LongVideoPipeline, PromptRange
 from diffattn.pipelines.long_video.loading import open_parts
+from diffattn.pipelines.long_video.run import native_settings
 from PIL import Image
 
-from diffattn import tiny
 from diffattn.parallel import FramePlan
-from diffattn.tiny.moving import FRAMES, MOTIONS, MOVING_COLOURS, SIDE
+from diffattn.tiny.moving import FRAMES, MOTIONS, MOVING_COLOURS
 from diffattn.tiny.track import Figures, figures, follow
 
 NAMES = ("dual-scope attention", "clips apart", "one pass of full attention")
-WHOLE: dict[str, Any] = {"top_k": 0, "local_phase": None, "global_phase": None}
+WHOLE: dict[str, Any] = {"top_k": 0}
 app = typer.Typer(rich_markup_mode=None)
 
 
@@ -34,18 +34,9 @@ def prompts(count: int) -> Iterator[str]:
 
 
 def render(parts: Any, text: str, frames: int, seed: int, **options: Any) -> np.ndarray:
-    """One call of the pipeline: uint8 (frames, SIDE, SIDE, 3)."""
-    native = tiny.NATIVE["video"]
-    config = LongVideoConfig(
-        prompts=(PromptRange(0, frames, text),),
-        frames=frames,
-        height=SIDE,
-        width=SIDE,
-        seed=seed,
-        steps=native["num_inference_steps"],
-        guidance=native["guidance_scale"],
-        **options,
-    )
+    """One call of the pipeline with the command's settings for the bundled model: uint8 (frames, SIDE, SIDE, 3)."""
+    settings = native_settings("tiny") | options
+    config = LongVideoConfig(prompts=(PromptRange(0, frames, text),), frames=frames, seed=seed, **settings)
     pipe = LongVideoPipeline(parts, FramePlan((frames,)))
     return np.stack(list(pipe.decode(pipe(config))))
 
@@ -91,7 +82,7 @@ def write_strip(videos: list[np.ndarray], file: Path, every: int) -> None:
 @app.command()
 def main(
     frames: Annotated[int, typer.Option(help="Of each video, a multiple of 16.")] = 128,
-    count: Annotated[int, typer.Option(help="Prompts.")] = 10,
+    count: Annotated[int, typer.Option(help="Prompts.")] = 5,
     seed: Annotated[int, typer.Option(help="Of the first prompt; the next ones follow.")] = 0,
     model: Annotated[str, typer.Option(help="tiny, or the folder of a pipeline like it.")] = "tiny",
     strip: Annotated[Path | None, typer.Option(help="PNG of one prompt's three videos.")] = None,

@@ -48,7 +48,7 @@ class RunError(RuntimeError):
 
 def make_config(request: Request) -> LongVideoConfig:
     """The settings with what the model and the prompts bring."""
-    values = {**_native(request.settings.get("model", "tiny")), **request.settings}
+    values = {**native_settings(request.settings.get("model", "tiny")), **request.settings}
     if request.prompts is not None:
         values["prompts"] = read_prompts(request.prompts)
         values.setdefault("frames", max(part.end for part in values["prompts"]))
@@ -60,8 +60,12 @@ def make_config(request: Request) -> LongVideoConfig:
     return LongVideoConfig.from_dict(values)
 
 
-def _native(model: str) -> dict[str, Any]:
-    """What suits the bundled pipeline, and VideoCrafter2 and its like."""
+def native_settings(model: str) -> dict[str, Any]:
+    """What suits the bundled pipeline, and VideoCrafter2 and its like.
+
+    The released biases of 10 let a frame see one of its scopes at a time. The bundled model carries what the object is
+    over both, so it goes without.
+    """
     if model != "tiny":
         return {"height": 320, "width": 512}
     call = tiny.defaults("video")
@@ -71,8 +75,10 @@ def _native(model: str) -> dict[str, Any]:
         "steps": call["num_inference_steps"],
         "guidance": call["guidance_scale"],
         "train_frames": call["num_frames"],
-        "padding": 3,
-        "top_k": 8,
+        "padding": 4,
+        "top_k": 32,
+        "local_phase": None,
+        "global_phase": None,
     }
 
 
