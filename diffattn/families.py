@@ -207,11 +207,7 @@ _UNET_LAYERS = (
         r"(.*)\.temporal_transformer_blocks\.\d+\..*",
     ),
     Layers(rf".*attentions\.\d+{_BLOCK}attn1", "spatial", feature_map, rf"(.*){_BLOCK}.*"),
-)
-
-_PASD_LAYERS = (
-    *_UNET_LAYERS,
-    # attention to the ControlNet's residual, which has a token for each of the features' own
+    # PASD's attention to the ControlNet's residual, which has a token for each of the features' own
     Layers(
         rf".*(pixel_attentions\.\d+{_BLOCK}attn2|attentions\.\d+{_BLOCK}attn2_plus)",
         "spatial",
@@ -271,7 +267,6 @@ FAMILIES: list[Family] = [
         "Mochi", ("MochiTransformer3DModel",), _dit(r"transformer_blocks\.\d+\.attn1", video(2, before=0, after=None))
     ),
     Family("HunyuanDiT", ("HunyuanDiT2DModel",), _dit(r"blocks\.\d+\.attn1", picture())),
-    Family("PASD", ("PASDUNet2DConditionModel",), _PASD_LAYERS, latent="sample"),
     Family("Stable Diffusion UNet", ("UNet2DConditionModel", "ControlNetModel"), _UNET_LAYERS, latent="sample"),
     Family("AnimateDiff", ("UNetMotionModel",), _UNET_LAYERS, latent="sample"),
     Family("SVD", ("UNetSpatioTemporalConditionModel",), _UNET_LAYERS, latent="sample"),

@@ -13,6 +13,7 @@ os.environ["MPLBACKEND"] = "Agg"
 import random
 from collections.abc import Iterator
 
+import diffusers.models.attention_dispatch
 import hypothesis
 import numpy
 import pytest
@@ -38,6 +39,15 @@ def seeded() -> None:
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_attention_backend() -> Iterator[None]:
+    """`set_attention_backend` of a model also changes the backend of all others, and resetting it does not undo that."""
+    registry = diffusers.models.attention_dispatch._AttentionBackendRegistry
+    active = registry._active_backend
+    yield
+    registry._active_backend = active
 
 
 @pytest.fixture
