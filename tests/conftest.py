@@ -43,7 +43,7 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def own_attention_backend() -> Iterator[None]:
-    """`set_attention_backend` of a model also changes the backend of all others, and resetting it does not undo that."""
+    """`set_attention_backend` of a model changes the backend of all others too, and resetting it does not undo that."""
     registry = diffusers.models.attention_dispatch._AttentionBackendRegistry
     active = registry._active_backend
     yield
