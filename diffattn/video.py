@@ -144,7 +144,7 @@ def _decode(container: Any, stream: Any, path: str | Path, on_error: OnError) ->
 
     A None follows where no key frame came any more.
     """
-    av, packets, number, broken = _av(), container.demux(stream), 0, False
+    av, packets, number, broken = pyav(), container.demux(stream), 0, False
     while True:
         try:
             packet = next(packets, None)
@@ -182,7 +182,7 @@ def _to_rgb(frame: Any) -> Pixels:
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
     """A container and its first video stream, that stops at errors instead of covering them up."""
-    av = _av()
+    av = pyav()
     if not Path(path).is_file():
         raise FileNotFoundError(f"expected a video file; got {str(path)!r}, which is none; check the name")
     try:
@@ -253,14 +253,14 @@ class VideoWriter:
                 pass
         except OSError as error:
             raise ValueError(f"expected a folder to write to; got {self.path.parent}: {error.strerror}") from error
-        _av()
+        pyav()
         self._size: tuple[int, int] | None = None
         self._number = 0
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(written(self.path))
-            self._file = stack.enter_context(_av().open(f"file:{file}", "w"))
+            self._file = stack.enter_context(pyav().open(f"file:{file}", "w"))
             self._video = self._file.add_stream("libx264", rate=self.rate, options={"crf": QUALITY})
             self._video.pix_fmt = "yuv420p"
             context = self._video.codec_context
@@ -284,7 +284,7 @@ class VideoWriter:
         if frame.shape[:2] != self._size:
             raise ValueError(f"expected frames of {self._size} as the first; got {frame.shape[:2]}; resize it")
         even = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
-        picture = _av().VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
+        picture = pyav().VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
         picture = picture.reformat(format="yuv420p", dst_colorspace=_BT709, dst_color_range=_LIMITED)
         picture.pts, picture.time_base = self._number, 1 / self.rate
         self._file.mux(self._video.encode(picture))
@@ -306,7 +306,7 @@ class VideoWriter:
         """Packets of the source's sound, each with its time in what is written."""
         if self.audio_from is None:
             return iter(())
-        av = _av()
+        av = pyav()
         try:
             source = stack.enter_context(av.open(f"file:{self.audio_from}"))
         except (av.FFmpegError, OSError) as error:
@@ -340,9 +340,11 @@ class VideoWriter:
             self._packet = next(self._sound, None)
 
 
-def _av() -> Any:
+def pyav() -> Any:
+    """The package `av`; raises `ImportError` that says how to get it."""
     try:
         import av
     except ImportError as error:
-        raise ImportError("video files need PyAV: pip install 'diffattn[video]'") from error
+        need = "video files need PyAV: pip install 'diffattn[video]'; a folder of pictures does without"
+        raise ImportError(need) from error
     return av

@@ -8,24 +8,12 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffattn.files import written
-
-ENDINGS = (".mp4", ".mov", ".mkv")
-QUALITY = "18"
-"""Constant rate factor of x264: visually without loss."""
-
-
-def _av() -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError("writing a video needs PyAV: pip install 'diffattn[video]', or give a folder") from error
-    return av
+from diffattn.video import ENDINGS, QUALITY, pyav
 
 
 def check_output(output: Path, height: int, width: int) -> None:
@@ -41,7 +29,7 @@ def check_output(output: Path, height: int, width: int) -> None:
             raise ValueError(f"--output {output} is a folder; give the name of a file in it")
         if height % 2 or width % 2:
             raise ValueError(f"a video file needs even sides, got {height} x {width} pixels; give a folder")
-        _av()
+        pyav()
         folder = output.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +50,7 @@ def write_pictures(frames: Iterable[NDArray[np.uint8]], folder: Path, first: int
 
 def write_part(frames: Iterable[NDArray[np.uint8]], path: Path, fps: int) -> None:
     """Encode frames of `(height, width, 3)` as they come."""
-    av = _av()
+    av = pyav()
     with written(path) as file, av.open(str(file), "w") as container:
         stream = None
         for number, frame in enumerate(frames):
@@ -79,7 +67,7 @@ def write_part(frames: Iterable[NDArray[np.uint8]], path: Path, fps: int) -> Non
 
 def join_parts(parts: Sequence[Path], lengths: Sequence[int], output: Path, fps: int) -> None:
     """Put the packets of parts of `lengths` frames one after the other into `output`."""
-    av = _av()
+    av = pyav()
     with written(output) as file, av.open(str(file), "w") as joined:
         stream, first = None, 0
         for part, length in zip(parts, lengths, strict=True):

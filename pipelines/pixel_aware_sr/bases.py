@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from diffattn.weights import check_keys
@@ -44,8 +44,6 @@ def _check_kind(source: Source, wanted: bool) -> None:
 
 def scheduler_config(source: Source) -> dict[str, Any]:
     """The scheduler's configuration of a pipeline, or of the scheduler's own folder."""
-    from diffusers import DDPMScheduler
-
     own = (Path(source) / "scheduler_config.json").is_file()
     try:
         config: dict[str, Any] = DDPMScheduler.load_config(source, subfolder=None if own else "scheduler")

@@ -8,24 +8,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import diffattn.pipelines.pixel_aware_sr.batch as batch
 import numpy as np
 import pytest
-import torch
-from PIL import Image, ImageCms
-from typer.testing import CliRunner, Result
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import diffattn.pipelines.pixel_aware_sr.batch as batch
 import tiny_pasd
+import torch
 from diffattn.pipelines.pixel_aware_sr import PASDPipeline, PASDXLPipeline
 from diffattn.pipelines.pixel_aware_sr.command import Networks, Restoration
+from PIL import Image, ImageCms
+from typer.testing import CliRunner, Result
 
 from diffattn.cli import app
 from diffattn.media import Picture, read_picture, side_by_side
 
 ROOT = Path(__file__).resolve().parents[3]
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' UniPC
 QUICK: dict[str, Any] = {"process_size": 64, "num_inference_steps": 2}
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 

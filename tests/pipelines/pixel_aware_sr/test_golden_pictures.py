@@ -1,9 +1,8 @@
-"""Colours, tiles and preprocessing against numbers recorded from the official PASD."""
+"""Colours, weights of tiles and preprocessing against numbers recorded from the official PASD."""
 
 import re
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -14,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffattn.color import adain_fix, blur, keep_luma, to_bytes, wavelet_fix, wavelet_split
-from diffattn.windows import Tile, blend_tiles, gaussian_weights, official_tiles
+from diffattn.windows import Tile, gaussian_weights
 
 
 def color_fix(case: GoldenCase) -> None:
@@ -42,44 +41,6 @@ def tile_weights(case: GoldenCase) -> None:
         width, height = (int(side) for side in (rectangle.groups() if rectangle else (square[1], square[1])))
         got = gaussian_weights(height, width, case.config["var"], official=True)
         assert_golden(name, got.expand_as(want), want, case.tolerance)
-
-
-def stub_network(x: Tensor, condition: Tensor, prompts: Tensor, scale: float) -> Tensor:
-    """What the recording had in the place of ControlNet and UNet; it sees where in its tile a cell lies."""
-    rows, columns = (torch.linspace(-1, 1, side) for side in x.shape[-2:])
-    out = 0.7 * x + 0.5 * scale * condition.mean(1, keepdim=True) + rows[:, None] - 0.5 * columns
-    return out + 0.3 * x.mean((-2, -1), keepdim=True) + prompts.mean((1, 2))[:, None, None, None]
-
-
-def tiled_aggregation(case: GoldenCase) -> None:
-    t, config = case.tensors(), case.config
-    latents, guidance = t["latents"], config["guidance_scale"]
-    height, width = latents.shape[-2:]
-    places = official_tiles(height, width, config["tile"], config["overlap"])
-    assert len(places) == config["tiles_per_step"]
-    assert {(tile.height, tile.width) for tile in places} == {(config["tile_size_used"],) * 2}
-    assert [call[0][-2:] for call in config["controlnet_calls"]] == [[tile.height, tile.width] for tile in places]
-    weights = gaussian_weights(places[0].height, places[0].width, official=True)
-    prompts = [t["negative_prompt_embeds"], t["prompt_embeds"]] if guidance > 1 else [t["prompt_embeds"]]
-    scheduler = getattr(diffusers, config["scheduler_class"]).from_config(config["scheduler"])
-    scheduler.set_timesteps(config["steps"])
-    for step, timestep in enumerate(scheduler.timesteps):
-        parts = (
-            torch.cat(
-                [stub_network(cut(latents, tile), cut(t["cond_avgpool8"], tile), text, scale) for text in prompts]
-            )
-            for scale in [config["conditioning_scale"]]
-            for tile in places
-        )
-        predicted = list(blend_tiles(parts, places, weights, height, width).chunk(len(prompts)))
-        guided = predicted[0] + guidance * (predicted[1] - predicted[0]) if guidance > 1 else predicted[0]
-        assert_golden(f"step {step}", guided, t[f"guided_noise_pred_step{step}"], case.tolerance)
-        latents = scheduler.step(guided, timestep, latents).prev_sample
-    assert_golden("final_latents", latents, t["final_latents"], case.tolerance)
-
-
-def cut(x: Tensor, tile: Tile) -> Tensor:
-    return x[(..., *tile.slices)]
 
 
 def tiled_vae_split(case: GoldenCase) -> None:
@@ -132,7 +93,6 @@ CHECKS: dict[str, Any] = {
     for check in (
         color_fix,
         tile_weights,
-        tiled_aggregation,
         tiled_vae_split,
         preprocess_size_rules,
         preprocess_pixels,
