@@ -2,12 +2,13 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from tqdm import tqdm
 
 from .frame import Device, Dtype, Seed, app, complain, examples, output_option, quiet
 
@@ -84,6 +85,14 @@ def animate(
         Literal["hold", "blank"],
         typer.Option(help="Frames without a face take the one before, or show none.", rich_help_panel=FACES),
     ] = "hold",
+    scale_patches: Annotated[
+        bool,
+        typer.Option(
+            "--scale-patches",
+            help="Cut eyes and mouth out as large as the face is, not in one size.",
+            rich_help_panel=FACES,
+        ),
+    ] = False,
     best_frame: Annotated[
         str,
         typer.Option(
@@ -128,11 +137,12 @@ def animate(
             best_frame=parse_best_frame(best_frame),
             face=face,
             no_face=no_face,
+            scale_patches=scale_patches,
             paste=not official if paste is None else paste,
             official=official,
         ),
     )
-    with quiet(), once(), animation.prepared(finder, where, number) as run:
+    with quiet(), once(), animation.prepared(finder, where, number, bar) as run:
         run.pipe.set_progress_bar_config(disable=None, leave=False)
         try:
             run.write(run.denoise())
@@ -140,6 +150,11 @@ def animate(
             complain(RuntimeError(f"{error or 'out of memory'}; what is done is kept: go on with --resume"))
             raise typer.Exit(FAILED) from error
     typer.echo(str(output))
+
+
+def bar(frames: Iterable[Any], label: str, total: int | None) -> Iterable[Any]:
+    """A progress bar where there is a terminal."""
+    return tqdm(frames, desc=label, total=total, unit="frame", disable=None, leave=False)
 
 
 @contextlib.contextmanager

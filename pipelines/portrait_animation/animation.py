@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,10 +28,11 @@ from diffattn.media import side_by_side
 from diffattn.video import VideoWriter
 
 from .alignment import Picture, resize
-from .checks import CELL, check_windows
+from .checks import check_windows
 from .denoiser import Condition, Denoiser, Networks
 from .driving import Driving, digest, read_opaque
 from .face import LandmarkFile, LandmarkFinder, Pixels, Points, choose_face, draw_landmarks, fill_missing
+from .features import CELL, EncodedWhenRead
 from .hints import control_pictures, plan_alignment
 from .opening import open_pipeline, unet_number
 from .paste import Box, crop, face_box, paste
@@ -42,6 +43,15 @@ LABELS = ("source", "driving", "control", "eyes and mouth", "result")
 """Of the preview, from left to right."""
 CHUNK = 8
 """Frames that are decoded together."""
+
+
+def plain(frames: Iterable[Any], label: str, total: int | None) -> Iterable[Any]:
+    """Shows nothing."""
+    return frames
+
+
+Progress = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
+"""Gets what takes long, a word for it and how many there are, if that is known; gives the same back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +69,8 @@ class Settings:
     face: int | None = None
     """Of the driving frames, from the left; None for the largest."""
     no_face: Literal["hold", "blank"] = "hold"
+    scale_patches: bool = False
+    """Cut eyes and mouth out as large as the face is, instead of in the fixed size of the released code."""
     paste: bool = True
     """Animate a square around the face and put it back; else all of the source, stretched to the networks' square."""
     official: bool = False
@@ -114,13 +126,16 @@ class Animation:
         return WorkFolder(self.output)
 
     @contextlib.contextmanager
-    def prepared(self, finder: LandmarkFinder, device: torch.device, dtype: torch.dtype) -> Iterator["Run"]:
+    def prepared(
+        self, finder: LandmarkFinder, device: torch.device, dtype: torch.dtype, progress: Progress = plain
+    ) -> Iterator["Run"]:
         """Everything up to the first step; a run that ends in the block without an error has its work removed.
 
         Args:
             finder: of faces; a `LandmarkFile` has the source's before those of the driving frames used.
             device: of the networks.
             dtype: of the networks.
+            progress: goes through the frames of everything that takes long, and may show how far.
 
         Raises `ValueError` for a checkpoint, pictures, faces or a work folder that do not fit; nothing is left then.
         """
@@ -130,8 +145,8 @@ class Animation:
         try:
             self._try_writing()
             ready = self.work.controls.is_dir()
-            controls = self.work.read_controls() if ready else self._write_controls(source, finder)
-            run = Run(self, pipe, source, controls)
+            controls = self.work.read_controls() if ready else self._write_controls(source, finder, progress)
+            run = Run(self, pipe, source, controls, progress)
         except Exception:
             if not self.resume:
                 self.work.remove()
@@ -166,7 +181,7 @@ class Animation:
             video.write(np.zeros((self.side, self.side, 3), dtype=np.uint8))
         trial.unlink()
 
-    def _write_controls(self, source: Pixels, finder: LandmarkFinder) -> Controls:
+    def _write_controls(self, source: Pixels, finder: LandmarkFinder, progress: Progress) -> Controls:
         """Find the faces, then align the frames; both go through the driving video once."""
         settings, side = self.settings, self.side
         target = find_source(finder, source)
@@ -175,7 +190,8 @@ class Animation:
                 f"expected a face in {self.source}; got none; crop nearer, or give --no-paste --best-frame none"
             )
         size = next(self.driving.frames()).shape[:2]
-        found = finder.landmarks(itertools.chain([source], self.driving.frames()))[1:]
+        shown = progress(self.driving.frames(), "faces", None)
+        found = finder.landmarks(itertools.chain([source], shown))[1:]
         chosen = choose_face(found, "largest" if settings.face is None else settings.face)
         points = fill_missing(chosen, settings.no_face)
         alignment = None
@@ -184,16 +200,19 @@ class Animation:
             view = source.shape[:2] if box is None else (box.side, box.side)
             placed = target if box is None else target - (box.left, box.top)
             alignment = plan_alignment(placed, view, points, size, settings.best_frame, height=side, width=side)
-        pictures = control_pictures(self.driving.frames(), points, alignment, height=side, width=side)
+        shown = progress(self.driving.frames(), "alignment", len(points))
+        pictures = control_pictures(shown, points, alignment, height=side, width=side, scaled=settings.scale_patches)
         return self.work.write_controls(pictures, points, target)
 
 
 class Run:
     """An animation whose steps can begin, or go on."""
 
-    def __init__(self, animation: Animation, pipe: Any, source: Pixels, controls: Controls) -> None:
+    def __init__(
+        self, animation: Animation, pipe: Any, source: Pixels, controls: Controls, progress: Progress = plain
+    ) -> None:
         """Raises `ValueError` for settings that do not go with so many frames."""
-        settings = animation.settings
+        settings, self.progress = animation.settings, progress
         self.animation, self.pipe, self.source, self.controls = animation, pipe, source, controls
         self.box = box_of(source, controls.source, settings.paste)
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -216,7 +235,7 @@ class Run:
         text = pipe.null_text().to(pipe.device)
         denoiser = Denoiser(
             Networks(pipe.unet, pipe.reference_unet, pipe.controlnet),
-            Condition(references[:, None], (self.controls.driving, self.controls.local), text, text),
+            Condition(references[:, None], self._features(), text, text),
             guidance_scale=self.animation.settings.guidance,
         )
         if hasattr(scheduler, "set_begin_index"):
@@ -243,12 +262,22 @@ class Run:
                 for path in (made, animation.preview)
                 if path is not None
             )
-            for number, (face, frame) in enumerate(zip(self._decode(latents), shown, strict=False)):
+            faces = self.progress(self._decode(latents), "frames", len(latents))
+            for number, (face, frame) in enumerate(zip(faces, shown, strict=False)):
                 result = self._place(face)
                 video.write(result)
                 for writer in preview:
                     writer.write(self._sheet(number, frame, result))
         os.replace(made, animation.output)
+
+    def _features(self) -> tuple[EncodedWhenRead, EncodedWhenRead]:
+        """Of the control pictures, which stay on the disk."""
+        pipe, stored = self.pipe, (self.controls.driving, self.controls.local)
+        driving, local = (
+            EncodedWhenRead(net.controlnet_cond_embedding, pictures, pipe.device, pipe.unet.dtype)
+            for net, pictures in zip(pipe.controlnet.nets, stored, strict=True)
+        )
+        return driving, local
 
     def _reference(self) -> Tensor:
         """The source, or the square around its face, (1, 3, side, side) in -1..1."""

@@ -6,10 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from .denoiser import MODES
+from .features import CELL
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-CELL = 8
-"""Pixels of a latent cell."""
 
 
 def check_choices(control_mode: str, output_type: str, callback_tensors: Sequence[str]) -> None:

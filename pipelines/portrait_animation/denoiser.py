@@ -11,13 +11,13 @@ Motion modules work in both. The appearance network runs once for all frames and
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffattn.windows import blend_windows
 
+from .features import CELL, Frames, features_given
 from .reference import ReferenceBank
 from .windows import Windows
 
@@ -34,22 +34,14 @@ class Networks:
     """A `MultiControlNetModel` of two."""
 
 
-class Frames(Protocol):
-    """Pictures by their numbers: a tensor, or what reads them when they are asked for."""
-
-    def __getitem__(self, frames: list[int], /) -> Tensor:
-        """(frames, 3, 8 rows, 8 columns) in -1..1, on any device."""
-        ...
-
-
 @dataclass(frozen=True)
 class Condition:
     """What a video is made from."""
 
     references: Tensor
     """Scaled latents (references, 1 or frames of a window, 4, rows, columns)."""
-    controls: tuple[Frames, Frames]
-    """Driving frames, and their eyes and mouth alone."""
+    features: tuple[Frames, Frames]
+    """Of driving frames, and of their eyes and mouth alone, from the encoders of the ControlNets."""
     text: Tensor
     """(1, tokens, width)."""
     negative: Tensor
@@ -103,19 +95,25 @@ class Denoiser:
     ) -> tuple[Tensor, ...]:
         frames = [frame for place in places for frame in place]
         sample = latents[frames].unflatten(0, (len(places), -1))
-        controls = [control[frames].to(latents.device, latents.dtype) for control in self.condition.controls]
-        eps = self.run(sample, timestep, self.condition.text, controls, bank)
+        features = [of[frames].to(latents.device, latents.dtype) for of in self.condition.features]
+        eps = self.run(sample, timestep, self.condition.text, features, bank)
         if self.guidance_scale > 1:
             if self.mode == "balance":
-                grey = [torch.zeros_like(control) for control in controls]
+                grey = self._grey(latents)
                 u = self.run(sample, timestep, self.condition.negative, grey, other)
             else:
                 u = self.run(sample, timestep, self.condition.negative, None, None)
             eps = u + self.guidance_scale * (eps - u)
         return eps.unbind(0)
 
+    def _grey(self, latents: Tensor) -> list[Tensor]:
+        """Features (1, channels, rows, columns) of a mid grey picture, which all frames share."""
+        rows, columns = latents.shape[-2:]
+        picture = latents.new_zeros(1, 3, CELL * rows, CELL * columns)
+        return [net.controlnet_cond_embedding(picture) for net in self.networks.controlnet.nets]
+
     def run(
-        self, sample: Tensor, timestep: Tensor, text: Tensor, controls: list[Tensor] | None, bank: ReferenceBank | None
+        self, sample: Tensor, timestep: Tensor, text: Tensor, features: list[Tensor] | None, bank: ReferenceBank | None
     ) -> Tensor:
         """Epsilon (windows, frames, 4, rows, columns) of a sample of that shape, without guidance.
 
@@ -123,13 +121,14 @@ class Denoiser:
             sample: noisy latents.
             timestep: one for all.
             text: (1, tokens, width).
-            controls: as in `Condition`, of the frames of all windows. None: without ControlNets.
+            features: as in `Condition`, of the frames of all windows. None: without ControlNets.
             bank: what was written at this timestep. None: without reference.
         """
         unet, flat = self.networks.unet, sample.flatten(0, 1)
         text, options = text.expand(len(flat), -1, -1), dict[str, Any](return_dict=False)
-        if controls is not None:
-            down, mid = self.networks.controlnet(flat, timestep, text, controls, [1.0, 1.0], return_dict=False)
+        if features is not None:
+            with features_given(self.networks.controlnet):
+                down, mid = self.networks.controlnet(flat, timestep, text, features, [1.0, 1.0], return_dict=False)
             options |= {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": mid}
         video = sample.transpose(1, 2)
         if bank is None:

@@ -21,8 +21,9 @@ from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .checks import CELL, check_choices, check_frames, check_numbers, check_offsets, check_parts, check_windows
+from .checks import check_choices, check_frames, check_numbers, check_offsets, check_parts, check_windows
 from .denoiser import Condition, Denoiser, Networks
+from .features import CELL, encode_once
 from .inputs import Pictures, as_tensor
 from .null_text import NullText
 from .reference_unet import XPortraitReferenceUNet
@@ -145,7 +146,7 @@ class XPortraitPipeline(DiffusionPipeline, StableDiffusionMixin):  # type: ignor
         text = self.null_text().to(device)
         denoiser = Denoiser(
             Networks(self.unet, self.reference_unet, self.controlnet),
-            Condition(references[:, None], (pose, eyes_and_mouth), text, text),
+            Condition(references[:, None], self.encode_controls(pose, eyes_and_mouth, window_size), text, text),
             guidance_scale=guidance_scale,
             mode=control_mode,
             window_batch=window_batch,
@@ -188,6 +189,14 @@ class XPortraitPipeline(DiffusionPipeline, StableDiffusionMixin):  # type: ignor
         distribution = self.vae.encode(pictures.to(self.vae.dtype)).latent_dist
         latents: Tensor = distribution.sample(generator) * self.vae.config.scaling_factor
         return latents.to(self.unet.dtype)
+
+    def encode_controls(self, driving: Tensor, local: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+        """Features of both kinds of control pictures, `chunk` at a time; on the CPU, as the pictures are."""
+        pose, eyes_and_mouth = (
+            encode_once(net.controlnet_cond_embedding, pictures, self._execution_device, self.unet.dtype, chunk)
+            for net, pictures in zip(self.controlnet.nets, (driving, local), strict=True)
+        )
+        return pose, eyes_and_mouth
 
     def start_latents(self, reference: Tensor, frames: int, generator: torch.Generator | None) -> Tensor:
         """Latents for the first step, (frames, 4, rows, columns)."""

@@ -39,8 +39,14 @@ PICTURES = ("driving", "local")
 class StoredFrames:
     """Pictures in a file that are read when they are asked for."""
 
-    pixels: NDArray[np.uint8]
-    """(frames, height, width, 3)."""
+    file: Path
+    """Of NumPy."""
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """(frames, height, width, 3), mapped anew: a map that stays would keep every page that was read in memory."""
+        mapped: NDArray[np.uint8] = np.load(self.file, mmap_mode="r")
+        return mapped
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -122,7 +128,7 @@ class WorkFolder:
     def read_controls(self) -> Controls:
         """What `write_controls` kept."""
         folder = self.controls
-        pictures = [StoredFrames(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in PICTURES]
+        pictures = [StoredFrames(folder / f"{name}.npy") for name in PICTURES]
         faces = [None if np.isnan(face).any() else face for face in np.load(folder / "points.npy")]
         source = np.load(folder / "source.npy")
         return Controls(pictures[0], pictures[1], faces, None if np.isnan(source).any() else source)

@@ -42,10 +42,14 @@ def frames(count: int) -> list[np.ndarray]:
     return [np.asarray(one) for one in tiny_portrait.pictures(count, DRIVING[1], DRIVING[0], seed=4)]
 
 
-def write_clip(path: Path, count: int, rate: Fraction | int = 10, sound: Path | None = None) -> Path:
+def write_clip(
+    path: Path, count: int, rate: Fraction | int = 10, sound: Path | None = None, repeat: int | None = None
+) -> Path:
+    """Of `count` frames, no two alike, or the first `repeat` of them over and over."""
+    made = frames(repeat or count)
     with VideoWriter(path, rate, sound) as video:
-        for frame in frames(count):
-            video.write(frame)
+        for number in range(count):
+            video.write(made[number % len(made)])
     return path
 
 
@@ -78,7 +82,7 @@ def write_source(path: Path, **options: Any) -> Path:
 
 def write_points(path: Path, count: int, missing: tuple[int, ...] = ()) -> Path:
     """The source's, then those of a face that moves; entries of the file that are `missing` are NaN."""
-    points = np.stack([face(20, 12, 16), *(face(10 + number, 6, 18) for number in range(count))])
+    points = np.stack([face(20, 12, 16), *(face(10 + number % 20, 6, 18) for number in range(count))])
     points[list(missing)] = np.nan
     np.save(path, points)
     return path

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import sys
 import tracemalloc
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,29 @@ def test_transparent_pixels_show_white(tmp_path: Path, caplog: pytest.LogCapture
     assert caplog.messages == [f"{tmp_path / 'a.png'}: transparent in places; put on white"]
 
 
+def test_patches_may_grow_with_the_face(inputs: Path, tmp_path: Path) -> None:
+    shares = []
+    for scaled in (False, True):
+        made = animation(inputs, tmp_path / f"{scaled}.mp4", scale_patches=scaled)
+        with prepared(made, inputs) as run:
+            shares.append((run.controls.local.pixels.max(-1) > 0).mean())
+    assert abs(shares[0] - shares[1]) > 0.02 and min(shares) > 0.01
+
+
+def test_what_takes_long_is_told(inputs: Path, tmp_path: Path) -> None:
+    told: dict[str, tuple[int, int | None]] = {}
+
+    def counted(frames: Iterable[Any], label: str, total: int | None) -> Iterator[Any]:
+        for number, frame in enumerate(frames):
+            told[label] = number + 1, total
+            yield frame
+
+    made = animation(inputs, tmp_path / "out.mp4", steps=1)
+    with made.prepared(LandmarkFile(inputs / "points.npy"), CPU, torch.float32, counted) as run:
+        run.write(run.denoise())
+    assert told == {"faces": (COUNT, None), "alignment": (COUNT, COUNT), "frames": (COUNT, COUNT)}
+
+
 def test_control_pictures_come_back_from_the_disk(tmp_path: Path) -> None:
     work = WorkFolder(tmp_path / "a.mp4")
     work.open({}, resume=False)
@@ -195,7 +219,8 @@ def test_control_pictures_come_back_from_the_disk(tmp_path: Path) -> None:
     assert isinstance(kept.driving.pixels, np.memmap) and len(kept.local) == 3
     expected = torch.from_numpy(pictures[[2, 0], 1]).permute(0, 3, 1, 2) * 2 - 1
     torch.testing.assert_close(kept.local[[2, 0]], expected, rtol=0, atol=1 / 255 + 1e-6)
-    assert torch.equal(StoredFrames(np.array([[[[0, 255, 51]]]], np.uint8))[[0]].flatten(), torch.tensor([-1, 1, -0.6]))
+    np.save(tmp_path / "own.npy", np.array([[[[0, 255, 51]]]], np.uint8))
+    assert torch.equal(StoredFrames(tmp_path / "own.npy")[[0]].flatten(), torch.tensor([-1, 1, -0.6]))
 
 
 def test_control_pictures_are_whole_or_not_there(tmp_path: Path) -> None:

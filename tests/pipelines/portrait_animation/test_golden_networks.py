@@ -13,6 +13,7 @@ from diffattn.pipelines.portrait_animation import Sizes, select_frames
 from diffattn.pipelines.portrait_animation.components import build_networks, build_text_encoder, official_scheduler
 from diffattn.pipelines.portrait_animation.convert import UNUSED, load_networks, official_names, same_shape
 from diffattn.pipelines.portrait_animation.denoiser import Condition, Denoiser, Networks
+from diffattn.pipelines.portrait_animation.features import encode_once
 from diffattn.pipelines.portrait_animation.names import motion_name
 from diffattn.pipelines.portrait_animation.reference import Reader, ReferenceBank, Writer
 from diffattn.pipelines.portrait_animation.sampling import set_timesteps
@@ -142,8 +143,8 @@ def check_prediction(case: PortraitCase) -> None:
     for i in options.pop("zero", ()):
         controls[i] = torch.zeros_like(controls[i])
     texts = given["context"], given["uncond_context"]
-    condition = Condition(torch.stack(references), (controls[0], controls[1]), *texts)
     parts, nets = networks(case), options.pop("nets", 2)
+    condition = Condition(torch.stack(references), features_of(parts, *controls), *texts)
     if options.pop("plain", False):
         got = Denoiser(parts, condition, guidance_scale=1.0).run(given["latents"][None], timestep, texts[1], None, None)
         case.close(case.name, got[0], want)
@@ -152,6 +153,14 @@ def check_prediction(case: PortraitCase) -> None:
         parts = dataclasses.replace(parts, controlnet=FirstControlNets(parts.controlnet, nets))
     options = {"guidance_scale": 1.0, **options}
     case.close(case.name, predict(parts, condition, given["latents"], timestep, **options), want)
+
+
+def features_of(parts: Networks, *controls: Tensor) -> tuple[Tensor, Tensor]:
+    pose, local = (
+        encode_once(net.controlnet_cond_embedding, pictures, pictures.device, pictures.dtype, 7)
+        for net, pictures in zip(parts.controlnet.nets, controls, strict=True)
+    )
+    return pose, local
 
 
 def predict(parts: Networks, condition: Condition, latents: Tensor, timestep: Tensor, **options: Any) -> Tensor:
@@ -199,9 +208,10 @@ def check_components(case: PortraitCase) -> None:
 def check_sampling(case: PortraitCase) -> None:
     """The whole loop from the first latents, and each step alone from the recorded latents before it."""
     given, entry, scheduler = case.tensors(), case.entry, official_scheduler()
-    controls = full_size(given["pose_rgb_quarter"]), full_size(given["local_rgb_quarter"])
-    condition = Condition(given["reference"][None], controls, given["context"], given["uncond_context"])
-    denoiser = Denoiser(networks(case), condition, guidance_scale=entry["guidance"], window_batch=2)
+    parts = networks(case)
+    features = features_of(parts, full_size(given["pose_rgb_quarter"]), full_size(given["local_rgb_quarter"]))
+    condition = Condition(given["reference"][None], features, given["context"], given["uncond_context"])
+    denoiser = Denoiser(parts, condition, guidance_scale=entry["guidance"], window_batch=2)
     set_timesteps(scheduler, entry["ddim_steps"], "cpu")
     assert scheduler.timesteps.tolist() == entry["timesteps"] and entry["eta"] == 0
     latents = given["x_T"]

@@ -77,10 +77,10 @@ def test_a_bank_of_another_network_is_refused(made):
 def test_the_order_of_references_does_not_matter(made):
     parts = Networks(made["unet"], made["reference_unet"], made["controlnet"])
     references, latents = draw(2, 1, 4, 8, 16), draw(3, 4, 8, 16)
-    controls = draw(3, 3, 64, 128), draw(3, 3, 64, 128)
+    features = draw(3, 32, 8, 16), draw(3, 32, 8, 16)
     got = []
     for given in (references, references.flip(0), references[:1]):
-        denoiser = Denoiser(parts, Condition(given, controls, TEXT, TEXT), guidance_scale=1.0)
+        denoiser = Denoiser(parts, Condition(given, features, TEXT, TEXT), guidance_scale=1.0)
         with torch.no_grad():
             got.append(denoiser(latents, torch.tensor(500), plain_windows(3, 16, 4)))
     torch.testing.assert_close(got[0], got[1])
@@ -91,7 +91,7 @@ def test_the_order_of_references_does_not_matter(made):
 def test_guidance_goes_from_the_other_half_to_this(made, mode):
     """u + s (c - u) is linear in s; at s = 1, where the other half is left out, it is c."""
     parts = Networks(made["unet"], made["reference_unet"], made["controlnet"])
-    condition = Condition(draw(1, 1, 4, 8, 16), (draw(2, 3, 64, 128), draw(2, 3, 64, 128)), TEXT, TEXT)
+    condition = Condition(draw(1, 1, 4, 8, 16), (draw(2, 32, 8, 16), draw(2, 32, 8, 16)), TEXT, TEXT)
     latents, c = draw(2, 4, 8, 16), []
     for scale in (1.0, 2.0, 4.0):
         with torch.no_grad():
