@@ -271,7 +271,7 @@ FAMILIES: list[Family] = [
     Family("AnimateDiff", ("UNetMotionModel",), _UNET_LAYERS, latent="sample"),
     Family("SVD", ("UNetSpatioTemporalConditionModel",), _UNET_LAYERS, latent="sample"),
     Family("I2VGen-XL", ("I2VGenXLUNet",), _UNET_LAYERS, latent="sample"),
-    Family("UNet3D", ("UNet3DConditionModel",), _UNET_LAYERS, latent="sample"),
+    Family("UNet3D", ("UNet3DConditionModel", "STARControlNetModel"), _UNET_LAYERS, latent="sample"),
 ]
 """All known families; `FAMILIES.append(Family(...))` adds one at run time."""
 

@@ -1,0 +1,1 @@
+"""Folders for the `custom_pipeline=` of diffusers: one pipeline class in each."""
