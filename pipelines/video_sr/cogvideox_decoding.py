@@ -55,6 +55,9 @@ def fades(chunks: list[tuple[int, int]], period: int) -> list[Window]:
         period: places of a latent frame, 1 in latent frames and p in frames; the very first one has a single place.
     """
     size, count = chunks[0][1], chunks[-1][1]
+    if len(chunks) == 1:
+        places = period * (count - 1) + 1
+        return [Window(0, places, torch.ones(places, dtype=torch.float64))]
     weights = ramp_weights([period * begin for begin, _ in chunks], period * (size - 1), period * (count - 1))
     first, *others = [
         Window(period * begin + 1, period * (end - 1) + 1, share)

@@ -40,9 +40,9 @@ Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 class CogVideoXSTARPipeline(DiffusionPipeline):  # type: ignore[misc]
     """Restores and enlarges a clip.
 
-    Memory: the VAE works on chunks of the clip, and the transformer on windows, so the device holds the latents alone as
-    a whole. `vae.enable_tiling` cuts the pictures, which need most of it; `enable_model_cpu_offload` leaves one network
-    on the device.
+    Memory: the VAE works on chunks of the clip and the transformer on windows, so the device holds nothing of the whole
+    clip but latents. `vae.enable_tiling` cuts the pictures, which need most of it; `enable_model_cpu_offload` takes the
+    networks to the device when their turn comes.
 
     Args:
         vae: of CogVideoX-5B.

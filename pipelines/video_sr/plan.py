@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diffattn.windows import Tile
+from diffattn.windows import Tile, ramp_weights, starts
 
 from .chunks import Window, plan_windows
 from .padding import CELL, Padding, official_padding, tight_padding
@@ -110,7 +110,13 @@ def _cells(pixels: int) -> int:
 
 
 def _decode_windows(frames: int, settings: UpscaleSettings) -> tuple[Window, ...]:
-    if not settings.official:
-        return tuple(plan_windows(frames, settings.decode_chunk, settings.decode_overlap))
-    edges = [(begin, min(begin + OFFICIAL_DECODE_CHUNK, frames)) for begin in range(0, frames, OFFICIAL_DECODE_CHUNK)]
-    return tuple(Window(begin, end, torch.ones(end - begin, dtype=torch.float64)) for begin, end in edges)
+    """Spread evenly: short overlaps fade the better, the less one of them is shifted more than the others."""
+    if settings.official:
+        size, begins = OFFICIAL_DECODE_CHUNK, list(range(0, frames, OFFICIAL_DECODE_CHUNK))
+        weights = torch.ones(len(begins), size, dtype=torch.float64)
+    else:
+        size = settings.decode_chunk
+        begins = starts(frames, size, settings.decode_overlap, even=True)
+        weights = ramp_weights(begins, size, frames)
+    ends = [min(begin + size, frames) for begin in begins]
+    return tuple(Window(b, e, share[: e - b]) for b, e, share in zip(begins, ends, weights, strict=True))

@@ -32,19 +32,21 @@ def run(pipe: STARPipeline, video: Any, seed: int = 0, **options: Any) -> Any:
 
 
 class StubControl(nn.Module):
-    """No residuals."""
+    """The hint itself in place of residuals."""
 
     device = torch.device("cpu")
     dtype = torch.float32
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[None, None]:
-        return None, None
+    def forward(
+        self, sample: Tensor, timestep: Tensor, text: Tensor, hint: Tensor, **kwargs: Any
+    ) -> tuple[Any, Tensor]:
+        return (), hint
 
 
 class StubUNet(nn.Module):
     """Its velocity grows by `time` from frame to frame of what it sees, and by `rows` and `columns` likewise.
 
-    So neighbouring windows and tiles disagree, by as much as they are apart.
+    So neighbouring windows and tiles disagree, by as much as they are apart. The hint is taken away, so that x0 has it.
     """
 
     device = torch.device("cpu")
@@ -57,11 +59,13 @@ class StubUNet(nn.Module):
         self.slopes = time, rows, columns
         self.seen: list[tuple[int, ...]] = []
 
-    def forward(self, sample: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+    def forward(
+        self, sample: Tensor, *args: Any, mid_block_additional_residual: Tensor, **kwargs: Any
+    ) -> tuple[Tensor]:
         self.seen.append(tuple(sample.shape))
         axes = [torch.arange(size) * slope for size, slope in zip(sample.shape[-3:], self.slopes, strict=True)]
         steps = axes[0][:, None, None] + axes[1][:, None] + axes[2]
-        return (steps.expand_as(sample),)
+        return (steps - mid_block_additional_residual,)
 
 
 class StubVAE(nn.Module):
@@ -75,18 +79,20 @@ class StubVAE(nn.Module):
         super().__init__()
         self.slopes = time, rows, columns
         self.decoded: list[tuple[int, ...]] = []
+        self.deviation = 0.0
 
     def encode(self, pictures: Tensor) -> Any:
         small = functional.avg_pool2d(pictures, 8)
         mean = torch.cat([small, small.mean(1, keepdim=True)], 1)
-        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=torch.full_like(mean, 0.1)))
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=torch.full_like(mean, self.deviation)))
 
     def decode(self, z: Tensor, num_frames: int, return_dict: bool) -> tuple[Tensor]:
         assert len(z) == num_frames and not return_dict
         self.decoded.append(tuple(z.shape))
         pictures = functional.interpolate(z[:, :3], scale_factor=8.0, mode="nearest")
         frames, rows, columns = (
-            torch.arange(size) * slope for size, slope in zip((num_frames, *pictures.shape[-2:]), self.slopes, strict=True)
+            torch.arange(size) * slope
+            for size, slope in zip((num_frames, *pictures.shape[-2:]), self.slopes, strict=True)
         )
         return (pictures + frames[:, None, None, None] + rows[:, None] + columns,)
 

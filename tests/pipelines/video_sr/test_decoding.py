@@ -29,14 +29,14 @@ def test_frames_are_enlarged_bilinearly():
 
 def test_frames_are_padded_by_reflection_or_with_white():
     frames = tiny_star.clip(2, 5, 7)
-    tight = plan(5, 7, 3)
+    tight = plan(5, 7, 4)
     got = prepare(frames, tight, official=False)
     assert got.shape == (2, 3, 8 * tight.latent[0], 8 * tight.latent[1]) and got.min() >= -1 and got.max() <= 1
     inner = tight.padding.crop(got)
-    assert torch.equal(inner, 2 * enlarge(frames, (15, 21)) - 1)
+    assert torch.equal(inner, 2 * enlarge(frames, (20, 28)) - 1)
     row = tight.padding.top
-    assert torch.equal(tight.padding.crop(got)[..., 1, :], got[..., row - 1, tight.padding.left :][..., :21])
-    official = plan(5, 7, 3, official=True)
+    assert torch.equal(tight.padding.crop(got)[..., 1, :], got[..., row - 1, tight.padding.left :][..., :28])
+    official = plan(5, 7, 4, official=True)
     white = prepare(frames, official, official=True)
     assert white.shape[-2:] == (720, 1280) and white[..., 0, 0].eq(1).all() and white[..., -1, -1].eq(1).all()
     assert torch.equal(official.padding.crop(white), inner)
@@ -80,7 +80,7 @@ def test_a_chunk_is_decoded_as_one_video(vae):
 
 def test_tiles_of_the_decoder_are_near_the_whole(vae):
     z = tiny_star.latents(2, 18, 16)[0].transpose(0, 1)
-    tiles = spread_tiles(18, 16, 12, 12, 8)
+    tiles = spread_tiles(18, 16, 13, 12, 8)
     with torch.no_grad():
         whole, tiled = (decode(vae, z, places, CPU) for places in (spread_tiles(18, 16, 18, 16, 0), tiles))
     assert len(tiles) == 4 and tiled.shape == whole.shape == (2, 3, 144, 128)

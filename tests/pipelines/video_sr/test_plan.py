@@ -26,7 +26,9 @@ def test_sizes_are_legal_and_tight(height, width, upscale, downsamplings):
     padding = got.padding
     assert padding.top + padding.bottom + got.target[0] == 8 * rows
     assert padding.left + padding.right + got.target[1] == 8 * columns
-    assert 8 * rows - got.target[0] < 8 * (2**downsamplings + 2) and 8 * columns - got.target[1] < 8 * 2**downsamplings + 8
+    assert (
+        8 * rows - got.target[0] < 8 * (2**downsamplings + 2) and 8 * columns - got.target[1] < 8 * 2**downsamplings + 8
+    )
 
 
 @pytest.mark.parametrize("frames", [1, 2, 31, 32, 33, 36, 40, 41, 64, 100])

@@ -1,0 +1,92 @@
+"""The folder beside the output that holds what a run has done, until the video is written.
+
+    <output>.work/
+        settings.json    what the video depends on
+        latents/         of all frames, see `FolderStore`
+        state.json       how many steps are done; there is none before the clip is encoded
+        video.mp4        what has been decoded is written to a temporary name beside it
+"""
+
+import itertools
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from diffattn.files import write_json
+
+from .store import FolderStore
+
+
+class WorkFolder:
+    """That of one output."""
+
+    def __init__(self, output: Path) -> None:
+        self.path = output.with_name(f"{output.name}.work")
+        self.latents = self.path / "latents"
+        self.video = self.path / f"video{output.suffix}"
+
+    def open(self, settings: dict[str, Any], resume: bool) -> None:
+        """Make the folder, or go on with one of the same settings.
+
+        Raises:
+            ValueError: a folder is there without `resume`, none with it, or it is of other settings.
+        """
+        file = self.path / "settings.json"
+        if not resume:
+            if self.path.exists():
+                raise ValueError(f"{self.path} is of a run that did not end: add --resume, or remove the folder")
+            write_json(file, settings)
+            return
+        if not file.is_file():
+            raise ValueError(f"--resume: there is no run in {self.path}; leave --resume out")
+        former = json.loads(file.read_text(encoding="utf-8"))
+        for name, value in settings.items():
+            if former.get(name) != value:
+                raise ValueError(
+                    f"{self.path} is of a run with {name}={former.get(name)}, and this one has {value}: use that, or "
+                    "remove the folder"
+                )
+
+    def remove(self) -> None:
+        """All of it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    @property
+    def size(self) -> int:
+        """Bytes in it."""
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
+    @property
+    def steps(self) -> int | None:
+        """How many are done; None where the clip is not encoded yet."""
+        file = self.path / "state.json"
+        return int(json.loads(file.read_text(encoding="utf-8"))["steps"]) if file.is_file() else None
+
+    def note(self, steps: int) -> None:
+        """That so many steps are done."""
+        write_json(self.path / "state.json", {"steps": steps})
+
+
+class WatchedStore(FolderStore):
+    """A `FolderStore` that refuses numbers that are not finite, and tells of each frame that a step finishes."""
+
+    def __init__(self, folder: Path, finished: Iterator[Any]) -> None:
+        """`finished` is gone on with once for each frame."""
+        super().__init__(folder)
+        self._finished = finished
+
+    def write(self, name: str, begin: int, frames: Tensor) -> None:
+        """See `ClipStore`; raises `RuntimeError` for what is not finite."""
+        if not frames.isfinite().all():
+            raise RuntimeError(
+                f"expected finite latents; got others for {name!r} from frame {begin} on; take --dtype bfloat16 or "
+                "float32"
+            )
+        super().write(name, begin, frames)
+        if name.startswith("x."):
+            for _ in itertools.islice(self._finished, len(frames)):
+                pass
