@@ -34,7 +34,7 @@ def test_python_blocks_use_public_names_and_real_options(page: str) -> None:
 
 def test_commands_in_the_readme_exist() -> None:
     commands = set(get_command(app).commands)  # type: ignore[attr-defined]
-    named = re.findall(r"^diffattn (\w+)", "\n".join(blocks("README.md", "")), flags=re.MULTILINE)
+    named = re.findall(r"^diffattn ([\w-]+)", "\n".join(blocks("README.md", "")), flags=re.MULTILINE)
     assert set(named) == commands
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", "\n".join(blocks("README.md", "")), flags=re.MULTILINE):

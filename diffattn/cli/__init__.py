@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from . import animating as animating
 from . import commands as commands
 from . import distilling as distilling
+from . import inspecting as inspecting
 from . import upscaling as upscaling
+from . import video_upscaling as video_upscaling
 from .frame import app as app
 
 

@@ -1,14 +1,15 @@
 """Sampler of STAR's CogVideoX variant: second-order multistep DPM-Solver++ of the SDE, without signal at the start.
 
     a_k  = (b_k - b_0) b_last / (b_last - b_0),    s_k^2 = 1 - a_k^2
-    x0_k = a_k x_k - s_k v_k
+    x0_k = a'_k x_k - sqrt(1 - a'_k^2) v_k
     D_k  = x0_k + (h_k / 2 h_{k-1}) (x0_k - x0_{k-1})
     x_{k+1} = (s_{k+1} / s_k) e^{-h_k} x_k + (1 - e^{-2 h_k}) a_{k+1} D_k + s_{k+1} sqrt(1 - e^{-2 h_k}) noise
 
 b is sqrt(abar) at the timesteps in use, h_k = log(a_{k+1} / s_{k+1}) - log(a_k / s_k). Steps are counted from noise,
 k = 0 with a_0 = 0, to the clip. In the first step and the one after it D is x0, for h_0 is infinite; the last step
 gives x0. As released, the rescaling to zero terminal SNR uses the timesteps in use, where diffusers' uses all of
-training: up to 6e-4 apart at 50 steps.
+training: up to 6e-4 apart at 50 steps. The network's estimate is read with a', the nearest to a among the values of all
+timesteps of training.
 
 Sources: Lu et al., DPM-Solver++, 2022, https://arxiv.org/abs/2211.01095, Alg. 2 in its SDE form; Lin et al., Common
 Diffusion Noise Schedules and Sample Steps are Flawed, 2023, https://arxiv.org/abs/2305.08891, Alg. 1; the guidance:
@@ -71,6 +72,8 @@ class STARCogVideoXScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
         self.signal: list[float] = []
         """a of every step."""
+        self.estimated: list[float] = []
+        """a' of every step."""
         self._last: tuple[int, Tensor] | None = None
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
@@ -80,8 +83,10 @@ class STARCogVideoXScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError(f"expected from 1 to {trained} steps; got {num_inference_steps}; 50 are usual")
         steps = np.linspace(trained - 1, 0, num_inference_steps, endpoint=False).astype(int)
         self.timesteps = torch.from_numpy(steps).to(device)
-        b = self._alphas_cumprod.sqrt()[steps]
-        self.signal = ((b - b[0]) * (b[-1] / (b[-1] - b[0]))).tolist() if len(b) > 1 else [0.0]
+        b = self._alphas_cumprod.sqrt()
+        used, table = _rescaled(b[steps]), _rescaled(b.flip(0))
+        self.signal = used.tolist()
+        self.estimated = table[(table - used[:, None]).abs().argmin(1)].tolist()
         self._last = None
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
@@ -128,8 +133,8 @@ class STARCogVideoXScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return found[0]
 
     def predict_x0(self, x: Tensor, v: Tensor, step: int) -> Tensor:
-        """x0 = a x - s v, in float32 or wider."""
-        a = self.signal[step]
+        """x0 = a' x - sqrt(1 - a'^2) v, in float32 or wider."""
+        a = self.estimated[step]
         return a * _wide(x) - math.sqrt(1 - a * a) * _wide(v)
 
     def update(self, x: Tensor, x0: Tensor, x0_before: Tensor | None, step: int, noise: Tensor | None) -> Tensor:
@@ -176,6 +181,11 @@ class STARCogVideoXScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def __len__(self) -> int:
         """Timesteps of training."""
         return int(self.config.num_train_timesteps)
+
+
+def _rescaled(b: Tensor) -> Tensor:
+    """Of the noisiest timestep first: to 0 there, and to itself at the last."""
+    return (b - b[0]) * (b[-1] / (b[-1] - b[0])) if len(b) > 1 else torch.zeros_like(b)
 
 
 def _log_ratio(signal: float) -> float:

@@ -38,7 +38,6 @@ STORED = 5
 VIDEO_BYTES = 0.2
 """Of the result's file for a pixel, at most: five times what noisy film takes."""
 TOKENS = 77
-GB = 1e9
 
 
 class LiveBytes(TorchDispatchMode):
@@ -234,4 +233,4 @@ def _decode(checkpoint: Path, plan: Plan, frames: int, dtype: torch.dtype) -> Ca
 
 
 def _gb(size: float) -> str:
-    return f"{size / GB:.1f} GB" if size >= GB / 10 else f"{size / GB:.2g} GB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -12,7 +12,9 @@ from safetensors import safe_open
 from diffattn.weights import check_keys, read_weights
 
 from .cogvideox_pipeline import CogVideoXSTARPipeline
+from .components import STARSizes
 from .controlnet import STARControlNetModel
+from .convert import load_networks
 from .pipeline import STARPipeline
 from .scheduler import STARScheduler
 from .unet import STARUNet3DConditionModel
@@ -32,7 +34,8 @@ def check_checkpoint(folder: Path) -> None:
         kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"expected a folder from `convert` as the checkpoint; got {folder}: {error}; convert the official file first"
+            f"expected a folder from `convert` as the checkpoint; got {folder}: {error}; convert the official file "
+            "first"
         ) from error
     if kind == CogVideoXSTARPipeline.__name__:
         raise ValueError(
@@ -78,9 +81,21 @@ def count_weights(folder: Path, name: str) -> int:
 
 def open_network(folder: Path, name: str, dtype: torch.dtype) -> Any:
     """One of `NETWORKS` with all of its weights, on the CPU."""
-    network = _opened(folder, name, NETWORKS[name], torch_dtype=dtype, use_safetensors=True)
+    network = _opened(folder, name, NETWORKS[name], dtype=dtype, use_safetensors=True)
     check_keys(network.state_dict().keys() - read_weights(folder / name).keys(), (), folder / name)
     return network
+
+
+def open_networks(checkpoint: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """U-Net and control branch from a converted folder, or from the official file, on the CPU.
+
+    Raises `ValueError` for what is neither, and for the CogVideoX variant.
+    """
+    if checkpoint.is_file():
+        made = load_networks(read_weights(checkpoint), checkpoint, STARSizes(), dtype=dtype)
+        return made["unet"], made["controlnet"]
+    check_checkpoint(checkpoint)
+    return open_network(checkpoint, "unet", dtype), open_network(checkpoint, "controlnet", dtype)
 
 
 def open_pipeline(folder: Path, device: torch.device, dtype: torch.dtype, *, offload: bool = False) -> STARPipeline:
@@ -89,7 +104,7 @@ def open_pipeline(folder: Path, device: torch.device, dtype: torch.dtype, *, off
     Raises `ValueError` where a part or a weight is missing, which diffusers would make up.
     """
     try:
-        pipe = STARPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+        pipe = STARPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise _broken(folder, error) from error
     for name in NETWORKS:

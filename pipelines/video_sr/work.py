@@ -1,10 +1,10 @@
 """The folder beside the output that holds what a run has done, until the video is written.
 
-    <output>.work/
-        settings.json    what the video depends on
-        latents/         of all frames, see `FolderStore`
-        state.json       how many steps are done; there is none before the clip is encoded
-        video.mp4        what has been decoded is written to a temporary name beside it
+<output>.work/
+    settings.json    what the video depends on
+    latents/         of all frames, see `FolderStore`
+    state.json       how many steps are done; there is none before the clip is encoded
+    video.mp4        what has been decoded is written to a temporary name beside it
 """
 
 import itertools

@@ -99,7 +99,7 @@ def test_steps_are_those_of_diffusers_on_its_own_table():
     table = stock.alphas_cumprod.sqrt()[timesteps].tolist()
     apart = max(abs(a - b) for a, b in zip(table, scheduler.signal, strict=True))
     assert 1e-3 < apart < 2e-2
-    scheduler.signal = table
+    scheduler.signal = scheduler.estimated = table
     generator, reference = (torch.Generator().manual_seed(3) for _ in range(2))
     x = draw(2, 3).double()
     got, noise, old = x, [], None
@@ -109,6 +109,16 @@ def test_steps_are_those_of_diffusers_on_its_own_table():
         draws = [torch.randn(2, 3, generator=reference, dtype=torch.float64) for _ in range(2 if step else 1)]
         noise.append(draws[-1])
     torch.testing.assert_close(sample(scheduler, got, noise[:4]), x, atol=1e-12, rtol=1e-12)
+
+
+def test_estimates_are_read_with_the_nearest_timestep_of_training():
+    scheduler, table = made(7), torch.tensor(made(1000).signal)
+    for step, (a, read) in enumerate(zip(scheduler.signal, scheduler.estimated, strict=True)):
+        assert read == pytest.approx(float(table[(table - a).abs().argmin()]), abs=1e-6)
+        x, v = torch.tensor([2.0]), torch.tensor([0.5])
+        assert scheduler.predict_x0(x, v, step).item() == pytest.approx(2 * read - 0.5 * math.sqrt(1 - read**2))
+    assert scheduler.signal[0] == scheduler.estimated[0] == 0 and scheduler.estimated[1:] != scheduler.signal[1:]
+    assert made(1000).estimated == pytest.approx(made(1000).signal, abs=1e-6)
 
 
 def test_guidance_grows_from_1_and_the_released_one_jumps():
