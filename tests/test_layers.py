@@ -25,7 +25,7 @@ LAYERS = (
     {"swap"},
     {"report"},
     {"adapters"},
-    {"highres", "parallel", "windows", "color", "media", "video", "measure", "draw", "tiny"},
+    {"highres", "parallel", "windows", "color", "media", "video", "clip", "measure", "draw", "tiny"},
     {"bench"},
     {"diffattn"},  # the package itself: the public names
     {"pipelines", "distill"},

@@ -1,16 +1,12 @@
 """The command `diffattn animate`: a picture of a person moved after a video of another by X-Portrait."""
 
-import contextlib
-import logging
-from collections.abc import Iterable, Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from tqdm import tqdm
 
 from .frame import Device, Dtype, Seed, app, complain, examples, output_option, quiet
+from .videos import bar, once, parse_rate
 
 MODEL = "--checkpoint x-portrait"
 DRIVING, FACES = "Driving video", "Faces"
@@ -113,7 +109,7 @@ def animate(
     """
     with quiet():  # diffusers and transformers speak of missing extras when they are imported
         import diffattn.pipelines.portrait_animation.animation as portrait
-        from diffattn.pipelines.portrait_animation.driving import Driving, digest
+        from diffattn.clip import Clip, digest
 
     from .arguments import parse_device, parse_dtype
 
@@ -122,7 +118,7 @@ def animate(
     finder = open_finder(landmarks, provider, model)
     animation = portrait.Animation(
         source=source,
-        driving=Driving(path=driving, start=start, count=frames, skip=skip, fps=parse_rate(fps)),
+        driving=Clip(path=driving, start=start, count=frames, skip=skip, fps=parse_rate(fps)),
         checkpoint=checkpoint,
         output=output,
         preview=preview,
@@ -150,36 +146,6 @@ def animate(
             complain(RuntimeError(f"{error or 'out of memory'}; what is done is kept: go on with --resume"))
             raise typer.Exit(FAILED) from error
     typer.echo(str(output))
-
-
-def bar(frames: Iterable[Any], label: str, total: int | None) -> Iterable[Any]:
-    """A progress bar where there is a terminal."""
-    return tqdm(frames, desc=label, total=total, unit="frame", disable=None, leave=False)
-
-
-@contextlib.contextmanager
-def once() -> Iterator[None]:
-    """Log nothing twice: what is odd about a driving video would be told whenever it is read."""
-    logger, told = logging.getLogger("diffattn"), set[str]()
-
-    def is_new(record: logging.LogRecord) -> bool:
-        before = len(told)
-        told.add(record.getMessage())
-        return len(told) > before
-
-    logger.addFilter(is_new)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_new)
-
-
-def parse_rate(text: str | None) -> Fraction | None:
-    """Frames per second: `25`, `29.97`, `30000/1001`."""
-    try:
-        return None if text is None else Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"--fps must be a number or a fraction, such as 30000/1001, got {text!r}") from None
 
 
 def parse_best_frame(text: str) -> int | Literal["best", "none"]:

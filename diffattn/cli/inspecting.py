@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from .frame import Device, Dtype, Seed, app, examples, output_option, quiet
 
@@ -45,7 +45,7 @@ def inspect_star(
     with quiet():
         unet, controlnet = (network.to(where) for network in open_networks(checkpoint, parse_dtype(dtype, where)))
         report = measure_gates(unet, controlnet, timestep=timestep, frames=frames, seed=seed)
-    table = Table("network", "module", "least", "mean", "most", "acts on")
+    table = Table("network", Column("module", overflow="fold"), "least", "mean", "most", "acts on")
     for row in report.rows:
         numbers = (f"{number:.4f}" for number in (row.low, row.mean, row.high))
         table.add_row(row.network, row.module, *numbers, f"{row.acting:.1%}")

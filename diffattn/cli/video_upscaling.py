@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 import typer
 from tqdm import tqdm
 
-from .animating import bar, once, parse_rate
 from .frame import Device, Dtype, Seed, app, complain, examples, output_option, quiet
+from .videos import bar, once, parse_rate
 
 MODEL = "--checkpoint star"
 INPUT, MEMORY = "Input", "Memory"
@@ -100,7 +100,7 @@ def video_upscale(
     """
     with quiet():  # diffusers and transformers speak of missing extras when they are imported
         import diffattn.pipelines.video_sr.upscaling as star
-        from diffattn.pipelines.portrait_animation.driving import Driving
+        from diffattn.clip import Clip
 
     from .arguments import parse_device, parse_dtype
 
@@ -109,7 +109,7 @@ def video_upscale(
     if offload and where.type == "cpu":
         raise ValueError("--offload moves parts to a GPU and back, and this is --device cpu: leave --offload out")
     upscaling = star.Upscaling(
-        clip=Driving(path=source, start=start, count=frames, fps=parse_rate(fps)),
+        clip=Clip(path=source, start=start, count=frames, fps=parse_rate(fps)),
         checkpoint=checkpoint,
         output=output,
         scale=scale,

@@ -1,6 +1,6 @@
 """What `diffattn animate` does: faces found and control pictures kept in a file, steps, frames written as they come.
 
-    animation = Animation(source=..., driving=Driving(path=...), checkpoint=..., output=..., settings=Settings())
+    animation = Animation(source=..., driving=Clip(path=...), checkpoint=..., output=..., settings=Settings())
     with animation.prepared(LandmarkFile("points.npy"), device, dtype) as run:
         run.write(run.denoise())
 
@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffattn.clip import Clip, digest, read_opaque
 from diffattn.media import side_by_side
 from diffattn.video import VideoWriter
 
 from .alignment import Picture, resize
 from .checks import check_windows
 from .denoiser import Condition, Denoiser, Networks
-from .driving import Driving, digest, read_opaque
 from .face import LandmarkFile, LandmarkFinder, Pixels, Points, choose_face, draw_landmarks, fill_missing
 from .features import CELL, EncodedWhenRead
 from .hints import control_pictures, plan_alignment
@@ -91,7 +91,7 @@ class Animation:
     """What is to be made of what; raises `ValueError` for what cannot be, before anything is opened for long."""
 
     source: Path
-    driving: Driving
+    driving: Clip
     checkpoint: Path
     """Folder from `convert`."""
     output: Path

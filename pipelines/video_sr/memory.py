@@ -6,7 +6,8 @@
 `encode`, `window` and `decode` are the most bytes of activations that live at a time in one call of the VAE's encoder,
 of the networks and of the VAE's decoder. They are measured: the call is made with tensors that have a shape and no
 numbers, and what is alive after each operation is summed up. Attention counts as a fused kernel, without its weights'
-matrix. Not in it: what kernels need inside, which `MARGIN` is for, and an allocator's fragments.
+matrix. Not in it: what kernels need inside, which `MARGIN` is for, and an allocator's fragments. On a CPU that was
+measured to be 1.0 to 1.2 times what is counted in float32, and up to 1.9 times in bfloat16.
 """
 
 import shutil

@@ -1,6 +1,6 @@
 """What `diffattn video-upscale` does: a clip's latents kept in files, steps, frames written as they are decoded.
 
-    upscaling = Upscaling(clip=Driving(path=...), checkpoint=..., output=..., settings=UpscaleSettings())
+    upscaling = Upscaling(clip=Clip(path=...), checkpoint=..., output=..., settings=UpscaleSettings())
     with upscaling.prepared(device, dtype) as run:
         run.make()
 
@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffattn.clip import Clip
 from diffattn.color import to_bytes
 from diffattn.video import VideoWriter
 
-from ..portrait_animation.driving import Driving
 from .memory import plan_memory
 from .opening import check_checkpoint, count_steps, open_pipeline, untrained
 from .pipeline import STARPipeline
@@ -53,7 +53,7 @@ def silent(text: str) -> None:
 class Upscaling:
     """What is to be made of what; raises `ValueError` for what cannot be, before anything is opened for long."""
 
-    clip: Driving
+    clip: Clip
     checkpoint: Path
     """Folder from `convert`."""
     output: Path

@@ -1,11 +1,9 @@
 """An animation as a library call: what goes in, what is kept on the way, and the same numbers as the pipeline's."""
 
 import contextlib
-import logging
 import sys
 import tracemalloc
 from collections.abc import Iterable, Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,11 @@ pytest.importorskip("av", reason="needs PyAV, the extra `video`")
 
 import portrait_files as files
 from diffattn.pipelines.portrait_animation.animation import Animation, Settings
-from diffattn.pipelines.portrait_animation.driving import Driving, digest, read_opaque
 from diffattn.pipelines.portrait_animation.face import LandmarkFile
 from diffattn.pipelines.portrait_animation.paste import face_box
 from diffattn.pipelines.portrait_animation.work import StoredFrames, WorkFolder
+
+from diffattn.clip import Clip
 
 CPU = torch.device("cpu")
 COUNT = 3
@@ -48,7 +47,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def animation(inputs: Path, output: Path, *, checkpoint: str = "ddim", resume: bool = False, **settings: Any) -> Any:
     return Animation(
         source=inputs / "source.png",
-        driving=Driving(path=inputs / "driving.mp4"),
+        driving=Clip(path=inputs / "driving.mp4"),
         checkpoint=inputs / checkpoint,
         output=output,
         resume=resume,
@@ -94,7 +93,7 @@ def test_the_driving_face_lies_where_the_animated_one_does(inputs: Path, tmp_pat
     np.save(tmp_path / "points.npy", np.stack([target, points]))
     made = Animation(
         source=inputs / "source.png",
-        driving=Driving(path=tmp_path / "frames"),
+        driving=Clip(path=tmp_path / "frames"),
         checkpoint=inputs / "ddim",
         output=tmp_path / "a.mp4",
         settings=Settings(paste=paste),
@@ -137,53 +136,6 @@ def test_a_run_that_stopped_goes_on(
     for _ in ("from the first step", "from the last"):
         latents = latents_of(resume=True)
         assert latents is not None and whole is not None and torch.equal(latents, whole)
-
-
-def test_frames_of_a_folder_in_their_order(tmp_path: Path) -> None:
-    folder = files.write_folder(tmp_path / "frames", 5)
-    driving = Driving(path=folder, start=1, count=2, skip=1, fps=Fraction(30))
-    expected = files.frames(5)
-    assert np.array_equal(list(driving.frames()), [expected[1], expected[3]])
-    assert (driving.rate, driving.begin, driving.sound) == (15, pytest.approx(1 / 30), None)
-    assert Driving(path=folder).rate == 25
-    before = driving.digest()
-    Image.new("RGB", (48, 32)).save(folder / "9.png")
-    assert driving.digest() != before
-
-
-def test_frames_of_a_file(inputs: Path) -> None:
-    driving = Driving(path=inputs / "driving.mp4", start=1, skip=1)
-    (frame,) = driving.frames()
-    assert np.abs(frame.astype(int) - files.frames(COUNT)[1]).mean() < 8
-    assert (driving.rate, driving.begin, driving.sound) == (5, pytest.approx(0.1), inputs / "driving.mp4")
-    assert driving.digest() == digest(inputs / "driving.mp4")
-
-
-def test_frames_that_do_not_fit_are_refused(inputs: Path, tmp_path: Path) -> None:
-    folder = files.write_folder(tmp_path / "frames", 2)
-    with pytest.raises(ValueError, match="expected a frame from --start 2 on in .*frames; got none"):
-        next(Driving(path=folder, start=2).frames())
-    with pytest.raises(ValueError, match="expected a frame from --start 7 on in .*driving.mp4; got none"):
-        next(Driving(path=inputs / "driving.mp4", start=7).frames())
-    Image.new("RGB", (7, 5)).save(folder / "10.png")
-    with pytest.raises(ValueError, match=r"expected frames of one size in .*; got \(5, 7\) for number 2"):
-        list(Driving(path=folder).frames())
-    with pytest.raises(ValueError, match="--fps is for a folder of frames"):
-        Driving(path=inputs / "driving.mp4", fps=Fraction(25))
-    with pytest.raises(ValueError, match="expected --fps above 0; got 0"):
-        Driving(path=folder, fps=Fraction(0))
-    with pytest.raises(FileNotFoundError):
-        Driving(path=tmp_path / "none.mp4")
-
-
-def test_transparent_pixels_show_white(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pixels = np.array([[(10, 20, 30, 0), (10, 20, 30, 255), (0, 100, 200, 128)]], dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    Image.fromarray(pixels[:, 1:2]).save(tmp_path / "b.png")
-    with caplog.at_level(logging.WARNING, logger="diffattn"):
-        assert read_opaque(tmp_path / "b.png").tolist() == [[[10, 20, 30]]] and not caplog.messages
-        assert read_opaque(tmp_path / "a.png").tolist() == [[[255, 255, 255], [10, 20, 30], [127, 177, 227]]]
-    assert caplog.messages == [f"{tmp_path / 'a.png'}: transparent in places; put on white"]
 
 
 def test_patches_may_grow_with_the_face(inputs: Path, tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import tiny_star
 import torch
+from diffattn.pipelines.video_sr.denoiser import Denoiser
 from diffattn.pipelines.video_sr.pipeline import STARPipeline
+from diffattn.pipelines.video_sr.scheduler import STARScheduler
 from diffattn.pipelines.video_sr.settings import UpscaleSettings
 from diffattn.pipelines.video_sr.store import FolderStore, MemoryStore
 from diffattn.pipelines.video_sr.text import NEGATIVE, QUALITY
@@ -18,6 +20,7 @@ from star_runs import StubUNet, pipeline, run, stubbed
 from tiny_star import clip
 
 import diffattn
+from diffattn.parallel.noise import FrameNoise
 
 ROOT = Path(__file__).resolve().parents[3]
 GUIDED = {"guidance_scale": 7.5, "window": 4, "overlap": 2, "decode_chunk": 3, "decode_overlap": 1}
@@ -97,7 +100,10 @@ def test_kinds_of_video_are_the_same_clip(pipe):
         torch.testing.assert_close(run(pipe, kind), want, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"official": True}, {"tile": 64, "tile_overlap": 8, "decode_tile": 40}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"official": True}, {"tile": 64, "tile_overlap": 8, "decode_tile": 72, "guidance_scale": 1}],
+)
 def test_memory_and_folder_give_the_same_bits(pipe, tmp_path, options):
     """And so does the call."""
     video, given = clip(5, 20, 40), {**GUIDED, **options}
@@ -212,6 +218,26 @@ def test_noise_belongs_to_the_frame_and_the_step(tmp_path):
     assert not torch.equal(states[0][0][0], states[0][0][1])
 
 
+def test_steps_are_those_of_the_scheduler(pipe):
+    """One window through its own `step`, with the noise of each step."""
+    settings, store = UpscaleSettings(num_inference_steps=3, seed=5), MemoryStore()
+    plan, text = pipe.plan(2, 8, 8, 2, settings), pipe.embed("boats")
+    pipe.encode_clip([clip(2, 8, 8)], plan, settings, store)
+    x, hint = (store.read(name, 0, 2).transpose(0, 1)[None] for name in ("x.0", "hint"))
+    noised = pipe.scheduler.noised(hint[0], FrameNoise(5).draw(range(2), (4, *plan.latent), dim=1))
+    torch.testing.assert_close(x[0], pipe.scheduler.start(noised))
+    denoise = Denoiser(pipe.unet, pipe.controlnet, text, plan.tiles, guidance_scale=7.5, guidance_rescale=0.2)
+    scheduler = STARScheduler()
+    scheduler.set_timesteps(3)
+    for step, timestep in enumerate(scheduler.timesteps):
+        pipe.denoise_step(step, plan, settings, text, store)
+        with torch.no_grad():
+            velocity = denoise(x, hint, timestep)
+        drawn = FrameNoise(5).draw(range(2), (4, *plan.latent), step=step + 1, dim=1)[None]
+        x = scheduler.step(velocity, timestep, x, variance_noise=drawn).prev_sample
+        torch.testing.assert_close(store.read(f"x.{step + 1}", 0, 2).transpose(0, 1)[None], x, atol=1e-4, rtol=1e-4)
+
+
 def test_official_latents_are_sampled_by_frame():
     samples = []
     pipe = stubbed()
@@ -305,10 +331,27 @@ def test_colours(pipe):
     assert max(adain, wavelet) < far / 3
 
 
+def test_colours_are_those_of_the_same_frame():
+    """Also where frames are decoded in chunks and the clip comes in pieces."""
+    shades = torch.linspace(0.3, 0.7, 11)[:, None, None, None]
+    video = 0.1 * (clip(11, 8, 8) - 0.5) + shades
+    got = work(stubbed(StubUNet(time=0.1)), MemoryStore(), video, guidance_scale=1, decode_chunk=4, decode_overlap=1)
+    torch.testing.assert_close(got.mean((2, 3)), video.mean((2, 3)), atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
-    video = run(pipeline().to(dtype), clip(3), num_inference_steps=3, **GUIDED)
+    video = run(pipeline().to(dtype), clip(2), num_inference_steps=2, guidance_scale=7.5)
     assert video.dtype == torch.float32 and torch.isfinite(video).all() and video.std() > 0.01
+
+
+def test_the_encoder_works_in_float32_where_the_configuration_says_so(monkeypatch):
+    pipe, seen = pipeline().to(torch.float16), []
+    encode = pipe.vae.encode
+    monkeypatch.setattr(pipe.vae, "encode", lambda pictures: seen.append(pictures.dtype) or encode(pictures))
+    plan = pipe.plan(1, 8, 8, 1, UpscaleSettings())
+    pipe.encode_clip([clip(1, 8, 8)], plan, UpscaleSettings(), MemoryStore())
+    assert seen == [torch.float32] and pipe.vae.dtype == torch.float16
 
 
 def test_offloading_changes_nothing():
@@ -325,16 +368,16 @@ def test_exchanged_attention(pipe):
     video, options = clip(5, 8, 8), {"upscale": 4, "output_type": "latent"}  # 4 x 4 cells, 10 x 8 with the padding
     spatial = {"mechanism": "neighborhood", "layers": "*.attentions.*"}
     temporal = {"mechanism": "dual_scope", "layers": "*temp_attentions*", "top_k": 0}
-    flat = {"local_phase": None, "global_phase": None}
+    small, large = {**spatial, "kernel_size": 3}, {**spatial, "kernel_size": 15}
+    near, all_frames = {**temporal, "padding": 1}, {**temporal, "padding": 5, "local_phase": None, "global_phase": None}
     want = run(pipe, video, **options)
-    for small, large in (
-        ({**spatial, "kernel_size": 3}, {**spatial, "kernel_size": 15}),
-        ({**temporal, "padding": 1}, {**temporal, "padding": 5, **flat}),
-    ):
-        with diffattn.apply(pipe.unet, **small):
-            assert not torch.equal(run(pipe, video, **options), want)
-        with diffattn.apply(pipe.unet, **large):
-            torch.testing.assert_close(run(pipe, video, **options), want, atol=1e-3, rtol=1e-3)
+    for unet, control in ((small, small), (near, near), (near, small), (large, large), (all_frames, large)):
+        with diffattn.apply(pipe.unet, **unet), diffattn.apply(pipe.controlnet, **control):
+            got = run(pipe, video, **options)
+        if control is large:
+            torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
+        else:
+            assert (got - want).abs().max() > 1e-2
         assert torch.equal(run(pipe, video, **options), want)
 
 

@@ -1,8 +1,9 @@
 """What is between windows, chunks and tiles: with stand-ins that disagree from one to the next, no jump at the borders.
 
 Neighbours are as far apart as the slope times what they are shifted by. Their cross-fade spreads that over the overlap,
-so that no step is larger than those inside a window; a cut makes it one step. For the shift to be spread so far, tiles and
-windows share half of what they hold; decoded chunks a quarter, where the fade is as steep as the slope.
+so that no step is larger than those inside a window; a cut makes it one step. Windows and tiles share half of what they
+hold, decoded chunks a quarter, where the fade is as steep as the slope: less would not do for neighbours that disagree
+so much.
 """
 
 import math

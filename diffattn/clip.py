@@ -1,4 +1,4 @@
-"""What goes into an animation: the picture of a person, and the frames that move it, one by one."""
+"""Frames of a video file or of a folder of pictures, one by one, and how to tell them from others."""
 
 import hashlib
 import itertools
@@ -11,10 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from diffattn.media import find_pictures, read_picture
-from diffattn.video import probe, read_frames
-
-from .face import Pixels
+from .media import find_pictures, read_picture
+from .video import Pixels, probe, read_frames
 
 logger = logging.getLogger("diffattn")
 
@@ -23,7 +21,7 @@ FOLDER_RATE = Fraction(25)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Driving:
+class Clip:
     """The part of a video file, or of a folder of pictures of one size, that is used.
 
     Raises:

@@ -1,0 +1,39 @@
+"""What commands that read and write videos share."""
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from typing import Any
+
+from tqdm import tqdm
+
+
+def bar(frames: Iterable[Any], label: str, total: int | None) -> Iterable[Any]:
+    """A progress bar where there is a terminal."""
+    return tqdm(frames, desc=label, total=total, unit="frame", disable=None, leave=False)
+
+
+@contextlib.contextmanager
+def once() -> Iterator[None]:
+    """Log nothing twice: what is odd about a driving video would be told whenever it is read."""
+    logger, told = logging.getLogger("diffattn"), set[str]()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        before = len(told)
+        told.add(record.getMessage())
+        return len(told) > before
+
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)
+
+
+def parse_rate(text: str | None) -> Fraction | None:
+    """Frames per second: `25`, `29.97`, `30000/1001`."""
+    try:
+        return None if text is None else Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"--fps must be a number or a fraction, such as 30000/1001, got {text!r}") from None
