@@ -25,19 +25,33 @@ class ModelSwap:
         self.model = model
         self.family = family
         self.mechanism = mechanism
+        """That of all layers, or of the first ones after `join`."""
         self.state = State()
         self.layers: dict[str, SwappedLayer] = {}
         self.kept: dict[str, str] = {}
         """Attention layers left alone, and why."""
         self.replaced_parameters: frozenset[str] = frozenset()
         """The model's parameters that hold an adapter's values."""
-        self._classes: dict[type, type] = {}
+        self._classes: dict[tuple[type, int], type] = {}
         self._hooks: list[Any] = []
         self._theta: float | None = None
         self._seen: set[str] = set()
         self._replaced: frozenset[str] = frozenset()
         self._proven = False
         self._on_undo: list[Callable[[], None]] = []
+
+    @property
+    def mechanisms(self) -> list[Mechanism]:
+        """Those of the layers, each once."""
+        return list({id(layer.mechanism): layer.mechanism for layer in self.layers.values()}.values())
+
+    def join(self, other: "ModelSwap") -> None:
+        """Take the layers of another swap of the same model, which is not in place either."""
+        for layer in other.layers.values():
+            layer.state = self.state
+        self.layers |= other.layers
+        self.kept = {name: self.kept[name] for name in self.kept.keys() & other.kept.keys()}
+        self.state.needs |= other.state.needs
 
     def on_undo(self, action: Callable[[], None]) -> None:
         """Run `action` when the swap is undone."""
@@ -61,12 +75,13 @@ class ModelSwap:
             self._seen.add(layer.name)
 
     def _wrap(self, layer: SwappedLayer) -> Any:
-        """A copy of the layer's own processor with another class: one class per base and swap."""
+        """A copy of the layer's own processor with another class: one class per base, mechanism and swap."""
         base = type(layer.original)
-        if base not in self._classes:
-            prefix = type(self.mechanism).__name__.removesuffix("Attention")
-            self._classes[base] = intercept.processor_class(base, prefix, {"mechanism": self.mechanism})
-        cls = self._classes[base]
+        key = base, id(layer.mechanism)
+        if key not in self._classes:
+            prefix = type(layer.mechanism).__name__.removesuffix("Attention")
+            self._classes[key] = intercept.processor_class(base, prefix, {"mechanism": layer.mechanism})
+        cls = self._classes[key]
         processor: Any = object.__new__(cls)
         processor.__dict__.update(layer.original.__dict__)
         processor.layer = layer
@@ -81,8 +96,8 @@ class ModelSwap:
             self._add_hook(modules[owner], reader)
         for latent in {layer.latent for layer in self.layers.values()} - {None}:
             self._add_hook(self.model, latent)
-        if "features" in self.mechanism.needs:
-            for name, layer in self.layers.items():
+        for name, layer in self.layers.items():
+            if "features" in layer.mechanism.needs:
                 self._add_hook(modules[name.rpartition(".")[0]], Features(layer))
         self._add_hook(self.model, self._before_forward)
         self._hooks.append(self.model.register_forward_hook(self._after_forward))

@@ -1,7 +1,7 @@
 """What a swap would do, decided and checked before anything is changed."""
 
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 from torch import nn
@@ -16,8 +16,22 @@ from .steps import StepCounter
 COMPONENTS = ("unet", "transformer", "transformer_2")
 """Parts of a pipeline that `apply` takes unless told otherwise."""
 
+Mechanisms = Mechanism | Mapping[str, Mechanism]
+"""One for all layers, or one for each glob on dotted layer names."""
 LayerChoice = str | Iterable[str] | Callable[[str], bool] | None
 StepChoice = slice | Callable[[int], bool] | None
+
+
+def resolve_all(mechanism: Mechanisms | str, layers: LayerChoice, **options: Any) -> Mechanisms:
+    """As `resolve`, for a mapping of globs as well, whose configs carry everything."""
+    if not isinstance(mechanism, Mapping):
+        return resolve(mechanism, **options)
+    if layers is not None or options or not mechanism:
+        raise ValueError(
+            f"expected globs of layers with a config each and neither layers= nor options; got {dict(mechanism)}, "
+            f"layers={layers} and options {sorted(options)}; put them into the mapping"
+        )
+    return {glob: resolve(own) for glob, own in mechanism.items()}
 
 
 def resolve(mechanism: Mechanism | str, **options: Any) -> Mechanism:
@@ -74,7 +88,7 @@ def own_processor(module: nn.Module) -> Any:
 
 def plan_all(
     target: Any,
-    mechanism: Mechanism,
+    mechanism: Mechanisms,
     layers: LayerChoice = None,
     steps: StepChoice = None,
     backend: str = "auto",
@@ -85,17 +99,43 @@ def plan_all(
     models = models_of(target, components)
     if steps is not None and isinstance(target, nn.Module):
         raise ValueError("steps= counts the steps of a pipeline; pass the pipeline, not its model")
-    if "sigma" in mechanism.needs and isinstance(target, nn.Module):
-        raise ValueError(
-            f"{mechanism} needs sigma, the share of noise, which the scheduler of a pipeline tells; pass the pipeline, "
-            f"not its model"
-        )
+    for own in mechanism.values() if isinstance(mechanism, Mapping) else [mechanism]:
+        if "sigma" in own.needs and isinstance(target, nn.Module):
+            raise ValueError(
+                f"{own} needs sigma, the share of noise, which the scheduler of a pipeline tells; pass the pipeline, "
+                f"not its model"
+            )
     counter = None if isinstance(target, nn.Module) else StepCounter(target)
     chosen = step_predicate(steps)
-    swaps = [plan(model, mechanism, layers=layers, backend=backend, min_tokens=min_tokens) for model in models]
+    options: dict[str, Any] = {"backend": backend, "min_tokens": min_tokens}
+    if isinstance(mechanism, Mapping):
+        swaps = [plan_mixed(model, mechanism, **options) for model in models]
+    else:
+        swaps = [plan(model, mechanism, layers=layers, **options) for model in models]
     for swap in swaps:
         swap.state.steps, swap.state.chosen = counter, chosen
     return swaps
+
+
+def plan_mixed(model: nn.Module, mechanisms: Mapping[str, Mechanism], *, backend: str, min_tokens: int) -> ModelSwap:
+    """`plan` with a mechanism for each glob of layers, no layer by two of them."""
+    scaling = [own for own in mechanisms.values() if getattr(own, "ntk_factor", 1.0) != 1.0]
+    if scaling and len(mechanisms) > 1:
+        raise ValueError(
+            f"expected mechanisms that leave the model's rotary embedding alone; got {scaling[0]}; put it on alone"
+        )
+    first, *others = (
+        plan(model, own, layers=glob, backend=backend, min_tokens=min_tokens) for glob, own in mechanisms.items()
+    )
+    for other in others:
+        twice = sorted(first.layers.keys() & other.layers.keys())
+        if twice:
+            raise ValueError(
+                f"expected globs that pick no layer twice; got {list(mechanisms)}, {len(twice)} layers such as "
+                f"{twice[0]} by two; make them narrower"
+            )
+        first.join(other)
+    return first
 
 
 def plan(model: nn.Module, mechanism: Mechanism, *, layers: LayerChoice, backend: str, min_tokens: int) -> ModelSwap:

@@ -17,7 +17,7 @@ from torch import nn
 from .layer import SwappedLayer
 from .mechanisms.base import Mechanism
 from .model_swap import ModelSwap, current
-from .plan import LayerChoice, StepChoice, plan, plan_all, resolve, unwrap
+from .plan import LayerChoice, Mechanisms, StepChoice, plan, plan_all, resolve, resolve_all, unwrap
 
 logger = logging.getLogger("diffattn")
 
@@ -70,12 +70,12 @@ class Handle:
 
     def __repr__(self) -> str:
         parts = [f"{len(s.layers)} layers of {type(s.model).__name__}" for s in self._swaps]
-        return f"<Handle {self._swaps[0].mechanism}: {', '.join(parts)}>"
+        return f"<Handle {' and '.join(map(str, self._swaps[0].mechanisms))}: {', '.join(parts)}>"
 
 
 def apply(
     target: Any,
-    mechanism: Mechanism | str,
+    mechanism: Mechanisms | str,
     *,
     layers: LayerChoice = None,
     steps: StepChoice = None,
@@ -88,7 +88,8 @@ def apply(
 
     Args:
         target: a `DiffusionPipeline`, a `ModularPipeline` or a model.
-        mechanism: a config like `ClearAttention(radius=16)`, or its short name with the config's fields as `options`.
+        mechanism: a config like `ClearAttention(radius=16)`, or its short name with the config's fields as `options`;
+            or one config for each of several globs, `{"*.attentions.*": .., "*temp_attentions*": ..}`.
         layers: glob or globs on dotted layer names (`"single_transformer_blocks.*"`), or a predicate. None: every
             layer that the mechanism is meant for. Cross-attention to text is never swapped.
         steps: a slice of the denoising steps, or a predicate on a step's number; the others stay dense.
@@ -99,18 +100,21 @@ def apply(
     Raises `ValueError`, with nothing changed, for unknown names and options, families that are not known, globs that
     match nothing, and mechanisms that the model cannot carry.
     """
-    mechanism = resolve(mechanism, **options)
+    mechanism = resolve_all(mechanism, layers, **options)
     return commit(plan_all(target, mechanism, layers, steps, backend, components, min_tokens))
 
 
 def commit(swaps: list[ModelSwap], trained: bool = False) -> Handle:
     """Put planned swaps in place; `trained` where weights made for the mechanism come along."""
     for swap in swaps:
-        if not (trained or swap.mechanism.exact):
-            _say_untrained(swap.mechanism.type)
+        for mechanism in swap.mechanisms:
+            if not (trained or mechanism.exact):
+                _say_untrained(mechanism.type)
         swap.install()
         swap.put_in_place()
-        logger.info("%s on %d layers of %s", swap.mechanism, len(swap.layers), type(swap.model).__name__)
+        for mechanism in swap.mechanisms:
+            count = sum(layer.mechanism is mechanism for layer in swap.layers.values())
+            logger.info("%s on %d layers of %s", mechanism, count, type(swap.model).__name__)
     return Handle(swaps)
 
 

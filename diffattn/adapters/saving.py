@@ -90,7 +90,11 @@ def _refuse_others(folder: Path, files: list[str]) -> None:
 
 
 def describe(swap: ModelSwap, base_model: str) -> dict[str, Any]:
-    """What an adapter says of itself."""
+    """What an adapter says of itself; raises `ValueError` for a swap of several mechanisms, which no file holds."""
+    if len(swap.mechanisms) > 1:
+        raise ValueError(
+            f"expected one mechanism to save; got {', '.join(map(str, swap.mechanisms))}; apply and save one at a time"
+        )
     return {
         "mechanism": swap.mechanism.to_dict(),
         "layers": list(swap.layers),
