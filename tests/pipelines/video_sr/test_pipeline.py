@@ -1,5 +1,6 @@
 """The pipeline as a user of diffusers calls it, and its parts as a program does that keeps the clip in a folder."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from star_runs import StubUNet, pipeline, run, stubbed
 from tiny_star import clip
 
 import diffattn
+from diffattn import DualScopeAttention, NeighborhoodAttention
 from diffattn.parallel.noise import FrameNoise
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -364,21 +366,24 @@ def test_offloading_changes_nothing():
 
 
 def test_exchanged_attention(pipe):
-    """Windows over everything are the model's own attention; small ones are not; restored is as before."""
+    """Windows over everything are the model's own attention; small ones are not; restored is as before.
+
+    Local windows in space and dual scope in time, on both networks at once.
+    """
     video, options = clip(5, 8, 8), {"upscale": 4, "output_type": "latent"}  # 4 x 4 cells, 10 x 8 with the padding
-    spatial = {"mechanism": "neighborhood", "layers": "*.attentions.*"}
-    temporal = {"mechanism": "dual_scope", "layers": "*temp_attentions*", "top_k": 0}
-    small, large = {**spatial, "kernel_size": 3}, {**spatial, "kernel_size": 15}
-    near, all_frames = {**temporal, "padding": 1}, {**temporal, "padding": 5, "local_phase": None, "global_phase": None}
-    want = run(pipe, video, **options)
-    for unet, control in ((small, small), (near, near), (near, small), (large, large), (all_frames, large)):
-        with diffattn.apply(pipe.unet, **unet), diffattn.apply(pipe.controlnet, **control):
-            got = run(pipe, video, **options)
-        if control is large:
-            torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
-        else:
-            assert (got - want).abs().max() > 1e-2
+    small, large = NeighborhoodAttention(kernel_size=3), NeighborhoodAttention(kernel_size=15)
+    near = DualScopeAttention(padding=1, top_k=0)
+    all_frames = DualScopeAttention(padding=5, top_k=0, local_phase=None, global_phase=None)
+    want, seen = run(pipe, video, **options), []
+    for space, time in ((small, all_frames), (large, near), (small, near), (large, all_frames)):
+        given = {"*.attentions.*": space, "*temp_attentions*": time}
+        with diffattn.apply(pipe, given, components=("unet", "controlnet")) as handle:
+            seen.append(run(pipe, video, **options))
+        assert {"temp_" in layer.name for layer in handle.layers} == {False, True}
         assert torch.equal(run(pipe, video, **options), want)
+    torch.testing.assert_close(seen.pop(), want, atol=1e-3, rtol=1e-3)
+    for one, other in itertools.combinations([want, *seen], 2):
+        assert (one - other).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(
