@@ -637,6 +637,21 @@ def unet3d() -> Tiny:
     return Tiny(_make("UNet3DConditionModel", **config), inputs, _unet_layouts(), along)
 
 
+def star_controlnet() -> Tiny:
+    """The control branch of STAR, which pads its coarse level by a row more."""
+    from diffattn.pipelines.video_sr import STARControlNetModel
+
+    config = {**_UNET, "down_block_types": ("CrossAttnDownBlock3D",) * 2, "attention_head_dim": 8}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = randomize(STARControlNetModel(**config))
+    inputs = {**_unet_inputs(), "sample": draw(2, 4, 5, 8, 12), "controlnet_cond": draw(2, 4, 5, 8, 12)}
+    layer = r"\.attentions\.\d+\.transformer_blocks\.\d+\.attn1"
+    layouts = {rf"down_blocks\.0{layer}": (_FINE,), rf"(down_blocks\.1|mid_block){layer}": (Tokens(0, 1, 5, 6),)}
+    along = {r"(.*temp_attentions\.\d+|transformer_in)\.transformer_blocks\.\d+\.attn[12]": (Tokens(0, 5, 1, 1),)}
+    return Tiny(model, inputs, layouts, along)
+
+
 def i2vgen() -> Tiny:
     config = {**_UNET, **_two_levels("CrossAttnDownBlock3D", "CrossAttnUpBlock3D"), "attention_head_dim": 8}
     inputs = dict(
@@ -680,5 +695,6 @@ BUILDERS: dict[str, Callable[[], Tiny]] = {
     "SVD": svd,
     "I2VGen-XL": i2vgen,
     "UNet3D": unet3d,
+    "STAR-ControlNet": star_controlnet,
 }
 """Every family that can be swapped."""

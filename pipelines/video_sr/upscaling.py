@@ -31,6 +31,7 @@ from .opening import check_checkpoint, count_steps, open_pipeline, untrained
 from .pipeline import STARPipeline
 from .plan import Plan, plan_upscaling
 from .settings import UpscaleSettings
+from .store import FolderStore
 from .text import PROMPT
 from .work import WatchedStore, WorkFolder
 
@@ -217,7 +218,7 @@ class Run:
     def write(self) -> None:
         """Decode a few frames at a time, and write the video."""
         clip, settings, work = self.upscaling.clip, self.upscaling.settings, self.upscaling.work
-        pieces = self.pipe.decode_clip(self._source(), self.plan, settings, self._store("", 0))
+        pieces = self.pipe.decode_clip(self._source(), self.plan, settings, FolderStore(work.latents))
         frames = (frame for piece in pieces for frame in piece)
         with VideoWriter(work.video, clip.rate, clip.sound, clip.begin) as video:
             for frame in self.progress(frames, "decoding", self.plan.frames):

@@ -99,7 +99,7 @@ def command(*arguments: Any, ranks: int = 1) -> tuple[list[str], dict[str, str]]
 
 def call(*arguments: Any, ranks: int = 1) -> "subprocess.CompletedProcess[str]":
     line, environment = command(*arguments, ranks=ranks)
-    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def alone(frames: int) -> FramePlan:

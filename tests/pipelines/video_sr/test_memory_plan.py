@@ -59,19 +59,18 @@ def test_weights_are_counted_by_the_heads_of_their_files(checkpoint: Path) -> No
 
 
 def test_each_part_follows_its_own_settings(checkpoint: Path) -> None:
-    base = planned(checkpoint)
-    other = planned(checkpoint, window=4, overlap=2, decode_chunk=2, decode_overlap=1, encode_chunk=3)
+    wide = {"height": 40, "width": 48}
+    base = planned(checkpoint, **wide)
+    other = planned(checkpoint, **wide, window=4, overlap=2, decode_chunk=2, decode_overlap=1, encode_chunk=3)
     assert other.window == pytest.approx(base.window / 2, rel=0.15)
     assert other.decode == pytest.approx(base.decode / 2, rel=0.1) and other.frames == base.frames / 2
     assert other.encode == pytest.approx(3 * base.encode, rel=0.1)
-    assert planned(checkpoint, guidance_batch=True).window == pytest.approx(2 * base.window, rel=0.15)
-    wide = {"height": 40, "width": 48}
-    whole = planned(checkpoint, **wide)
+    assert planned(checkpoint, **wide, guidance_batch=True).window == pytest.approx(2 * base.window, rel=0.15)
     for tiles in ({"tile": 80}, {"decode_tile": 80}):
         tiled = planned(checkpoint, **wide, **tiles, tile_overlap=16)
         smaller, same = ("window", "decode") if "tile" in tiles else ("decode", "window")
-        assert getattr(tiled, smaller) < 0.5 * getattr(whole, smaller)
-        assert getattr(tiled, same) == getattr(whole, same) and tiled.encode == whole.encode
+        assert getattr(tiled, smaller) < 0.5 * getattr(base, smaller)
+        assert getattr(tiled, same) == getattr(base, same) and tiled.encode == base.encode
 
 
 def test_a_longer_clip_needs_more_disk_alone(checkpoint: Path) -> None:
