@@ -196,6 +196,8 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
         stream = next((stream for stream in container.streams.video if not stream.disposition & cover), None)
         if stream is None:
             raise ValueError(f"expected a video in {path}; got a file without pictures; name another")
+        if stream.codec_context is None:
+            raise ValueError(f"expected a video in {path} of a codec that FFmpeg knows; got another; encode it anew")
         stream.codec_context.options = {"err_detect": "explode"}
         yield container, stream
 

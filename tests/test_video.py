@@ -251,6 +251,14 @@ def test_a_cut_off_file(tmp_path: Path) -> None:
     assert len(numbers) == 12 and numbers[:4] == [0, 1, 2, 3] and 4 <= numbers[-1] < 11
 
 
+def test_an_unknown_codec_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mp4", 3)
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
+    for function in (probe, read_frames):
+        with pytest.raises(ValueError, match="a.mp4 of a codec that FFmpeg knows; got another; encode it anew"):
+            function(path)
+
+
 @pytest.mark.parametrize("function", [probe, read_frames])
 def test_what_is_no_video_is_refused(tmp_path: Path, function: Callable[[Path], Any]) -> None:
     (tmp_path / "a.mp4").write_bytes(b"no video at all" * 40)
