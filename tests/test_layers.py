@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
-    {"grid", "config", "files", "weights"},
+    {"grid", "config", "files", "work", "weights"},
     {"kernels"},
     {"mechanisms"},
     {"context_parallel", "families", "intercept", "steps"},

@@ -11,14 +11,13 @@ the embedding of "" is kept.
 import logging
 import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from diffattn.files import check_new_folder, new_folder
 from diffattn.weights import Weights, check_keys, load_strictly, read_weights
 
 from .components import PREFIXES, Sizes, build_networks, build_text_encoder, official_scheduler
@@ -47,18 +46,10 @@ def convert(
     strict: bool = True,
 ) -> Path:
     """Write what `load_official` reads to `folder`, whole or not at all; see there for the arguments."""
-    folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"expected the name of a new folder; {folder} is there; remove it or give another name")
+    folder = check_new_folder(folder)
     pipe = load_official(checkpoint, dtype=dtype, sizes=sizes, null_text=null_text, strict=strict)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with new_folder(folder) as temporary:
         pipe.save_pretrained(temporary)
-        temporary.chmod(folder.parent.stat().st_mode & 0o777)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

@@ -12,13 +12,11 @@
 The control pictures are written and read a few at a time, so that memory does not grow with the video.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +25,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffattn.files import write_json, written
+from diffattn import work
+from diffattn.files import written
 
 from .alignment import Picture
 from .face import POINTS, Points
@@ -67,37 +66,8 @@ class Controls:
     source: Points | None
 
 
-class WorkFolder:
+class WorkFolder(work.WorkFolder):
     """That of one output."""
-
-    def __init__(self, output: Path) -> None:
-        self.path = output.with_name(f"{output.name}.work")
-
-    def open(self, settings: dict[str, Any], resume: bool) -> None:
-        """Make the folder, or go on with one of the same settings.
-
-        Raises:
-            ValueError: a folder is there without `resume`, none with it, or it is of other settings.
-        """
-        file = self.path / "settings.json"
-        if not resume:
-            if self.path.exists():
-                raise ValueError(f"{self.path} is of a run that did not end: add --resume, or remove the folder")
-            write_json(file, settings)
-            return
-        if not file.is_file():
-            raise ValueError(f"--resume: there is no run in {self.path}; leave --resume out")
-        former = json.loads(file.read_text(encoding="utf-8"))
-        for name, value in settings.items():
-            if former.get(name) != value:
-                raise ValueError(
-                    f"{self.path} is of a run with {name}={former.get(name)}, and this one has {value}: use that, or "
-                    "remove the folder"
-                )
-
-    def remove(self) -> None:
-        """All of it."""
-        shutil.rmtree(self.path, ignore_errors=True)
 
     def write_controls(
         self, pictures: Iterable[tuple[Picture, Picture]], points: Sequence[Points | None], source: Points | None

@@ -14,8 +14,6 @@ import logging
 import os
 import pickle
 import re
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
 from transformers import AutoTokenizer, T5EncoderModel
 
+from diffattn.files import check_new_folder, new_folder
 from diffattn.weights import Weights, check_keys, load_strictly, read_weights
 
 from .cogvideox_names import PARTITIONS, UNUSED, lora_layer, official_place
@@ -84,20 +83,12 @@ def convert(
     strict: bool = True,
 ) -> Path:
     """Write what `load_official` reads to `folder`, whole or not at all; see there for the arguments."""
-    folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"expected the name of a new folder; {folder} is there; remove it or give another name")
+    folder = check_new_folder(folder)
     pipe = load_official(
         checkpoint, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, dtype=dtype, sizes=sizes, strict=strict
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with new_folder(folder) as temporary:
         pipe.save_pretrained(temporary)
-        temporary.chmod(folder.parent.stat().st_mode & 0o777)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

@@ -12,8 +12,6 @@ OpenCLIP ViT-H/14 without its last layer, which is that of Stable Diffusion 2.1.
 import logging
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +20,7 @@ import torch
 from diffusers import AutoencoderKLTemporalDecoder
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from diffattn.files import check_new_folder, new_folder
 from diffattn.weights import Weights, check_keys, load_strictly, read_weights
 
 from .components import STARSizes, build_networks
@@ -51,19 +50,11 @@ def convert(
     strict: bool = True,
 ) -> Path:
     """Write what `load_official` reads to `folder`, whole or not at all; see there for the arguments."""
-    folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"expected the name of a new folder; {folder} is there; remove it or give another name")
+    folder = check_new_folder(folder)
     parts = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
     pipe = load_official(checkpoint, **parts, dtype=dtype, sizes=sizes, strict=strict)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with new_folder(folder) as temporary:
         pipe.save_pretrained(temporary)
-        temporary.chmod(folder.parent.stat().st_mode & 0o777)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

@@ -9,51 +9,25 @@
 
 import itertools
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from diffattn import work
 from diffattn.files import write_json
 
 from .store import FolderStore
 
 
-class WorkFolder:
+class WorkFolder(work.WorkFolder):
     """That of one output."""
 
     def __init__(self, output: Path) -> None:
-        self.path = output.with_name(f"{output.name}.work")
+        super().__init__(output)
         self.latents = self.path / "latents"
         self.video = self.path / f"video{output.suffix}"
-
-    def open(self, settings: dict[str, Any], resume: bool) -> None:
-        """Make the folder, or go on with one of the same settings.
-
-        Raises:
-            ValueError: a folder is there without `resume`, none with it, or it is of other settings.
-        """
-        file = self.path / "settings.json"
-        if not resume:
-            if self.path.exists():
-                raise ValueError(f"{self.path} is of a run that did not end: add --resume, or remove the folder")
-            write_json(file, settings)
-            return
-        if not file.is_file():
-            raise ValueError(f"--resume: there is no run in {self.path}; leave --resume out")
-        former = json.loads(file.read_text(encoding="utf-8"))
-        for name, value in settings.items():
-            if former.get(name) != value:
-                raise ValueError(
-                    f"{self.path} is of a run with {name}={former.get(name)}, and this one has {value}: use that, or "
-                    "remove the folder"
-                )
-
-    def remove(self) -> None:
-        """All of it."""
-        shutil.rmtree(self.path, ignore_errors=True)
 
     @property
     def size(self) -> int:
