@@ -8,12 +8,13 @@ A class joins with `@register("name")`; third parties do the same, or declare an
 """
 
 import dataclasses
-import difflib
 import json
 import logging
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
+
+from . import options as typed
 
 logger = logging.getLogger("diffattn")
 
@@ -59,6 +60,7 @@ def registered() -> dict[str, type]:
 
 def lookup(name: str) -> type:
     """The class registered under `name`; an unknown name raises `ValueError` with the known ones."""
+    typed.read("the short name of a mechanism", name, str)
     entries = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
     if name not in _registry and name in entries:
         try:
@@ -69,7 +71,7 @@ def lookup(name: str) -> type:
             ) from error
     if name not in _registry:
         known = sorted({*_registry, *entries})
-        raise ValueError(f"unknown mechanism {name!r}; known: {', '.join(known)}.{_suggest(name, known)}")
+        raise ValueError(f"unknown mechanism {name!r}; known: {', '.join(known)}.{typed.suggest(name, known)}")
     return _registry[name]
 
 
@@ -87,19 +89,22 @@ def _origin(entry: EntryPoint) -> str:
 
 
 def create(name: str, **options: Any) -> Any:
-    """Build the mechanism `name` with `options`; an unknown option raises `ValueError` with the known ones."""
+    """Build the mechanism `name` with `options`, each read by the type of its field (`diffattn.options`).
+
+    Raises `ValueError` for an unknown option, with the known ones, and for a value of another type.
+    """
     cls = lookup(name)
     fields = {field.name: _required(field) for field in dataclasses.fields(cls) if field.init}
     for option in options:
         if option not in fields:
             known = ", ".join(fields) or "none"
-            raise ValueError(f"{name} has no option {option!r}; its options: {known}.{_suggest(option, fields)}")
+            raise ValueError(f"{name} has no option {option!r}; its options: {known}.{typed.suggest(option, fields)}")
     missing = [field for field, required in fields.items() if required and field not in options]
     if missing:
         raise ValueError(
             f"{name} needs {', '.join(missing)}: for example diffattn.apply(pipe, {name!r}, {missing[0]}=...)"
         )
-    return cls(**options)
+    return cls(**typed.read_fields(cls, options, name))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -111,10 +116,12 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Any:
-    """Undo `to_dict`; unknown names and options raise `ValueError`."""
+    """Undo `to_dict`; unknown names and options, and values of another type, raise `ValueError`."""
+    if not isinstance(values, dict):
+        raise ValueError(f'a mechanism config must be a dict with a "type", got {typed.shown(values)}')
     options = {key: _tupled(value) for key, value in values.items() if key != "type"}
     if "type" not in values:
-        raise ValueError(f'a mechanism config needs a "type", got the keys {sorted(values)}')
+        raise ValueError(f'a mechanism config needs a "type", got the keys {sorted(map(str, values))}')
     return create(values["type"], **options)
 
 
@@ -123,7 +130,12 @@ def to_json(config: Any) -> str:
 
 
 def from_json(text: str) -> Any:
-    return from_dict(json.loads(text))
+    """Undo `to_json`; `ValueError` for a text that is no JSON as well."""
+    try:
+        values = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"a mechanism config must be JSON, got {typed.shown(text)}: {error}") from error
+    return from_dict(values)
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:
@@ -140,8 +152,3 @@ def _tupled(value: Any) -> Any:
     if isinstance(value, dict) and "type" in value:
         return from_dict(value)
     return tuple(_tupled(item) for item in value) if isinstance(value, list) else value
-
-
-def _suggest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""

@@ -2,7 +2,7 @@
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 from torch import nn
 
@@ -11,6 +11,7 @@ from .families import Layers, Read, family_of, find_layers, owner_of
 from .layer import GridReader, LatentReader, SwappedLayer
 from .mechanisms.base import Mechanism
 from .model_swap import ModelSwap
+from .options import at_least, check_fields, read, shown
 from .steps import StepCounter
 
 COMPONENTS = ("unet", "transformer", "transformer_2")
@@ -20,6 +21,7 @@ Mechanisms = Mechanism | Mapping[str, Mechanism]
 """One for all layers, or one for each glob on dotted layer names."""
 LayerChoice = str | Iterable[str] | Callable[[str], bool] | None
 StepChoice = slice | Callable[[int], bool] | None
+ComponentChoice = str | Iterable[str] | None
 
 
 def resolve_all(mechanism: Mechanisms | str, layers: LayerChoice, **options: Any) -> Mechanisms:
@@ -44,11 +46,13 @@ def resolve(mechanism: Mechanism | str, **options: Any) -> Mechanism:
         )
     if options:
         raise ValueError(f"options {sorted(options)} go with a short name; {type(mechanism).__name__} carries its own")
+    check_fields(mechanism, mechanism.type)  # where its own __post_init__ leaves the base's out
     return mechanism
 
 
-def models_of(target: Any, components: Iterable[str] | None = None) -> list[nn.Module]:
+def models_of(target: Any, components: ComponentChoice = None) -> list[nn.Module]:
     """The models of a pipeline that `apply` takes, or the model itself."""
+    components = read("components", components, ComponentChoice, "a part's name, or several, such as ['transformer']")
     if isinstance(target, nn.Module):
         if components is not None:
             raise ValueError(
@@ -58,7 +62,8 @@ def models_of(target: Any, components: Iterable[str] | None = None) -> list[nn.M
     parts = getattr(target, "components", None)
     if not isinstance(parts, dict):
         raise TypeError(f"expected a diffusers pipeline or model, got {type(target).__name__}")
-    chosen = [name for name in COMPONENTS if parts.get(name) is not None] if components is None else list(components)
+    usual = [name for name in COMPONENTS if parts.get(name) is not None]
+    chosen = usual if components is None else names_in(components)
     for name in chosen:
         if not isinstance(parts.get(name), nn.Module):
             models = sorted(key for key, part in parts.items() if isinstance(part, nn.Module))
@@ -66,6 +71,11 @@ def models_of(target: Any, components: Iterable[str] | None = None) -> list[nn.M
     if not chosen:
         raise ValueError(f"{type(target).__name__} has none of {', '.join(COMPONENTS)}; name its model by components=")
     return [unwrap(parts[name]) for name in chosen]
+
+
+def names_in(choice: str | Iterable[str]) -> list[str]:
+    """The names of a choice, of one or several."""
+    return [choice] if isinstance(choice, str) else list(choice)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -92,10 +102,11 @@ def plan_all(
     layers: LayerChoice = None,
     steps: StepChoice = None,
     backend: str = "auto",
-    components: Iterable[str] | None = None,
+    components: ComponentChoice = None,
     min_tokens: int = 0,
 ) -> list[ModelSwap]:
     """`plan` for every model of `target`, with a common step counter; changes nothing."""
+    layers = read_layers(layers)
     models = models_of(target, components)
     if steps is not None and isinstance(target, nn.Module):
         raise ValueError("steps= counts the steps of a pipeline; pass the pipeline, not its model")
@@ -141,7 +152,8 @@ def plan_mixed(model: nn.Module, mechanisms: Mapping[str, Mechanism], *, backend
 def plan(model: nn.Module, mechanism: Mechanism, *, layers: LayerChoice, backend: str, min_tokens: int) -> ModelSwap:
     """Decide which layers are swapped, raising for whatever cannot be; changes nothing."""
     family = family_of(model)
-    mechanism.check_backend(backend)
+    layers, min_tokens = read_layers(layers), read("min_tokens", min_tokens, Annotated[int, at_least(0)])
+    mechanism.check_backend(read("backend", backend, str, "the name of a kernel or 'auto'"))
     if getattr(mechanism, "ntk_factor", 1.0) != 1.0 and family.rope is None:
         raise ValueError(f"ntk_factor scales a rotary embedding read at every call, which {family.name} does not have")
     swap = ModelSwap(model, family, mechanism)
@@ -200,6 +212,14 @@ def _reason_to_keep(
     return None
 
 
+def read_layers(layers: Any) -> LayerChoice:
+    """`layers=`, which a generator may give."""
+    choice: LayerChoice = read(
+        "layers", layers, LayerChoice, "a glob such as 'transformer_blocks.*', several, or a function of a layer's name"
+    )
+    return choice
+
+
 def _choose(names: Iterable[str], layers: LayerChoice) -> set[str]:
     """The layers that a glob, globs or a predicate pick."""
     names = list(names)
@@ -208,7 +228,7 @@ def _choose(names: Iterable[str], layers: LayerChoice) -> set[str]:
     if callable(layers):
         chosen = {name for name in names if layers(name)}
     else:
-        globs = [layers] if isinstance(layers, str) else list(layers)
+        globs = names_in(layers)
         unmatched = [glob for glob in globs if not fnmatch.filter(names, glob)]
         if unmatched:
             raise ValueError(
@@ -230,7 +250,8 @@ def step_predicate(steps: StepChoice) -> Callable[[int, int], bool] | None:
     if steps is None:
         return None
     if isinstance(steps, slice):
-        return lambda step, total: step in range(*steps.indices(total))
+        part: slice = read("steps", steps, slice, "a slice of whole numbers, such as slice(4, None)")
+        return lambda step, total: step in range(*part.indices(total))
     if callable(steps):
         return lambda step, total: bool(steps(step))
-    raise TypeError(f"steps must be a slice or a predicate on the step number, got {steps!r}")
+    raise TypeError(f"steps must be a slice or a predicate on the step number, got {shown(steps)}")

@@ -9,7 +9,7 @@ changed; `restore` undoes it bit for bit.
 import contextlib
 import functools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -17,7 +17,7 @@ from torch import nn
 from .layer import SwappedLayer
 from .mechanisms.base import Mechanism
 from .model_swap import ModelSwap, current
-from .plan import LayerChoice, Mechanisms, StepChoice, plan, plan_all, resolve, resolve_all, unwrap
+from .plan import ComponentChoice, LayerChoice, Mechanisms, StepChoice, plan, plan_all, resolve, resolve_all, unwrap
 
 logger = logging.getLogger("diffattn")
 
@@ -80,7 +80,7 @@ def apply(
     layers: LayerChoice = None,
     steps: StepChoice = None,
     backend: str = "auto",
-    components: Iterable[str] | None = None,
+    components: ComponentChoice = None,
     min_tokens: int = 0,
     **options: Any,
 ) -> Handle:
@@ -94,11 +94,11 @@ def apply(
             layer that the mechanism is meant for. Cross-attention to text is never swapped.
         steps: a slice of the denoising steps, or a predicate on a step's number; the others stay dense.
         backend: kernel by name, see `diffattn.kernels`; "auto" chooses and logs its choice.
-        components: names of the pipeline's parts to swap. None: unet, transformer and transformer_2.
+        components: name or names of the pipeline's parts to swap. None: unet, transformer and transformer_2.
         min_tokens: leave the model's own attention in calls with fewer tokens.
 
-    Raises `ValueError`, with nothing changed, for unknown names and options, families that are not known, globs that
-    match nothing, and mechanisms that the model cannot carry.
+    Raises `ValueError`, with nothing changed, for unknown names and options, values of another type, families that are
+    not known, globs that match nothing, and mechanisms that the model cannot carry.
     """
     mechanism = resolve_all(mechanism, layers, **options)
     return commit(plan_all(target, mechanism, layers, steps, backend, components, min_tokens))

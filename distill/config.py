@@ -5,38 +5,42 @@ config = read_config("run.toml", base=config)          # or JSON; unknown fields
 config = override(config, ["steps=500", "mechanism.radius=2", "loss.attention=0"])
 """
 
-import ast
 import dataclasses
 import json
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from diffattn import ClearAttention
 from diffattn import config as mechanisms
 from diffattn.mechanisms import Mechanism
+from diffattn.options import Must, Text, check_fields, known, shown
 
 from .losses import LossWeights
 
-OPTIMIZERS = ("adamw", "prodigy")
-PRECISIONS = ("no", "bf16", "fp16")
-TRACKERS = ("tensorboard", "wandb", "trackio")
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+NOT_NEGATIVE = Must("0 or more", lambda value: value >= 0)
+SHARE = Must("in 0 ... 1", lambda value: 0 <= value < 1)
+
+
+def _whole(least: int) -> Must:
+    return Must(f"an integer of at least {least}", lambda value: value >= least)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
     """One run. Batches are counted over all processes and accumulated parts."""
 
-    model: str
+    model: Annotated[str, Must("the hub id or folder of a pipeline", bool)]
     """Hub id or folder of a diffusers pipeline; `tiny` is the bundled one."""
     mechanism: Mechanism
     """What the student's attention becomes."""
     data: str = ""
     """Folder of cached samples (`diffattn distill cache`); `shapes` is the bundled pipeline's own world."""
     trainable: Literal["projections", "lora", "mechanism"] = "projections"
-    lora_rank: int = 16
+    lora_rank: Annotated[int, _whole(1)] = 16
     backend: str = "auto"
     """Kernel of the mechanism; it must have gradients."""
     layers: str | None = None
@@ -44,23 +48,29 @@ class DistillConfig:
     loss: LossWeights = field(default_factory=LossWeights)
     attention_layers: str = "*"
     """Glob on the swapped layers among which the attention loss chooses."""
-    attention_depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    attention_depths: Annotated[
+        tuple[float, ...],
+        Must("fractions from 0 to 1, such as 0,0.5,1", lambda depths: depths and all(0 <= own <= 1 for own in depths)),
+    ] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Its layers as fractions of the depth, 0 the first and 1 the last of those."""
-    steps: int = 10_000
-    batch_size: int = 32
-    accumulation: int = 1
+    steps: Annotated[int, _whole(1)] = 10_000
+    batch_size: Annotated[int, _whole(1)] = 32
+    accumulation: Annotated[int, _whole(1)] = 1
     """Parts of a process's share of a batch that are computed one after the other."""
     optimizer: Literal["adamw", "prodigy"] = "adamw"
-    rate: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 1e-4
-    warmup: int = 0
+    rate: Annotated[float, Must("positive", lambda rate: rate > 0)] = 1e-4
+    betas: Annotated[
+        tuple[float, float],
+        Must("two numbers from 0 to below 1, such as 0.9,0.999", lambda betas: all(0 <= beta < 1 for beta in betas)),
+    ] = (0.9, 0.999)
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 1e-4
+    warmup: Annotated[int, _whole(0)] = 0
     """Steps over which the rate rises from 0."""
-    decay: float = 0.0
+    decay: Annotated[float, SHARE] = 0.0
     """Share of the steps, at the end, over which it falls to 0."""
-    clip: float = 1.0
+    clip: Annotated[float, NOT_NEGATIVE] = 1.0
     """Largest norm of all gradients together; 0 for no limit."""
-    ema: float = 0.0
+    ema: Annotated[float, SHARE] = 0.0
     """Decay of the averaged weights that are exported; 0 for none."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
@@ -68,45 +78,32 @@ class DistillConfig:
     """Split the weights over the processes (`fully_shard`) instead of holding a copy in each."""
     guidance: float | None = None
     """Guidance that a guidance-distilled model is given in training."""
-    text_length: int | None = None
+    text_length: Annotated[int | None, _whole(1)] = None
     """Text tokens; None: the pipeline's own."""
-    save_every: int = 500
-    keep: int = 2
+    save_every: Annotated[int, _whole(1)] = 500
+    keep: Annotated[int, _whole(1)] = 2
     """Checkpoints that are kept."""
-    sheet_every: int = 0
+    sheet_every: Annotated[int, _whole(0)] = 0
     """Steps between sheets of pictures, teacher beside student; 0 for none."""
     sheet_prompts: tuple[str, ...] = ()
     """Their prompts; of the bundled world's own where there are none."""
-    trackers: tuple[str, ...] = ()
+    trackers: Annotated[tuple[Tracker, ...], Must("among tensorboard, wandb, trackio")] = ()
     """Where losses and sheets are reported beside `log.csv`: tensorboard, wandb, trackio."""
-    seed: int = 0
+    seed: Annotated[int, _whole(0)] = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "save_every", "keep", "lora_rank"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        for name in ("warmup", "seed", "sheet_every"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+        check_fields(self)
+        for name, kind, example in (
+            ("mechanism", Mechanism, "ClearAttention(radius=16)"),
+            ("loss", LossWeights, "LossWeights()"),
+        ):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} must be a config such as {example}, got {shown(getattr(self, name))}")
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size={self.batch_size} does not split into accumulation={self.accumulation} parts")
-        if not self.rate > 0:
-            raise ValueError(f"rate must be positive, got {self.rate!r}")
-        for name in ("decay", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in 0 ... 1, got {getattr(self, name)!r}")
-        if self.clip < 0:
-            raise ValueError(f"clip must be 0 or more, got {self.clip!r}")
-        for name, known in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in self.trackers:
-            if name not in TRACKERS:
-                raise ValueError(f"trackers are among {', '.join(TRACKERS)}, got {name!r}")
         if self.mechanism.exact:
             raise ValueError(f"{self.mechanism} is the teacher's own attention: nothing is to be distilled")
+        self.mechanism.check_backend(self.backend)
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step, from 0."""
@@ -172,30 +169,25 @@ def preset(name: str) -> DistillConfig:
 
 
 def from_dict(values: dict[str, Any], base: DistillConfig | None = None) -> DistillConfig:
-    """A config from plain values, those that are missing from `base`; unknown names raise."""
-    known = {f.name: f for f in dataclasses.fields(DistillConfig)}
-    for name in values:
-        if name not in known:
-            raise ValueError(f"unknown field {name!r} of a distillation config; known: {', '.join(known)}")
-    merged = {**(base.to_dict() if base is not None else {}), **values}
+    """A config from plain values or texts, those that are missing from `base`; unknown names raise."""
+    known([field.name for field in dataclasses.fields(DistillConfig)], values, "field", " of a distillation config")
+    former = base.to_dict() if base is not None else {}
+    merged = {**former, **values}
     for name in ("loss", "mechanism"):
         part = merged.get(name)
         if isinstance(part, dict) and base is not None:
-            same = "type" not in part or part["type"] == base.to_dict()[name].get("type")
-            merged[name] = {**base.to_dict()[name], **part} if same else part
+            same = "type" not in part or part["type"] == former[name].get("type")
+            merged[name] = {**former[name], **part} if same else part
     if isinstance(merged.get("mechanism"), dict):
         merged["mechanism"] = mechanisms.from_dict(merged["mechanism"])
     if isinstance(merged.get("loss"), dict):
-        unknown = set(merged["loss"]) - {f.name for f in dataclasses.fields(LossWeights)}
-        if unknown:
-            raise ValueError(f"unknown loss {sorted(unknown)[0]!r}; known: target, prediction, attention")
+        known([field.name for field in dataclasses.fields(LossWeights)], merged["loss"], "loss")
         merged["loss"] = LossWeights(**merged["loss"])
     missing = [name for name in ("model", "mechanism") if name not in merged]
     if missing:
         raise ValueError(f"a distillation config needs {' and '.join(missing)}; start from a preset, or add them")
-    tuples = {name: tuple(value) for name, value in merged.items() if isinstance(value, list)}
-    tuples |= {name: (merged[name],) for name in ("trackers", "sheet_prompts") if isinstance(merged.get(name), str)}
-    return DistillConfig(**{**merged, **tuples})
+    single = {name: (merged[name],) for name in ("trackers", "sheet_prompts") if type(merged.get(name)) is str}
+    return DistillConfig(**{**merged, **single})
 
 
 def read_config(path: str | Path, base: DistillConfig | None = None) -> DistillConfig:
@@ -206,7 +198,9 @@ def read_config(path: str | Path, base: DistillConfig | None = None) -> DistillC
         values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except FileNotFoundError as error:
         raise ValueError(f"there is no config file {path}") from error
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise ValueError(f"expected a config file; {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid {'TOML' if path.suffix == '.toml' else 'JSON'}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold one table of fields, got {type(values).__name__}")
@@ -221,12 +215,9 @@ def override(config: DistillConfig, options: Iterable[str]) -> DistillConfig:
         if not equals:
             raise ValueError(f"an override is NAME=VALUE, such as steps=500, got {option!r}")
         outer, dot, inner = name.strip().partition(".")
-        try:
-            value = ast.literal_eval(text.strip())
-        except (SyntaxError, ValueError):
-            value = text.strip()
+        value: Any = Text(text.strip())
         if outer == "mechanism" and not dot:
-            value = {"type": value} if isinstance(value, str) else value
+            value = {"type": str(value)}
         former = changes.get(outer)
         changes[outer] = {**(former if isinstance(former, dict) else {}), inner: value} if dot else value
     return from_dict(changes, config)

@@ -9,8 +9,13 @@ All are computed in float32.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Annotated
 
 from torch import Tensor
+
+from diffattn.options import Must, read
+
+WEIGHT = Annotated[float, Must("0 or more", lambda weight: weight >= 0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +28,8 @@ class LossWeights:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if not value >= 0:
-                raise ValueError(f"the weight of the {field.name} loss must be 0 or more, got {value!r}")
+            value = read(f"the weight of the {field.name} loss", getattr(self, field.name), WEIGHT)
+            object.__setattr__(self, field.name, value)
         if not any(getattr(self, field.name) for field in fields(self)):
             raise ValueError("all three loss weights are 0: nothing would be trained")
 

@@ -3,14 +3,14 @@
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..model_swap import ModelSwap
-from ..plan import StepChoice, models_of, plan_all
+from ..plan import ComponentChoice, StepChoice, models_of, plan_all
 from ..swap import Handle, commit
 from . import lora
 from .checks import check_class, check_names, check_writable, expected_parameters, mechanism_weights
@@ -31,7 +31,7 @@ def load(
     local_files_only: bool = False,
     steps: StepChoice = None,
     backend: str = "auto",
-    components: Iterable[str] | None = None,
+    components: ComponentChoice = None,
     min_tokens: int = 0,
     keep_original: bool = True,
     **options: Any,

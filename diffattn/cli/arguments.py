@@ -1,10 +1,7 @@
 """From what is typed on the command line to what the library takes. Wrong text raises `ValueError` with an example."""
 
-import ast
 import dataclasses
-import math
 import re
-import types
 import typing
 from collections.abc import Iterable
 from typing import Any
@@ -14,10 +11,9 @@ import torch
 from .. import config
 from ..grid import TokenGrid
 from ..mechanisms.base import Mechanism
+from ..options import Text, describe, fits, hints_of
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-_NOTHING = ("none", "null")
-_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 def parse_device(text: str) -> torch.device:
@@ -93,7 +89,11 @@ def parse_steps(text: str | None) -> slice | None:
 def parse_mechanism(name: str, options: Iterable[str] = ()) -> Mechanism:
     """The mechanism `name` with options such as `radius=16`, read by the types of its config's fields."""
     cls = config.lookup(name)
-    values = parse_options(cls, options)
+    values = parse_options(options)
+    hints = hints_of(cls)
+    for key, text in values.items():
+        if not fits(text, hints.get(key, Any)):
+            raise ValueError(f"-o {key}={text}: expected {describe(hints[key])}, got {str(text)!r}")
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     required = [key for key, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING]
     missing = [key for key in required if key not in values]
@@ -110,101 +110,15 @@ def parse_mechanism_text(text: str) -> Mechanism:
     return parse_mechanism(name, options)
 
 
-def parse_overrides(options: Iterable[str]) -> dict[str, Any]:
-    """`KEY=VALUE` texts whose config is not known yet: Python literals, else text."""
-    values = {}
+def parse_options(options: Iterable[str]) -> dict[str, Text]:
+    """`KEY=VALUE` texts, for the config that they are for to read by the types of its fields."""
+    values: dict[str, Text] = {}
     for option in options:
-        key, text = _split(option)
-        try:
-            values[key] = ast.literal_eval(text)
-        except (SyntaxError, ValueError):
-            values[key] = text
-    return values
-
-
-def _split(option: str) -> tuple[str, str]:
-    key, equals, text = option.partition("=")
-    if not equals or not key.strip():
-        raise ValueError(f"-o must be NAME=VALUE, such as radius=16, got {option!r}")
-    return key.strip().replace("-", "_"), text.strip()
-
-
-def parse_options(cls: type, options: Iterable[str]) -> dict[str, Any]:
-    """`KEY=VALUE` texts as the types of the dataclass's fields; unknown keys are for `config.create` to refuse."""
-    hints = typing.get_type_hints(cls)
-    own = {field.name for field in dataclasses.fields(cls) if field.init}
-    values: dict[str, Any] = {}
-    for option in options:
-        key, text = _split(option)
+        key, equals, text = option.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key:
+            raise ValueError(f"-o must be NAME=VALUE, such as radius=16, got {option!r}")
         if key in values:
             raise ValueError(f"-o {key} is given twice")
-        if key not in own:
-            values[key] = text
-            continue
-        try:
-            values[key] = parse_value(text, hints[key])
-        except ValueError:
-            raise ValueError(f"-o {key}={text}: expected {describe(hints[key])}, got {text!r}") from None
+        values[key] = Text(text.strip())
     return values
-
-
-def parse_value(text: str, hint: Any) -> Any:
-    """`text` as the type `hint`: numbers, booleans, text, tuples (`4,8`), `X | None` (`none`)."""
-    origin, arms = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return _parse_union(text, arms)
-    if origin is typing.Literal:
-        return _parse_literal(text, arms)
-    if hint is bool:
-        if text.lower() not in _TRUTH:
-            raise ValueError(text)
-        return _TRUTH[text.lower()]
-    if hint is int:
-        return int(text)
-    if hint is float:
-        value = float(text)
-        if not math.isfinite(value):
-            raise ValueError(text)
-        return int(value) if value.is_integer() and "." not in text else value
-    if hint is str:
-        return text
-    return _parse_tuple(text)
-
-
-def _parse_union(text: str, arms: tuple[Any, ...]) -> Any:
-    if type(None) in arms and text.lower() in _NOTHING:
-        return None
-    for arm in arms:
-        if arm is not type(None):
-            try:
-                return parse_value(text, arm)
-            except ValueError:
-                continue
-    raise ValueError(text)
-
-
-def _parse_literal(text: str, choices: tuple[Any, ...]) -> Any:
-    for choice in choices:
-        if str(choice) == text:
-            return choice
-    raise ValueError(text)
-
-
-def _parse_tuple(text: str) -> tuple[Any, ...]:
-    """`4,8`, `(4, 8)` or nested tuples of Python literals."""
-    try:
-        value = ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        raise ValueError(text) from None
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-
-
-def describe(hint: Any) -> str:
-    """A type in words, for help and errors."""
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "none"}
-    origin, arms = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(describe(arm) for arm in arms)
-    if origin is typing.Literal:
-        return "one of " + ", ".join(map(str, arms))
-    return names.get(hint, "values with commas between, such as 4,8")

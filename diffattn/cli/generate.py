@@ -20,7 +20,7 @@ from ..highres import generate_large
 from ..measure import as_pixels, psnr
 from ..parallel.image import shard
 from ..swap import Handle, apply, restore
-from .arguments import parse_mechanism, parse_overrides, parse_size
+from .arguments import parse_mechanism, parse_options, parse_size
 
 logger = logging.getLogger("diffattn")
 
@@ -101,14 +101,14 @@ class Swap:
 
     def _put_whole(self, pipe: Any) -> Handle | None:
         if self.adapter is not None:
-            return load(
-                pipe,
-                self.adapter,
-                weight_name=self.weight_name,
-                steps=self.steps,
-                backend=self.backend,
-                **parse_overrides(self.options),
-            )
+            options: dict[str, Any] = {**parse_options(self.options)}
+            foreign = options.keys() & inspect.signature(load).parameters.keys()
+            if foreign:
+                raise ValueError(
+                    f"-o is for options of the adapter's mechanism, and {min(foreign)} is none: leave it out"
+                )
+            places: dict[str, Any] = {"weight_name": self.weight_name, "steps": self.steps, "backend": self.backend}
+            return load(pipe, self.adapter, **places, **options)
         if self.mechanism is None:
             return None
         chosen = parse_mechanism(self.mechanism, self.options)

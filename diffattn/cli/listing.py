@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import typing
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from ..grid import TokenGrid
 from ..kernels import BACKENDS
 from ..kernels.call import WindowCall
 from ..mechanisms import NeighborhoodAttention
-from .arguments import describe
+from ..options import describe, hints_of
 
 
 def everything(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -27,7 +26,7 @@ def mechanisms() -> list[dict[str, Any]]:
     """Name, first line of the docstring, and options with type and default of every mechanism."""
     found = []
     for name, cls in config.registered().items():
-        hints = typing.get_type_hints(cls)
+        hints = hints_of(cls)
         options = [
             {"name": field.name, "expects": describe(hints[field.name]), "default": _default(field)}
             for field in dataclasses.fields(cls)

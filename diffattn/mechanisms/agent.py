@@ -33,7 +33,7 @@ weights) have files of their own.
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ from torch.nn import functional as F
 
 from ..config import register
 from ..grid import TokenGrid
+from ..options import FINITE, Must, at_least
 from . import merging
 from .agent_weights import AgentWeights
 from .base import Context, Mechanism, default_scale
@@ -116,6 +117,12 @@ def agent_attention(
     return grid.join(out, F.scaled_dot_product_attention(grid.split(q)[1], k, v, attn_mask=mask, scale=scale))
 
 
+SIZE = Must(
+    "([frames,] rows, columns), ints of at least 1",
+    lambda size: len(size) in (2, 3) and all(side >= 1 for side in size),
+)
+
+
 @register("agent")
 @dataclass(frozen=True, kw_only=True)
 class AgentAttention(Mechanism):
@@ -127,19 +134,19 @@ class AgentAttention(Mechanism):
     Plan(tokens=4096, agents=256)
     """
 
-    agents: str = "pool"
+    agents: Literal["pool", "merge"] = "pool"
     """"pool": averages of the queries over the grid; "merge": similar tokens merged."""
-    num_agents: int | None = None
+    num_agents: Annotated[int | None, at_least(1)] = None
     """At most so many pooled agents, in proportion to the axes; None: 256, or one for 4 cells if that is fewer."""
-    agent_size: tuple[int, ...] | None = None
+    agent_size: Annotated[tuple[int, ...] | None, SIZE] = None
     """Instead, agents along (rows, columns) or (frames, rows, columns); two numbers pool over all frames."""
-    k_scale2: float = 0.3
+    k_scale2: Annotated[float, FINITE] = 0.3
     """Exponent of the second softmax's scale: 1 is the usual scale, smaller is sharper."""
-    k_shortcut: float = 0.075
+    k_shortcut: Annotated[float, FINITE] = 0.075
     """Share of a token's own value added to its output."""
-    others: str = "exact"
+    others: Literal["exact", "agents"] = "exact"
     """How other tokens get their output: "exact" softmax over all tokens, or from the "agents"."""
-    max_downsample: int | None = None
+    max_downsample: Annotated[int | None, at_least(1)] = None
     """Layers coarser than this, against the latent picture, stay exact; None: no limit."""
     ratio: float = 0.4
     """Merging: share of the cells merged away."""
@@ -153,7 +160,7 @@ class AgentAttention(Mechanism):
     """Merging: (until, sx, sy, ratio, agent_ratio) by progress, instead of those four; unknown progress is 0."""
     use_rand: bool = True
     """Merging: draw each block's destination, anew for every layer and step, else take its first cell."""
-    seed: int = 0
+    seed: Annotated[int, at_least(0)] = 0
     """Merging: what the draws depend on beside layer and step."""
     official: bool = False
     """Merging: draw as the released code does."""
@@ -161,13 +168,11 @@ class AgentAttention(Mechanism):
     """Trained form: position biases on both logits."""
     depthwise_conv: bool = False
     """Trained form: depthwise convolution of the values."""
-    window: int = 14
+    window: Annotated[int, at_least(1)] = 14
     """Trained form: side of the stored row and column biases."""
 
     def __post_init__(self) -> None:
-        for name, known in (("agents", ("pool", "merge")), ("others", ("exact", "agents"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"agent: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        super().__post_init__()
         if self.agents == "pool":
             self._refuse(MERGE_OPTIONS, 'is an option of agents="merge"')
         else:
@@ -178,7 +183,6 @@ class AgentAttention(Mechanism):
             self._refuse(("num_agents",), "is given by agent_size")
         elif self.trained:
             raise ValueError("agent: trained weights belong to fixed agents; give agent_size, such as (7, 7)")
-        self._check_numbers()
         object.__setattr__(self, "stages", merging.checked_stages(self.stages))
         merging.checked_stages(self._stages)
 
@@ -186,21 +190,6 @@ class AgentAttention(Mechanism):
         for field in fields(self):
             if field.name in names and getattr(self, field.name) != field.default:
                 raise ValueError(f"agent: {field.name} {why}; leave it out")
-
-    def _check_numbers(self) -> None:
-        for name in ("num_agents", "max_downsample", "window"):
-            value = getattr(self, name)
-            if value is not None and not _is_count(value):
-                raise ValueError(f"agent: {name} must be an int of at least 1, got {value!r}")
-        size = self.agent_size
-        if size is not None and not (isinstance(size, tuple) and len(size) in (2, 3) and all(map(_is_count, size))):
-            raise ValueError(f"agent: agent_size must be ([frames,] rows, columns), ints of at least 1, got {size!r}")
-        for name in ("k_scale2", "k_shortcut"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"agent: {name} must be a finite number, got {value!r}")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"agent: seed must be an int of at least 0, got {self.seed!r}")
 
     @classmethod
     def stable_diffusion(cls) -> "AgentAttention":
@@ -423,10 +412,6 @@ class AgentAttention(Mechanism):
         if self.depthwise_conv:
             products += 2 * 9 * grid.cells
         return products * heads * head_dim
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _means(cells: Tensor, groups: list[list[int]]) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .. import config
+from .. import config, options
 from ..grid import TokenGrid
 from ..kernels.pattern import Pattern
 
@@ -37,7 +37,9 @@ class Mechanism:
     """Base of all mechanisms: subclass, decorate with `@dataclass(frozen=True, kw_only=True)` and `@register(name)`.
 
     A subclass writes `reference` (slow, obviously right, float64-able, differentiable), `attend` (fast, the same
-    result) and `flops`. Wrong options raise in `__post_init__`, wrong grids in `check`; the maths trusts both.
+    result) and `flops`. Wrong options raise in `__post_init__`, wrong grids in `check`; the maths trusts both. A
+    `__post_init__` of its own begins by `super().__post_init__()`, which holds the options to their annotations
+    (`diffattn.options`): what is left to it are relations between them.
     """
 
     type: ClassVar[str]
@@ -47,6 +49,9 @@ class Mechanism:
     """Does it change nothing within a frame? Then models with layers along the frames keep the others by default."""
     exact: ClassVar[bool] = False
     """Is the result the model's own attention? Then a swapped layer hands the call to the model's own kernel."""
+
+    def __post_init__(self) -> None:
+        options.check_fields(self, getattr(self, "type", type(self).__name__))
 
     @property
     def needs(self) -> frozenset[str]:

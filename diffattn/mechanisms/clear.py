@@ -18,7 +18,7 @@ where keys are pooled). A pooled key counts once, as published, though it stands
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from ..kernels.call import window_call
 from ..kernels.choose import GENERAL_BACKENDS, choose
 from ..kernels.dense import combine_masks
 from ..kernels.pattern import Cells, dense_mask
+from ..options import POSITIVE, Must
 from .base import Context, Mechanism, default_scale
 from .softmax import softmax_reference
 
@@ -41,8 +42,8 @@ OFFICIAL_POOLED_LENGTH_FACTOR = 10
 class Ball:
     """The pattern dt^2 + dy^2 + dx^2 < radius^2; with `radius_t`: |dt| < radius_t and dy^2 + dx^2 < radius^2."""
 
-    radius: float
-    radius_t: float | None = None
+    radius: Annotated[float, POSITIVE]
+    radius_t: Annotated[float | None, POSITIVE] = None
     shift_invariant: ClassVar[bool] = True
 
     def allowed(self, query: Cells, key: Cells) -> Tensor:
@@ -96,28 +97,23 @@ class ClearAttention(Mechanism):
     86.646718464
     """
 
-    radius: float
+    radius: Annotated[float, POSITIVE]
     """Radius of the window in tokens, exclusive: 1 is the token alone, 2 a square of 9, 8 a disc of 193."""
-    radius_t: float | None = None
+    radius_t: Annotated[float | None, POSITIVE] = None
     """Radius along the frames; None makes the window a ball."""
-    down_factor: int | None = None
+    down_factor: Annotated[int | None, Must("None or an int of at least 2", lambda factor: factor >= 2)] = None
     """Side of the blocks that pooled keys stand for; None for no pooled keys."""
     proportional: bool = False
     """Scale the logits by sqrt(log_L0 L), for sequences longer than those of training."""
     train_tokens: int = OFFICIAL_TRAIN_TOKENS
     """L0: tokens of a sequence in training, text included."""
-    ntk_factor: float = 1.0
+    ntk_factor: Annotated[float, POSITIVE] = 1.0
     """Multiplies the base (theta) of the model's rotary position embedding; 10 in the paper's high-resolution runs."""
     official: bool = False
     """Reproduce the constants of the released code."""
 
     def __post_init__(self) -> None:
-        for name in ("radius", "radius_t", "ntk_factor"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and value > 0 and math.isfinite(value)):
-                raise ValueError(f"clear: {name} must be a positive number, got {value!r}")
-        if self.down_factor is not None and (not isinstance(self.down_factor, int) or self.down_factor < 2):
-            raise ValueError(f"clear: down_factor must be None or an int of at least 2, got {self.down_factor!r}")
+        super().__post_init__()
         if self.train_tokens < 2:
             raise ValueError(f"clear: train_tokens must be at least 2, got {self.train_tokens}")
 

@@ -28,7 +28,7 @@ The text's bias is ours: the code has no model with text among the frames, where
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from torch.nn import functional as F
 
 from ..config import register
 from ..grid import TokenGrid
+from ..options import POSITIVE, Must, at_least
 from .base import Context, Mechanism, default_scale
 from .scope_attention import Keys, add_model_mask, attend_scopes, block_frames, four_axes
 from .scopes import Phase, Scopes, count_pairs, global_frames, official_global_frames, phase_biases
@@ -43,6 +44,8 @@ from .softmax import softmax_reference
 
 LATE, EARLY = Phase(800, local_bias=10.0), Phase(800, global_bias=10.0)
 """The released example: favour the local window below t = 800, and the global frames from there on."""
+
+PHASE = Must("None or (t, local_bias, global_bias)")
 
 
 @register("dual_scope")
@@ -57,41 +60,39 @@ class DualScopeAttention(Mechanism):
     kinds: ClassVar[frozenset[str]] = frozenset({"spatial", "temporal"})
     across_frames: ClassVar[bool] = True
 
-    padding: int = 8
+    padding: Annotated[int, at_least(0)] = 8
     """Frames of local context on either side; the window has 2 padding + 1."""
-    top_k: int = 16
+    top_k: Annotated[int, at_least(0)] = 16
     """Global frames; 0 for none."""
-    local_phase: Phase | None = LATE
+    local_phase: Annotated[Phase | None, PHASE] = LATE
     """(t, local_bias, global_bias) of the late steps, those below t; None: no bias."""
-    global_phase: Phase | None = EARLY
+    global_phase: Annotated[Phase | None, PHASE] = EARLY
     """(t, local_bias, global_bias) of the early steps, those from t on; None: no bias."""
-    phase_by: Literal["timestep", "sigma"] = "timestep"
+    phase_by: Annotated[Literal["timestep", "sigma"], Must("'timestep' or 'sigma'")] = "timestep"
     """What t is: the timestep as the model gets it (0 ... 1000 in most), or the share of noise, 0 ... 1: sigma in flow
     matching, 1/(1 + sqrt(SNR)) in general. 800 is 0.84 in Stable Diffusion's schedule. Shares need a pipeline."""
-    attn_scale: float = 1.0
+    attn_scale: Annotated[float, POSITIVE] = 1.0
     """Multiplies the logits."""
     token_num_scale: bool = False
     """Multiply them by log(frames seen) / log(train_frames) as well; for more than `train_frames` keys."""
-    train_frames: int = 16
+    train_frames: Annotated[int, at_least(2)] = 16
     """Frames of a video in the model's training."""
     duplicates: bool = False
     """See a global frame in the local window twice, as a local and as a global one."""
     official: bool = False
     """Compute what the released code does."""
-    clips: int = 1
+    clips: Annotated[int, at_least(1)] = 1
     """With `official`: on how many devices, each with one clip."""
 
     def __post_init__(self) -> None:
-        for name, least in (("padding", 0), ("top_k", 0), ("train_frames", 2), ("clips", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"dual_scope: {name} must be an int of at least {least}, got {value!r}")
-        if not (_is_number(self.attn_scale) and self.attn_scale > 0):
-            raise ValueError(f"dual_scope: attn_scale must be a positive number, got {self.attn_scale!r}")
-        if self.phase_by not in ("timestep", "sigma"):
-            raise ValueError(f"dual_scope: phase_by must be 'timestep' or 'sigma', got {self.phase_by!r}")
+        super().__post_init__()
         for name in ("local_phase", "global_phase"):
-            object.__setattr__(self, name, self._checked_phase(name))
+            phase = getattr(self, name)
+            if self.phase_by == "sigma" and phase is not None and phase.t is not None and not 0 <= phase.t <= 1:
+                raise ValueError(
+                    f"dual_scope: with phase_by='sigma' the t of {name} is a share of noise between 0 and 1, "
+                    f"such as 0.84, got {phase.t!r}"
+                )
         if self.clips > 1 and not self.official:
             raise ValueError(
                 f"dual_scope: clips={self.clips} changes nothing but the released code's choice of frames; "
@@ -99,25 +100,6 @@ class DualScopeAttention(Mechanism):
             )
         if self.official and self.padding == 0:
             raise ValueError("dual_scope: the released code needs a padding of at least 1; leave official=True out")
-
-    def _checked_phase(self, name: str) -> Phase | None:
-        value = getattr(self, name)
-        if value is None:
-            return None
-        try:
-            phase = Phase(*value)
-        except TypeError:
-            phase = Phase(math.nan)
-        if not (_is_number(phase.local_bias) and _is_number(phase.global_bias)) or not (
-            phase.t is None or _is_number(phase.t)
-        ):
-            raise ValueError(f"dual_scope: {name} must be None or (t, local_bias, global_bias), got {value!r}")
-        if self.phase_by == "sigma" and phase.t is not None and not 0 <= phase.t <= 1:
-            raise ValueError(
-                f"dual_scope: with phase_by='sigma' the t of {name} is a share of noise between 0 and 1, "
-                f"such as 0.84, got {phase.t!r}"
-            )
-        return phase
 
     @property
     def needs(self) -> frozenset[str]:
@@ -281,7 +263,3 @@ class DualScopeAttention(Mechanism):
         pairs = count_pairs(scopes, self.local_frames(grid.frames), grid.frames, shared) if grid.frames > 1 else 1
         pairs = pairs * (grid.height * grid.width) ** 2 + grid.tokens**2 - grid.cells**2
         return 4 * pairs * heads * head_dim
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

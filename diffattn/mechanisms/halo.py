@@ -20,6 +20,7 @@ that its tile divides. The round set of tiles is in neither paper.
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -31,10 +32,19 @@ from ..kernels.call import window_call
 from ..kernels.choose import GENERAL_BACKENDS, choose
 from ..kernels.dense import combine_masks
 from ..kernels.pattern import Cells, Shape, dense_mask, divide
+from ..options import POSITIVE, Must
 from .base import Context, Mechanism, default_scale
 from .softmax import softmax_reference
 
 PerAxis = int | tuple[int, int] | tuple[int, int, int]
+
+
+def _sizes(least: int) -> Must:
+    """What a `PerAxis` must be."""
+    return Must(
+        f"an int of at least {least}, (rows, columns) or (frames, rows, columns) of such",
+        lambda value: all(size >= least for size in (value if isinstance(value, tuple) else (value,))),
+    )
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,7 @@ class TileWindow:
 
     tile: Shape
     halo: Shape
-    radius: float | None = None
+    radius: Annotated[float | None, POSITIVE] = None
 
     def allowed(self, query: Cells, key: Cells) -> Tensor:
         places = zip(query, key, self.tile, strict=True)
@@ -91,24 +101,19 @@ class HaloAttention(Mechanism):
     112.944218112
     """
 
-    tile: PerAxis = 8
+    tile: Annotated[PerAxis, _sizes(1)] = 8
     """Sides of a tile in tokens: (rows, columns) for pictures, (frames, rows, columns), or one int for all of them."""
-    halo: PerAxis = 1
+    halo: Annotated[PerAxis, _sizes(0)] = 1
     """How many neighbouring tiles are seen on each side, likewise per axis: 1 is a window of 3 tiles along each."""
-    radius: float | None = None
+    radius: Annotated[float | None, POSITIVE] = None
     """See the tiles whose centres lie strictly within this many tokens, instead of `halo`."""
 
     def __post_init__(self) -> None:
-        for name, least in (("tile", 1), ("halo", 0)):
-            object.__setattr__(self, name, _per_axis(name, getattr(self, name), least))
-        radius = self.radius
-        if radius is None:
+        super().__post_init__()
+        if self.radius is None:
             return
-        number = isinstance(radius, (int, float)) and not isinstance(radius, bool)
-        if not (number and radius > 0 and math.isfinite(radius)):
-            raise ValueError(f"halo: radius must be a positive number, got {radius!r}")
         if self.halo != 1:
-            raise ValueError(f"halo: radius={radius} takes the place of halo={self.halo}; give one of the two")
+            raise ValueError(f"halo: radius={self.radius} takes the place of halo={self.halo}; give one of the two")
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -168,18 +173,6 @@ class HaloAttention(Mechanism):
     def flops(self, grid: TokenGrid, heads: int, head_dim: int, *, context: Context = Context()) -> int:
         self.check(grid)
         return 4 * (self.pattern(grid).pairs(grid) + grid.tokens**2 - grid.cells**2) * heads * head_dim
-
-
-def _per_axis(name: str, value: object, least: int) -> PerAxis:
-    """`value` with lists as tuples; anything but one, two or three ints of at least `least` raises `ValueError`."""
-    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    whole = all(isinstance(size, int) and not isinstance(size, bool) and size >= least for size in values)
-    if not whole or len(values) not in ((2, 3) if isinstance(value, (list, tuple)) else (1,)):
-        raise ValueError(
-            f"halo: {name} must be an int of at least {least}, (rows, columns) or (frames, rows, columns) of such, "
-            f"got {value!r}"
-        )
-    return values if isinstance(value, (list, tuple)) else values[0]
 
 
 def _shape(value: PerAxis, missing: int) -> Shape:

@@ -29,6 +29,7 @@ Time O(n d^2), memory O(n d + d^2) per head. Sums are taken in float32 at least.
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -36,11 +37,18 @@ from torch.nn import functional as F
 
 from ..config import register
 from ..grid import TokenGrid
+from ..options import POSITIVE, Must
 from .base import Context, Mechanism, default_scale
 from .linear_weights import LinearWeights, plus_minus
 
 FEATURE_MAPS = ("elu", "relu", "identity", "learned")
 NORMALIZATIONS = ("division", "subtraction")
+
+
+BOX = Must(
+    "([[frames,] rows,] columns), odd ints, or ()",
+    lambda box: len(box) <= 3 and all(side >= 1 and side % 2 for side in box),
+)
 
 
 @register("linear")
@@ -56,12 +64,13 @@ class LinearAttention(Mechanism):
     """What queries and keys go through: elu, relu, identity or learned."""
     normalization: str = "division"
     """How weights are made to sum to 1: by division, or by subtraction, which keeps different queries apart."""
-    local_residual: tuple[int, ...] = ()
+    local_residual: Annotated[tuple[int, ...], BOX] = ()
     """Sides of the trained local filter along ([frames,] rows,) columns, odd, such as (3, 3); () for none."""
-    eps: float = 1e-15
+    eps: Annotated[float, POSITIVE] = 1e-15
     """Added to the sum that is divided by, so that a query whose features meet no key's gives 0."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, known in (("feature_map", FEATURE_MAPS), ("normalization", NORMALIZATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"linear: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -72,14 +81,6 @@ class LinearAttention(Mechanism):
             )
         if self.feature_map == "learned" and self.normalization == "subtraction":
             raise ValueError('linear: feature_map="learned" is made for normalization="division"; leave that out')
-        box = self.local_residual
-        if not (isinstance(box, tuple) and len(box) <= 3 and all(map(_is_odd, box))):
-            raise ValueError(
-                f"linear: local_residual must be ([[frames,] rows,] columns), odd ints, or (), got {box!r}"
-            )
-        eps = self.eps
-        if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not (eps > 0 and math.isfinite(eps)):
-            raise ValueError(f"linear: eps must be a positive number, got {eps!r}")
 
     @classmethod
     def inline(cls) -> "LinearAttention":
@@ -197,10 +198,6 @@ class LinearAttention(Mechanism):
             offsets = math.prod(self.residual)
             products += 2 * offsets * grid.cells * head_dim + 2 * (1 + offsets) * head_dim**2
         return products * heads
-
-
-def _is_odd(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1 and value % 2 == 1
 
 
 def root_of_scale(q: Tensor, scale: float | None) -> float:

@@ -24,6 +24,7 @@ import functools
 import math
 import operator
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ from ..kernels.choose import choose, run, takes_natten
 from ..kernels.dense import combine_masks
 from ..kernels.natten import NattenOptions
 from ..kernels.pattern import Cells, divide
+from ..options import Must
 from .base import Context, Mechanism, default_scale
 from .softmax import softmax_reference
 
@@ -177,6 +179,16 @@ class Neighborhood:
         return torch.cat([tokens[: grid.before], cells.flatten(), tokens[grid.before + grid.cells :]])
 
 
+def _per_axis(words: str, least: int) -> Must:
+    """One value for all axes, or one for each."""
+
+    def holds(value: int | tuple[int, ...]) -> bool:
+        values = value if isinstance(value, tuple) else (value, value)
+        return len(values) in (2, 3) and min(values) >= least
+
+    return Must(f"{words}, or one for each axis as (rows, columns) or (frames, rows, columns)", holds)
+
+
 @register("neighborhood")
 @dataclass(frozen=True, kw_only=True)
 class NeighborhoodAttention(Mechanism):
@@ -189,25 +201,12 @@ class NeighborhoodAttention(Mechanism):
     63.266881536
     """
 
-    kernel_size: int | tuple[int, ...]
+    kernel_size: Annotated[int | tuple[int, ...], _per_axis("an int of at least 1", 1)]
     """Cells that a query sees along an axis."""
-    dilation: int | tuple[int, ...] = 1
+    dilation: Annotated[int | tuple[int, ...], _per_axis("an int of at least 1", 1)] = 1
     """Distance between the cells that a query sees along an axis."""
-    is_causal: bool | tuple[bool, ...] = False
+    is_causal: Annotated[bool | tuple[bool, ...], _per_axis("a bool", 0)] = False
     """Whether a query sees only itself and the cells before it along an axis."""
-
-    def __post_init__(self) -> None:
-        for name, least in ALONE.items():
-            value = getattr(self, name)
-            values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-            fits = all(type(item) is type(least) and item >= least for item in values)
-            if not fits or len(values) not in (2, 3):
-                raise ValueError(
-                    f"neighborhood: {name} must be {'a bool' if least is False else 'an int of at least 1'}, or one "
-                    f"for each axis as (rows, columns) or (frames, rows, columns); got {value!r}"
-                )
-            if isinstance(value, list):  # a config is hashable
-                object.__setattr__(self, name, values)
 
     @property
     def backends(self) -> tuple[str, ...]:

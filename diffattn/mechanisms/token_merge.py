@@ -26,6 +26,7 @@ Time O(m^2 d + src dst h d) for m merged tokens, memory O(n d) and a bounded pie
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -33,10 +34,16 @@ from torch.nn import functional as F
 
 from ..config import register
 from ..grid import TokenGrid
+from ..options import Must, at_least
 from . import merging
 from .base import Context, Mechanism
 from .merging import Merging, at_least_float32
 from .softmax import softmax_reference
+
+STRIDE = Must(
+    "([frames,] rows, columns), ints of at least 1",
+    lambda stride: len(stride) in (2, 3) and all(side >= 1 for side in stride),
+)
 
 
 @register("token_merge")
@@ -50,36 +57,29 @@ class TokenMergeAttention(Mechanism):
 
     ratio: float = 0.5
     """Share of the cells merged away, at most 1 - 1 / (cells of a block): 0.75 for stride (2, 2)."""
-    stride: tuple[int, ...] = (2, 2)
+    stride: Annotated[tuple[int, ...], STRIDE] = (2, 2)
     """Block that holds one destination: (rows, columns), frame by frame, or (frames, rows, columns)."""
     use_rand: bool = True
     """Draw each block's destination, anew for every layer and step, else take its first cell."""
-    seed: int = 0
+    seed: Annotated[int, at_least(0)] = 0
     """What the draws depend on beside layer and step."""
     proportional: bool = False
     """Count a merged key as often as it has members."""
-    max_downsample: int | None = None
+    max_downsample: Annotated[int | None, at_least(1)] = None
     """Layers coarser than this, against the latent picture, stay exact; None: no limit. 1 in the paper."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         stride = self.stride
-        if not (isinstance(stride, tuple) and len(stride) in (2, 3) and all(map(_is_count, stride))):
-            raise ValueError(
-                f"token_merge: stride must be ([frames,] rows, columns), ints of at least 1, got {stride!r}"
-            )
         most = 1 - 1 / math.prod(stride)
         if most == 0:
             raise ValueError(f"token_merge: a block of stride {stride} has nothing to merge; use (2, 2), for example")
         ratio = self.ratio
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= most:
+        if not 0 < ratio <= most:
             raise ValueError(
                 f"token_merge: ratio must lie above 0 and be at most {most:g}, because each block of stride {stride} "
                 f"keeps a cell, got {ratio!r}; use a smaller ratio or a larger stride"
             )
-        if self.max_downsample is not None and not _is_count(self.max_downsample):
-            raise ValueError(f"token_merge: max_downsample must be an int of at least 1, got {self.max_downsample!r}")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
-            raise ValueError(f"token_merge: seed must be an int of at least 0, got {self.seed!r}")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -191,10 +191,6 @@ class TokenMergeAttention(Mechanism):
             targets = merging.count_destinations(part, sx, sy, st)
             products += 2 * (grid.cells // part.cells) * (part.cells - targets) * targets
         return products * heads * head_dim
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def merge(groups: Merging, cells: Tensor, parts: int) -> Tensor:

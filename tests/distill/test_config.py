@@ -81,14 +81,78 @@ def test_the_rate_rises_stays_and_falls() -> None:
         ("mechanism=softmax", "nothing is to be distilled"),
         ("loss.colour=1", "unknown loss 'colour'"),
         ("steps", "an override is NAME=VALUE"),
+        ("rate=abc", "rate must be positive, got 'abc'"),
+        ("rate=nan", "rate must be positive, got 'nan'"),
+        ("betas=(0.9,)", r"betas must be two numbers from 0 to below 1, .* got \(0.9,\)"),
+        ("betas=0.9,1", "betas must be two numbers"),
+        ("weight_decay=-1", "weight_decay must be 0 or more, got -1"),
+        ("clip=x", "clip must be 0 or more, got 'x'"),
+        ("gradient_checkpointing=maybe", "gradient_checkpointing must be true or false, got 'maybe'"),
+        ("gradient_checkpointing=2", "gradient_checkpointing must be true or false"),
+        ("mechanism.proportional=maybe", "clear: proportional must be true or false, got 'maybe'"),
+        ("mechanism.radius=none", "clear: radius must be a positive number"),
+        ("mechanism=5", "unknown mechanism '5'"),
+        ("loss=5", "loss must be a config such as LossWeights"),
+        ("loss.target=much", "the weight of the target loss must be 0 or more, got 'much'"),
+        ("guidance=high", "guidance must be a number or none"),
+        ("text_length=0", "text_length must be an integer of at least 1, got 0"),
+        ("attention_depths=0,2", "attention_depths must be fractions from 0 to 1"),
+        ("trackers=wandb,excel", "trackers must be among .* got 'wandb,excel'"),
+        ("layers=", None),
+        ("steps.more=3", "steps must be an integer"),
+        ("backend=warp", "clear has no backend 'warp'"),
+        ("model=", "model must be the hub id or folder"),
+        ("precision=fp8", "precision must be one of no, bf16, fp16"),
     ],
 )
 def test_overrides_are_checked(change: str, message: str | None) -> None:
     if message is None:
-        assert override(preset("tiny"), [change]).batch_size == 6
+        name, _, value = change.partition("=")
+        assert str(getattr(override(preset("tiny"), [change]), name)) == value
         return
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         override(preset("tiny"), [change])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["false", "False", "no", "0", "off"])
+def test_what_is_switched_off_by_text_is_off(text: str) -> None:
+    on = override(preset("clear_flux_official"), ["mechanism.proportional=yes", "sharded=on"])
+    assert on.gradient_checkpointing and on.sharded and on.mechanism.to_dict()["proportional"] is True
+    names = ("gradient_checkpointing", "sharded", "mechanism.proportional")
+    off = override(on, [f"{name}={text}" for name in names])
+    assert (off.gradient_checkpointing, off.sharded) == (False, False)
+    assert off.mechanism.to_dict()["proportional"] is False
+
+
+def test_texts_become_plain_values() -> None:
+    chosen = override(
+        preset("tiny"),
+        ["trackers=wandb, trackio", "sheet_prompts=a fox, running", "guidance=none", "betas=0.5,0.6", "steps=7"],
+    )
+    assert (chosen.trackers, chosen.sheet_prompts) == (("wandb", "trackio"), ("a fox, running",))
+    assert (chosen.guidance, chosen.betas, chosen.steps) == (None, (0.5, 0.6), 7)
+    assert json.loads(json.dumps(chosen.to_dict()))["sheet_prompts"] == ["a fox, running"]
+    assert type(chosen.sheet_prompts[0]) is str
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('rate = "abc"', "rate must be positive, got 'abc'"),
+        ("steps = 7.0", "steps must be an integer of at least 1, got 7.0"),
+        ("gradient_checkpointing = 0", "gradient_checkpointing must be true or false, got 0"),
+        ("trackers = [3]", "trackers must be"),
+        ("mechanism = 3", "mechanism must be a config such as ClearAttention"),
+        ("mechanism = {radius = [2]}", "clear: radius must be a positive number, got"),
+        ("loss = [1]", "loss must be a config such as LossWeights"),
+        ("model = 2020-01-01", "model must be the hub id or folder"),
+    ],
+)
+def test_values_of_files_are_checked(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_config(tmp_path / "run.toml", preset("tiny"))
 
 
 def test_files_that_cannot_be_used(tmp_path: Path) -> None:
@@ -104,6 +168,11 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
             read_config(tmp_path / name)
     with pytest.raises(ValueError, match="there is no config file"):
         read_config(tmp_path / "absent.json")
+    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+        read_config(tmp_path)
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        read_config(tmp_path / "bytes.json")
     with pytest.raises(ValueError, match="unknown preset 'huge'"):
         preset("huge")
 
