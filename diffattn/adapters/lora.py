@@ -22,7 +22,8 @@ logger = logging.getLogger("diffattn")
 
 NAME = "diffattn"
 PREFIXES = ("transformer", "unet")
-ALWAYS = ("r", "lora_alpha", "target_modules")
+ALWAYS = ("r", "lora_alpha", "target_modules", "rank_pattern")
+"""Fields that are written at their defaults too: diffusers reads them unasked, before 0.40 the last one as well."""
 NEVER = ("init_lora_weights", "inference_mode", "base_model_name_or_path", "revision", "peft_version")
 """Fields of peft's config that mean something in training, or on the machine where it was made, alone."""
 

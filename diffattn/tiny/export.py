@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, TextToVideoSDPipeline
+from safetensors.torch import load_file, save_file
 
 from diffattn.tiny.components import build_scheduler, build_transformer, build_unet, build_video_scheduler
 from diffattn.tiny.fit import load_averaged
@@ -83,11 +84,22 @@ def replace_folder(pipeline: Any, folder: Path) -> None:
     pipeline.save_pretrained(fresh)
     for file in fresh.rglob("*.safetensors"):
         file.chmod(0o644)
+    name_as_the_hub_does(fresh / "text_encoder" / "model.safetensors")
     forget_origin(fresh / "vae" / "config.json")
     if folder.exists():
         folder.rename(stale)
     fresh.rename(folder)
     shutil.rmtree(stale, ignore_errors=True)
+
+
+def name_as_the_hub_does(file: Path) -> None:
+    """Put `text_model.` before the names of CLIP's weights.
+
+    Every release of transformers reads these names; later ones save them without, and the first releases of version 5
+    then leave all weights random and go on.
+    """
+    weights = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def forget_origin(config: Path) -> None:

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from diffattn import tiny
 from diffattn.tiny.evaluate import generate, judge
-from diffattn.tiny.export import folder_size
+from diffattn.tiny.export import folder_size, name_as_the_hub_does
 from diffattn.tiny.shapes import held_out_scenes
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
@@ -35,6 +37,21 @@ def pipeline() -> FluxPipeline:
 
 def test_folder_is_at_most_twelve_megabytes():
     assert folder_size(tiny.path("flux")) <= 12_000_000
+
+
+@pytest.mark.parametrize("name", ["flux", "video"])
+def test_every_release_of_transformers_knows_the_names_in_the_text_encoder(name):
+    with safe_open(tiny.path(name) / "text_encoder" / "model.safetensors", "pt") as file:
+        assert all(key.startswith("text_model.") for key in file.keys())  # noqa: SIM118
+
+
+def test_a_text_encoder_is_renamed_once(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"final_layer_norm.bias": torch.arange(3.0)}, file)
+    for _ in range(2):
+        name_as_the_hub_does(file)
+        ((key, weight),) = load_file(file).items()
+        assert key == "text_model.final_layer_norm.bias" and weight.tolist() == [0, 1, 2]
 
 
 def test_loads_in_float32(pipeline):
