@@ -4,21 +4,29 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LOWEST := .venv-lowest
+LOWEST_INSTALLED := $(LOWEST)/.installed
+# What stands closest to diffusers, transformers, typer and Pillow.
+LOWEST_TESTS := $(addprefix tests/test_, $(addsuffix .py, swap families intercept steps adapters cli config media))
 # Test processes; each gets its share of the cores. WORKERS=0 runs the tests in one process.
 WORKERS ?= 2
 # Further arguments for pytest: make test ARGS="-m 'not slow' tests/mechanisms"
 ARGS ?=
 
+define new_enough
+@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python 3.11 or later is needed, got %d.%d: set PYTHON=..." % v[:2])'
+endef
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check docs format bench build
+.PHONY: help setup demo test test-lowest check docs format bench build
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## make .venv with the library and everything for development
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python 3.11 or later is needed, got %d.%d: set PYTHON=..." % v[:2])'
+	$(new_enough)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo,metrics,train,quantized,video,face]'
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation natten
@@ -29,6 +37,15 @@ demo: $(INSTALLED) ## draw pictures with full and with cheap attention, into out
 
 test: $(INSTALLED) ## run the whole test suite
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(ARGS)
+
+test-lowest: $(LOWEST_INSTALLED) ## run the tests closest to diffusers on the lowest versions in pyproject.toml
+	$(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal --durations=5 $(LOWEST_TESTS) $(ARGS)
+
+$(LOWEST_INSTALLED): pyproject.toml constraints-lowest.txt
+	$(new_enough)
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable . peft hypothesis pytest pytest-xdist
+	@touch $@
 
 check: $(INSTALLED) ## formatting, lint, types, and the documents
 	$(BIN)/ruff format --check .

@@ -13,15 +13,30 @@ os.environ["MPLBACKEND"] = "Agg"
 import random
 from collections.abc import Iterator
 
+import accelerate
 import diffusers.models.attention_dispatch
 import hypothesis
 import numpy
 import pytest
 import torch
+import transformers
+
+from diffattn.measure import hardware
 
 torch.set_num_threads(_threads)
 hypothesis.settings.register_profile("diffattn", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("diffattn")
+
+
+def pytest_report_header() -> list[str]:
+    """Processor and releases: rounding and speed depend on them, and a log may come from any machine."""
+    packages = ", ".join(
+        f"{module.__name__} {module.__version__}" for module in (torch, diffusers, transformers, accelerate)
+    )
+    return [
+        f"processor: {hardware()['cpu']}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores",
+        packages,
+    ]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

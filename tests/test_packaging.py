@@ -4,11 +4,14 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import diffattn
 import diffattn.distill
@@ -48,6 +51,21 @@ def test_the_doors_lead_to_the_root_folders(door: str) -> None:
     assert tree(f"diffattn/{door}") == {f"diffattn/{door}/__init__.py"}, "what lies beside the door hides its namesakes"
     strays = {file for file in tree(door) if file.count("/") == 1 and not file.endswith((".py", "README.md"))}
     assert not strays, "importlib.resources finds data files in subpackages only"
+
+
+def test_the_lowest_versions_are_those_that_are_tested() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [Requirement(line) for line in [*project["dependencies"], *project["optional-dependencies"]["train"]]]
+    pins = (line for line in (ROOT / "constraints-lowest.txt").read_text().splitlines() if "==" in line)
+    tested = {pin.name: pin.specifier for pin in map(Requirement, pins)}
+    bounds = {each.name: next(iter(each.specifier)).version for each in asked if each.name in tested}
+    assert set(bounds) == {*(Requirement(line).name for line in project["dependencies"]), "peft"}
+    for name, lowest in bounds.items():
+        (pin,) = tested[name]
+        if name == "torch":  # no lower one without CUDA
+            assert Version(pin.version) >= Version(lowest)
+        else:
+            assert Version(pin.version) == Version(lowest), name
 
 
 @pytest.fixture(scope="module")
