@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffattn.video import VideoInfo, VideoWriter, probe, read_frames
+from diffattn.video import VideoInfo, VideoWriter, colours, probe, read_frames, timing
 
 av = pytest.importorskip("av", reason="needs PyAV, the extra `video`")
 
@@ -151,8 +151,8 @@ def test_a_range_of_frames(tmp_path: Path, arguments: dict[str, int], want: list
 
 def test_frames_come_as_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No more than the frames asked for become RGB, so memory does not grow with the video."""
-    made, convert = [], __import__("diffattn.video", fromlist=["_to_rgb"])._to_rgb
-    monkeypatch.setattr("diffattn.video._to_rgb", lambda frame: made.append(frame.pts) or convert(frame))
+    made, convert = [], colours._to_rgb
+    monkeypatch.setattr(colours, "_to_rgb", lambda frame: made.append(frame.pts) or convert(frame))
     frames = read_frames(CLIP)
     assert not made
     assert len(list(islice(frames, 3))) == 3 and len(made) == 3
@@ -189,16 +189,22 @@ def test_uneven_frames_are_shown_at_their_time(tmp_path: Path, caplog: pytest.Lo
     assert [record.message.count("not evenly spaced") for record in caplog.records] == [1]
 
 
-def test_two_frames_at_one_tick_leave_the_later(tmp_path: Path) -> None:
-    spread = __import__("diffattn.video", fromlist=["_spread"])._spread
-    frames = [type("F", (), {"pts": pts, "time_base": Fraction(1, 1000)})() for pts in (500, 540, 545, 580, 620)]
-    shown = [frame.pts for frame in spread(frames, Fraction(25), 0, "a.mkv")]
-    assert shown == [500, 545, 580, 620]
+def test_two_frames_at_one_tick_are_both_shown() -> None:
+    """The second a tick late; none waits for longer."""
+    times = [Fraction(stamp, 1000) for stamp in (0, 40, 45, 80, 120, 200, 201, 202, 203)]
+    assert list(timing.ticks(times, Fraction(25))) == [0, 1, 2, 3, 4, 5, 6, None, None]
 
 
 def test_even_frames_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
     assert probe(CLIP) == VideoInfo(
-        width=176, height=144, frames=120, rate=Fraction(30000, 1001), duration=4.004, rotation=0, audio=False
+        width=176,
+        height=144,
+        frames=120,
+        rate=Fraction(30000, 1001),
+        duration=4.004,
+        rotation=0,
+        audio=False,
+        aspect=Fraction(128, 117),
     )
     assert sum(1 for _ in read_frames(CLIP)) == 120 and not caplog.records
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffattn.files import written
-from diffattn.video import ENDINGS, QUALITY, pyav
+from diffattn.video import ENDINGS, VideoWriter, pyav
 
 
 def check_output(output: Path, height: int, width: int) -> None:
@@ -50,19 +50,9 @@ def write_pictures(frames: Iterable[NDArray[np.uint8]], folder: Path, first: int
 
 def write_part(frames: Iterable[NDArray[np.uint8]], path: Path, fps: int) -> None:
     """Encode frames of `(height, width, 3)` as they come."""
-    av = pyav()
-    with written(path) as file, av.open(str(file), "w") as container:
-        stream = None
-        for number, frame in enumerate(frames):
-            if stream is None:
-                stream = container.add_stream("libx264", rate=fps, options={"crf": QUALITY, "bf": "0"})
-                stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
-                stream.codec_context.time_base = Fraction(1, fps)
-            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            picture.pts, picture.time_base = number, Fraction(1, fps)
-            container.mux(stream.encode(picture))
-        if stream is not None:
-            container.mux(stream.encode())
+    with VideoWriter(path, fps, reordered=False) as video:
+        for frame in frames:
+            video.write(frame)
 
 
 def join_parts(parts: Sequence[Path], lengths: Sequence[int], output: Path, fps: int) -> None:
