@@ -1,5 +1,6 @@
 """Frames of a video file or of a folder of pictures, one by one, and how to tell them from others."""
 
+import functools
 import hashlib
 import itertools
 import logging
@@ -38,6 +39,8 @@ class Clip:
     """Frames left out after each that is used."""
     fps: Fraction | None = None
     """Of a folder; None: `FOLDER_RATE`."""
+    square: bool = False
+    """Widen or narrow frames whose pixels are not square."""
 
     def __post_init__(self) -> None:
         if self.path.is_dir():
@@ -56,6 +59,15 @@ class Clip:
         return whole / (self.skip + 1)
 
     @property
+    def aspect(self) -> Fraction:
+        """Width of a pixel of the frames as it is shown to its height."""
+        return Fraction(1) if self.square else self._stored_aspect
+
+    @property
+    def _stored_aspect(self) -> Fraction:
+        return Fraction(1) if self.path.is_dir() else probe(self.path).aspect
+
+    @property
     def sound(self) -> Path | None:
         """The file that may have sound."""
         return None if self.path.is_dir() else self.path
@@ -71,7 +83,8 @@ class Clip:
             stop = None if self.count is None else self.start + (self.count - 1) * (self.skip + 1) + 1
             files = itertools.islice(find_pictures([self.path]), self.start, stop, self.skip + 1)
             return self._alike(map(read_opaque, files))
-        return self._alike(read_frames(self.path, self.start, self.count, self.skip))
+        stored = self._alike(read_frames(self.path, self.start, self.count, self.skip))
+        return map(functools.partial(_widened, aspect=self._stored_aspect), stored) if self.square else stored
 
     def _alike(self, frames: Iterable[Pixels]) -> Iterator[Pixels]:
         size = None
@@ -89,6 +102,13 @@ class Clip:
     def digest(self) -> str:
         """Tells other frames apart, by the bytes of their files."""
         return digest(*(find_pictures([self.path]) if self.path.is_dir() else [self.path]))
+
+
+def _widened(frame: Pixels, aspect: Fraction) -> Pixels:
+    if aspect == 1:
+        return frame
+    height, width = frame.shape[:2]
+    return np.array(Image.fromarray(frame).resize((max(1, round(width * aspect)), height), Image.Resampling.BICUBIC))
 
 
 def read_opaque(path: Path) -> Pixels:

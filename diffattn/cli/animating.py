@@ -118,7 +118,7 @@ def animate(
     finder = open_finder(landmarks, provider, model)
     animation = portrait.Animation(
         source=source,
-        driving=Clip(path=driving, start=start, count=frames, skip=skip, fps=parse_rate(fps)),
+        driving=Clip(path=driving, start=start, count=frames, skip=skip, fps=parse_rate(fps), square=True),
         checkpoint=checkpoint,
         output=output,
         preview=preview,

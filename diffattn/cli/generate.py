@@ -20,6 +20,7 @@ from ..highres import generate_large
 from ..measure import as_pixels, psnr
 from ..parallel.image import shard
 from ..swap import Handle, apply, restore
+from ..video import VideoWriter
 from .arguments import parse_mechanism, parse_options, parse_size
 
 logger = logging.getLogger("diffattn")
@@ -239,8 +240,9 @@ def save_one(frames: Frames, path: Path, fps: int) -> Path:
             frames[0].save(temporary)
         return path
     if path.suffix == ".mp4" and importlib.util.find_spec("av") is not None:
-        with written(path) as temporary:
-            write_video(frames, temporary, fps)
+        with VideoWriter(path, fps) as video:
+            for frame in frames:
+                video.write(np.asarray(frame.convert("RGB")))
         return path
     if path.suffix == ".mp4":
         logger.warning('writing a folder of frames: for .mp4, pip install "diffattn[video]"')
@@ -249,20 +251,6 @@ def save_one(frames: Frames, path: Path, fps: int) -> Path:
         with written(folder / f"frame-{number:04d}.png") as temporary:
             frame.save(temporary)
     return folder
-
-
-def write_video(frames: Frames, path: Path, fps: int) -> None:
-    """H.264 in an .mp4 file; sides that are odd lose a pixel. Needs PyAV."""
-    import av
-
-    width, height = (side - side % 2 for side in frames[0].size)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for frame in frames:
-            picture = av.VideoFrame.from_image(frame.convert("RGB").crop((0, 0, width, height)))
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
 
 
 def check_output(output: Path) -> None:

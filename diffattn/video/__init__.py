@@ -3,15 +3,17 @@
 Nobody holds more than a few frames. PyAV, the extra `video`, is imported where a file is opened.
 """
 
-from .encoder import ENCODER, ENDINGS, LONGEST_SIDE
+from .colours import READ, WRITE
+from .encoder import ENDINGS, LONGEST_SIDE, reproducible
 from .opening import Pixels, pyav
 from .reading import OnError, VideoInfo, probe, read_frames
 from .writing import VideoWriter
 
 __all__ = [
-    "ENCODER",
     "ENDINGS",
     "LONGEST_SIDE",
+    "READ",
+    "WRITE",
     "OnError",
     "Pixels",
     "VideoInfo",
@@ -19,4 +21,5 @@ __all__ = [
     "probe",
     "pyav",
     "read_frames",
+    "reproducible",
 ]

@@ -1,6 +1,7 @@
 """How x264 is told to encode: the same frames give the same bytes on every machine."""
 
 import platform
+from fractions import Fraction
 from typing import Any
 
 ENDINGS = (".mp4", ".mov", ".mkv")
@@ -12,21 +13,28 @@ LONGEST_SIDE = 16384
 QUALITY = "18"
 """Constant rate factor of x264: visually without loss."""
 
-ENCODER = "libx264"
-
 _X86 = ("x86_64", "AMD64", "i386", "i686")
 
 
-def open_encoder(container: Any, rate: Any, **options: str) -> Any:
-    """A stream of x264 in a container that is written, whose output depends on the frames and `options` alone.
+def reproducible(codec: str) -> dict[str, str]:
+    """Options of an encoder of FFmpeg by which its output depends on the frames alone, with one thread to encode.
 
-    `cpu-independent` leaves out code that rounds otherwise on other CPUs, and one thread takes the number of cores out.
-    x264's code for AVX-512 does not repeat itself with B-frames; SSE 4.2 is on every x86 that torch runs on.
-    Elsewhere than on x86 there is no code by that name, and asking for it would turn off all there is.
+    x264's `cpu-independent` leaves out code that rounds otherwise on other CPUs. Its code for AVX-512 does not repeat
+    itself with B-frames; SSE 4.2 is on every x86 that torch runs on. Elsewhere than on x86 there is no code by that
+    name, and asking for it would turn off all there is.
+    """
+    if codec != "libx264":
+        return {}
+    return {"x264-params": "cpu-independent=1" + (":asm=SSE4.2" if platform.machine() in _X86 else "")}
+
+
+def open_encoder(container: Any, rate: Fraction | int, **options: str) -> Any:
+    """A stream of H.264, yuv420p, in a container that is written.
+
     Chroma lies in the middle of its four pixels, and the file says so.
     """
-    parameters = "chromaloc=1:cpu-independent=1" + (":asm=SSE4.2" if platform.machine() in _X86 else "")
-    stream = container.add_stream(ENCODER, rate=rate, options={"x264-params": parameters, **options})
+    parameters = reproducible("libx264")["x264-params"]
+    stream = container.add_stream("libx264", rate=rate, options={"x264-params": f"{parameters}:chromaloc=1", **options})
     stream.pix_fmt = "yuv420p"
     stream.codec_context.thread_count = 1
     return stream

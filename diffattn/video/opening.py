@@ -55,7 +55,7 @@ def opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
 
 
 def pictures_of(container: Any) -> Any:
-    """The first video stream; no cover, and no still beside the sequence that it stands for. None where there is none."""
+    """The first video stream, or None: no cover, and no still beside the sequence that it stands for."""
     cover = pyav().stream.Disposition.attached_pic
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     moving = [stream for stream in streams if stream.frames != 1]
@@ -81,20 +81,18 @@ def whole_packets(container: Any, stream: Any, path: str | Path, told: bool = Tr
 
     The last one is empty and takes out what the decoder holds back. `told`: say in the log what is left out.
     """
-    key, missed = None, 0
+    key, missed = None, False
     for packet in container.demux(stream):
         if key is None and packet.size and packet.is_keyframe and not packet.is_corrupt:
             key = packet
-        leans = key is None or (packet.pts is not None and key.pts is not None and packet.pts < key.pts)
-        if not packet.size or not leans:
             if missed and told:
                 logger.warning("%s: begins between two key frames; read from the first one on", path)
-                missed = 0
+        leans = key is None or (packet.pts is not None and key.pts is not None and packet.pts < key.pts)
+        if not packet.size or not leans:
             yield packet
-        else:
-            missed += 1
+        missed = missed or leans
     if key is None and missed:
         raise ValueError(
-            f"expected a whole video in {path}; got one that is broken at or soon after frame 0: no frame that does not "
-            "lean on others; make the file anew"
+            f"expected a whole video in {path}; got one that is broken at or soon after frame 0: no frame that does "
+            "not lean on others; make the file anew"
         )

@@ -49,7 +49,7 @@ def probe(path: str | Path) -> VideoInfo:
         ValueError: not a video, or none that can be decoded.
     """
     with opened(path) as (container, stream):
-        first = next(_decode(container, stream, path, "raise"), None)
+        first = next(_decode(container, stream, path, "raise", told=False), None)
         if first is None:
             raise ValueError(f"expected a video with frames in {path}; got none; make the file anew")
         timing = timing_of(path)
@@ -109,7 +109,7 @@ def _read(path: str | Path, on_error: OnError) -> Iterator[Any]:
 
 
 def _spread(frames: Iterable[Any], timing: Timing, path: str | Path) -> Iterator[Any]:
-    """Each frame at its tick (see `ticks`) and up to that of the next; the last one, or one before a None, to the end."""
+    """Each frame from its tick (see `ticks`) up to that of the next; the last one, or one before a None, to the end."""
     shown, tick, told = None, -1, set[str]()
 
     def tell(what: str) -> None:
@@ -135,12 +135,12 @@ def _spread(frames: Iterable[Any], timing: Timing, path: str | Path) -> Iterator
         yield from itertools.repeat(shown, timing.length - tick - 1)
 
 
-def _decode(container: Any, stream: Any, path: str | Path, on_error: OnError) -> Iterator[Any]:
+def _decode(container: Any, stream: Any, path: str | Path, on_error: OnError, told: bool = True) -> Iterator[Any]:
     """Frames in the order they are shown in; broken ones raise, or are left out up to the next key frame.
 
     A None follows where no key frame came any more.
     """
-    av, packets, number, broken = pyav(), whole_packets(container, stream, path), 0, False
+    av, packets, number, broken = pyav(), whole_packets(container, stream, path, told), 0, False
     while True:
         try:
             packet = next(packets, None)

@@ -82,7 +82,7 @@ def default_of(streams: Any) -> Any:
 
 
 def holds(ending: str, stream: Any) -> bool:
-    """Whether files of this ending can hold such a track beside H.264: tried, as FFmpeg's own lists promise too much."""
+    """Whether files of this ending hold such a track beside H.264: tried, as FFmpeg's own lists promise too much."""
     if stream.codec_context is None:
         return False
     kind = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}[ending]

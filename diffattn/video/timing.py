@@ -1,8 +1,8 @@
 """When frames are shown: a constant rate at which every frame has a tick of its own, and the ticks of each.
 
 A file of a constant rate has that rate. Where frames are not evenly spaced, as in many GIFs, captures of screens and
-clips of phones, the rate is the nominal one of the file if every frame gets a tick by it, and else the lowest that
-gives each one. A frame is shown up to the tick of the next, the last one as long as the file says.
+clips of phones, the rate is the nominal one of the file if by it every frame gets a tick near to its time, and else the
+lowest that does so. A frame is shown up to the tick of the next, the last one as long as the file says.
 """
 
 import functools
@@ -18,6 +18,8 @@ from .opening import opened, pyav, whole_packets
 
 LATE = 1
 """Ticks that a frame may come late for the sake of those before it."""
+NEAR = Fraction(1, 20)
+"""Seconds by which a frame may be shown beside its time; sound that far off is not noticed."""
 HIGHEST = 240
 """Frames per second; what asks for more is a clock, not a rate."""
 ALIKE = 0.02
@@ -68,9 +70,7 @@ def _timing(path: str, size: int, changed: int) -> Timing:
     return Timing(rate=rate, begin=begin, length=length if whole else max(length, lasts or 0))
 
 
-def _times_of_packets(
-    container: Any, stream: Any, path: str
-) -> tuple[list[Fraction] | None, Fraction | None, bool]:
+def _times_of_packets(container: Any, stream: Any, path: str) -> tuple[list[Fraction] | None, Fraction | None, bool]:
     """Sorted times in seconds (None: not all are told), how long the last one is shown, and whether none is missing.
 
     The duration of a packet is that up to the next one in the order of decoding, so it says nothing (None) where frames
@@ -98,7 +98,7 @@ def _times_of_packets(
 
 def _times_of_frames(container: Any, stream: Any, path: str) -> list[Fraction]:
     """Of those that tell theirs, up to the first that is broken."""
-    times = set()
+    times: set[Fraction] = set()
     try:
         for packet in whole_packets(container, stream, path, told=False):
             times.update(Fraction(frame.pts * frame.time_base) for frame in packet.decode() if frame.pts is not None)
@@ -147,8 +147,15 @@ def choose_rate(times: Sequence[Fraction], hints: Sequence[Fraction]) -> Fractio
     found = (len(gaps) / sum(gaps, Fraction()), usual, 1 / min(gaps))
     rates = sorted({_like(rate, hints) for rate in (*found, *hints)})
     nominal = [rate for rate in hints[:1] if rate <= 2 * usual]
-    rates = [*nominal, *(rate for rate in rates if rate <= max(HIGHEST, usual))]
-    return next((rate for rate in rates if None not in ticks(times, rate)), rates[-1])
+    rates = [*nominal, *(rate for rate in rates if rate <= max(Fraction(HIGHEST), usual))]
+    return next((rate for rate in rates if _fits(times, rate)), rates[-1])
+
+
+def _fits(times: Sequence[Fraction], rate: Fraction) -> bool:
+    return all(
+        tick is not None and abs(tick / rate - time) <= NEAR
+        for tick, time in zip(ticks(times, rate), times, strict=True)
+    )
 
 
 def _like(rate: Fraction, hints: Sequence[Fraction]) -> Fraction:

@@ -2,10 +2,11 @@
 
 import contextlib
 import tempfile
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -87,9 +88,8 @@ class VideoWriter:
             context.time_base, context.color_range = 1 / self.rate, LIMITED
             context.colorspace = context.color_primaries = context.color_trc = BT709
             context.sample_aspect_ratio = self.aspect.limit_denominator(65535)
-            if sound is None or sound.stream is None:
-                self._sound = iter(())
-            else:
+            self._sound: Iterator[tuple[Fraction, Any]] = iter(())
+            if sound is not None and sound.stream is not None:
                 self._sound = sound.packets(self._file.add_stream_from_template(sound.stream))
             self._packet = next(self._sound, None)
             self._stack = stack.pop_all()
@@ -114,9 +114,7 @@ class VideoWriter:
             raise ValueError(f"expected frames of {self._size} as the first; got {frame.shape[:2]}; resize it")
         even = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
         picture = pyav().VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
-        picture = picture.reformat(
-            format="yuv420p", dst_colorspace=BT709, dst_color_range=LIMITED, interpolation=WRITE
-        )
+        picture = picture.reformat(format="yuv420p", dst_colorspace=BT709, dst_color_range=LIMITED, interpolation=WRITE)
         picture.pts, picture.time_base = self._number, 1 / self.rate
         self._file.mux(self._video.encode(picture))
         self._number += 1

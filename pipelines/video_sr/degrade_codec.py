@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffattn.video import Pixels, pyav
+from diffattn.video import READ, WRITE, Pixels, pyav, reproducible
 
 from ..pixel_aware_sr.blur_kernels import Span, check_probabilities, check_probability, check_span
 from ..pixel_aware_sr.degrade import quantise
@@ -73,8 +73,8 @@ def recompress(frames: Iterable[Tensor], codec: DrawnCodec | None) -> Iterator[T
     """Frames as they come back from a codec; None hands them on.
 
     All are encoded before the first comes back, but never held as pictures: memory is that of one and the file.
-    Encoding takes one thread, so that the result is the same on machines with more or fewer cores. An odd side gets
-    its last row or column twice, and loses it again.
+    Encoding takes one thread and no code of one kind of CPU, so that the result is the same on every machine. An odd
+    side gets its last row or column twice, and loses it again.
 
     Args:
         frames: at least one, values in 0..1, cut off beyond; (3, rows, columns) each, of one size.
@@ -99,7 +99,7 @@ def recompress(frames: Iterable[Tensor], codec: DrawnCodec | None) -> Iterator[T
     file.seek(0)
     with pyav().open(file) as container:
         for image in container.decode(video=0):
-            pixels = image.to_ndarray(format="rgb24")[:rows, :columns]
+            pixels = image.to_ndarray(format="rgb24", interpolation=READ)[:rows, :columns]
             yield torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
@@ -109,14 +109,14 @@ def _encode(file: io.BytesIO, frames: Iterable[Tensor], codec: DrawnCodec) -> tu
     first = next(clip)
     rows, columns = first.shape[:2]
     with pyav().open(file, "w", format="matroska") as container:
-        stream = container.add_stream(codec.name, rate=1)
+        stream = container.add_stream(codec.name, rate=1, options=reproducible(codec.name))
         stream.height, stream.width = rows + rows % 2, columns + columns % 2
         stream.pix_fmt, stream.bit_rate = "yuv420p", codec.bitrate
         stream.codec_context.thread_count = 1
         for pixels in itertools.chain([first], clip):
             even = np.pad(pixels, ((0, rows % 2), (0, columns % 2), (0, 0)), mode="edge")
             frame = pyav().VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
-            container.mux(stream.encode(frame))
+            container.mux(stream.encode(frame.reformat(format="yuv420p", interpolation=WRITE)))
         container.mux(stream.encode())
     return rows, columns
 

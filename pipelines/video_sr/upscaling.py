@@ -166,7 +166,8 @@ class Upscaling:
     def _try_writing(self, plan: Plan) -> None:
         """Raise where a video of this kind cannot be written in this size and with that sound."""
         trial = self.work.path / f"trial{self.output.suffix}"
-        with VideoWriter(trial, self.clip.rate, self.clip.sound, self.clip.begin) as video:
+        clip = self.clip
+        with VideoWriter(trial, clip.rate, clip.sound, clip.begin, aspect=clip.aspect) as video:
             video.write(np.zeros((*plan.target, 3), dtype=np.uint8))
         trial.unlink()
 
@@ -220,7 +221,7 @@ class Run:
         clip, settings, work = self.upscaling.clip, self.upscaling.settings, self.upscaling.work
         pieces = self.pipe.decode_clip(self._source(), self.plan, settings, FolderStore(work.latents))
         frames = (frame for piece in pieces for frame in piece)
-        with VideoWriter(work.video, clip.rate, clip.sound, clip.begin) as video:
+        with VideoWriter(work.video, clip.rate, clip.sound, clip.begin, aspect=clip.aspect) as video:
             for frame in self.progress(frames, "decoding", self.plan.frames):
                 pixels = to_bytes(frame[None], truncate=settings.official)[0]
                 video.write(pixels.permute(1, 2, 0).numpy())

@@ -161,7 +161,7 @@ def test_colours_are_the_inputs(inputs: Path, made: Path) -> None:
 def test_a_part_of_the_video(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its sound is that of these frames."""
     writers, real = [], module.VideoWriter
-    monkeypatch.setattr(module, "VideoWriter", lambda *args: writers.append(args) or real(*args))
+    monkeypatch.setattr(module, "VideoWriter", lambda *args, **more: writers.append(args) or real(*args, **more))
     succeed(inputs, tmp_path / "out.mov", "--start", 2, "--frames", 2, "--color", "none", "--guidance", 1)
     assert probe(tmp_path / "out.mov").frames == 2
     assert writers[-1][1:] == (10, inputs / "in.mp4", pytest.approx(0.2))
