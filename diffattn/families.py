@@ -5,7 +5,8 @@ and the reader that turns the arguments of a module's forward into a `Layout`. N
 projections, norms, rotary embeddings and masks stay with its own processor (`diffattn.intercept`).
 
 A layer's tokens are its grid cells and the rest, on one side or both. The grid comes from the reader, the number of
-tokens from the call itself, so text lengths are never read.
+tokens from the call itself, so text lengths are never read. Where no other tokens come along, the row says so, and any
+that come are an error: they would be taken for text.
 """
 
 import inspect
@@ -16,15 +17,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .grid import TokenGrid
+from .positions import picture_size, video_size
 
 Arguments = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A grid whose other tokens are partly unknown until the call: `before` or `after` is None and takes the rest."""
+    """A grid and how many other tokens lie on its sides: None is unknown until the call, and takes what is left.
+
+    With 0 on both sides the layer sees the cells alone.
+    """
 
     height: int
     width: int
@@ -33,18 +39,23 @@ class Layout:
     after: int | None = 0
 
     def grid(self, tokens: int) -> TokenGrid:
-        """The grid of a call with this many tokens; layers that see the cells alone have no others."""
-        rest = tokens - self.frames * self.height * self.width
-        if rest < 0 or (self.before is not None and self.after is not None and rest != self.before + self.after):
+        """The grid of a call with this many tokens; raises `ValueError` where they are not the layout's."""
+        cells = self.frames * self.height * self.width
+        known = (self.before or 0) + (self.after or 0)
+        rest = tokens - cells - known
+        if rest < 0 or (rest and self.before is not None and self.after is not None):
             raise ValueError(
                 f"the layer sees {tokens} tokens, but the model was called for a grid of "
-                f"{self.frames} x {self.height} x {self.width} = {tokens - rest} cells"
+                f"{self.frames} x {self.height} x {self.width} = {cells} cells{self._others(known)}: a use of the "
+                f"model that is not known; call diffattn.restore first"
             )
-        if self.before is not None:
-            before = min(self.before, rest)
-            return TokenGrid(self.height, self.width, self.frames, before, rest - before)
-        after = min(self.after or 0, rest)
-        return TokenGrid(self.height, self.width, self.frames, rest - after, after)
+        before = rest if self.before is None else self.before
+        return TokenGrid(self.height, self.width, self.frames, before, tokens - cells - before)
+
+    def _others(self, known: int) -> str:
+        if self.before is None or self.after is None:
+            return f" and {known} or more other tokens" if known else ""
+        return f" and {known} other tokens" if known else " and no other tokens"
 
 
 Read = Callable[[nn.Module, Arguments], tuple[Layout, ...]]
@@ -93,7 +104,7 @@ def _patch(module: nn.Module, name: str, axis: int = -1) -> int:
 
 
 def picture(argument: str = "hidden_states", before: int | None = None, after: int | None = 0) -> Read:
-    """(b, c, height, width) latents in patches of `patch_size`."""
+    """(b, c, height, width) latents in patches of `patch_size`; text before them unless told otherwise."""
 
     def read(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
         height, width = call[argument].shape[-2:]
@@ -104,7 +115,10 @@ def picture(argument: str = "hidden_states", before: int | None = None, after: i
 
 
 def video(frames_axis: int, before: int | None = None, after: int | None = 0, patch_t: str | None = None) -> Read:
-    """5-D latents with frames on `frames_axis`, in patches of `patch_size` and the frames that `patch_t` names."""
+    """5-D latents with frames on `frames_axis`, in patches of `patch_size` and the frames that `patch_t` names.
+
+    Text lies before them unless told otherwise.
+    """
 
     def read(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
         latents = call["hidden_states"]
@@ -117,18 +131,60 @@ def video(frames_axis: int, before: int | None = None, after: int | None = 0, pa
 
 
 def flux_ids(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
-    """Flux's `img_ids` (n, 3 or 4): picture number, row, column, ...; pictures after the first are references."""
-    ids = call["img_ids"]
-    ids = ids[0] if ids.ndim == 3 else ids
-    first = ids[ids[:, 0] == ids[0, 0]]
-    height, width = (int(first[:, axis].max() - first[:, axis].min()) + 1 for axis in (1, 2))
-    rows, columns = TokenGrid(height, width).positions(ids.device)[1:]
-    at = first[:, 1:3] - first[0, 1:3]
-    if len(first) != height * width or not torch.equal(at.long(), torch.stack([rows, columns], dim=1)):
+    """Flux's `img_ids` (n, 3 or 4) or (b, n, 3 or 4): picture number, row, column, ...
+
+    Pictures after the first are references. Text comes before.
+    """
+    return _common(_first_picture(module, ids) for ids in _samples(_values(call, "img_ids"), axes=2))
+
+
+def _first_picture(module: nn.Module, ids: Tensor) -> Layout:
+    number, rows, columns = ids[:, :3].unbind(1)
+    others = torch.nonzero(number != number[0])
+    tokens = int(others[0]) if len(others) else len(ids)
+    if len(others) and number[0] == 1 and _is_a(module, "FluxTransformer2DModel"):
         raise ValueError(
-            f"img_ids must list a picture of {height} x {width} tokens row by row, got {len(first)} tokens"
+            f"img_ids list {len(number.unique())} pictures that begin with number 1, as those of VisualCloze do: "
+            f"examples first, what is made last; a window would lie on an example: call diffattn.restore first"
         )
-    return (Layout(height, width, after=len(ids) - len(first)),)
+    size = picture_size(rows[:tokens], columns[:tokens])
+    if size is None:
+        raise ValueError(
+            f"img_ids must list a picture of {len(rows[:tokens].unique())} x {len(columns[:tokens].unique())} tokens "
+            f"row by row, got {tokens} tokens, which do not"
+        )
+    return Layout(*size, after=len(ids) - tokens)
+
+
+def _is_a(module: nn.Module, name: str) -> bool:
+    return any(cls.__name__ == name for cls in type(module).__mro__)
+
+
+def _values(call: Arguments, name: str) -> Tensor:
+    """An argument whose values are read, copied to the CPU at once."""
+    tensor = call[name]
+    if tensor is None:
+        raise ValueError(f"the grid is read from {name}, which this call of the model leaves out")
+    if isinstance(tensor, FakeTensor) or tensor.is_meta:
+        raise ValueError(
+            f"the grid is read from the values of {name}, and torch.export traces without values: export with exact "
+            f"attention, or call diffattn.restore first"
+        )
+    values: Tensor = tensor.detach().cpu()
+    return values
+
+
+def _samples(values: Tensor, axes: int) -> list[Tensor]:
+    """Those of a batch, each with `axes` axes; one where all are equal."""
+    if values.ndim == axes:
+        return [values]
+    return [values[0]] if bool((values == values[:1]).all()) else list(values)
+
+
+def _common(layouts: Iterable[Layout]) -> tuple[Layout, ...]:
+    """One layout for the whole batch where its samples have the same."""
+    first, *others = layouts
+    return (first, *others) if any(other != first for other in others) else (first,)
 
 
 def qwen_shapes(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
@@ -151,27 +207,46 @@ def z_image(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
             "Z-Image's omni mode puts several pictures into one sequence: not supported, restore first"
         )
     patch, patch_t = call["patch_size"], call["f_patch_size"]
-    layouts = tuple(
+    return _common(
         Layout(height // patch, width // patch, frames // patch_t, before=0, after=None)
         for frames, height, width in (x.shape[-3:] for x in pictures)
     )
-    return layouts[:1] if len(set(layouts)) == 1 else layouts
 
 
 def lumina(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
     """Lumina2: each sample is its own caption without padding, the picture, then padding."""
     height, width = (side // _patch(module, "patch_size") for side in call["hidden_states"].shape[-2:])
     lengths = call["encoder_attention_mask"].sum(dim=1).tolist()
-    layouts = tuple(Layout(height, width, before=int(length), after=None) for length in lengths)
-    return layouts[:1] if len(set(layouts)) == 1 else layouts
+    return _common(Layout(height, width, before=int(length), after=None) for length in lengths)
 
 
 def ltx(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
-    """LTX's num_frames, height and width."""
-    frames, height, width = call["num_frames"], call["height"], call["width"]
-    if frames is None or height is None or width is None:
-        raise ValueError("the grid is read from num_frames, height and width, which this call of the model leaves out")
-    return (Layout(height, width, frames),)
+    """LTX's `video_coords` (b, 3, n), else its num_frames, height and width.
+
+    With coordinates the model looks at nothing else. Frames that are conditions lie before the video or after it.
+    """
+    if call.get("video_coords") is None:
+        frames, height, width = call["num_frames"], call["height"], call["width"]
+        if frames is None or height is None or width is None:
+            raise ValueError(
+                "the grid is read from video_coords, or from num_frames, height and width, and this call of the model "
+                "leaves out both"
+            )
+        return (Layout(height, width, frames, before=0),)
+    return _common(_video(coordinates) for coordinates in _samples(_values(call, "video_coords"), axes=2))
+
+
+def _video(coordinates: Tensor) -> Layout:
+    size = video_size(coordinates)
+    if size is None:
+        counts = " x ".join(str(len(axis.unique())) for axis in coordinates)
+        raise ValueError(
+            f"video_coords must list a video from time 0 on, frame by frame and row by row, with other frames of its "
+            f"size before or after it; got {coordinates.shape[1]} tokens with {counts} different times, rows and "
+            f"columns; call diffattn.restore first"
+        )
+    frames, height, width, before, after = size
+    return Layout(height, width, frames, before, after)
 
 
 def feature_map(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
@@ -221,7 +296,13 @@ def _dit(pattern: str, read: Read) -> tuple[Layers, ...]:
     return (Layers(pattern, "spatial", read),)
 
 
-_SD3_LAYERS = r"transformer_blocks\.\d+\.attn2?"
+def _sd3(argument: str) -> tuple[Layers, ...]:
+    """Text behind the picture in `attn`, the picture alone in `attn2`."""
+    return (
+        Layers(r"transformer_blocks\.\d+\.attn", "spatial", picture(argument, before=0, after=None)),
+        Layers(r"transformer_blocks\.\d+\.attn2", "spatial", picture(argument, before=0)),
+    )
+
 
 FAMILIES: list[Family] = [
     Family(
@@ -236,14 +317,10 @@ FAMILIES: list[Family] = [
         _dit(r"(single_)?transformer_blocks\.\d+\.attn", flux_ids),
         rope="pos_embed",
     ),
-    Family("SD3", ("SD3Transformer2DModel",), _dit(_SD3_LAYERS, picture(before=0, after=None))),
-    Family(
-        "SD3 ControlNet",
-        ("SD3ControlNetModel",),
-        # its hidden_states may be tokens already
-        _dit(_SD3_LAYERS, picture("controlnet_cond", before=0, after=None)),
-    ),
-    Family("Wan", ("WanTransformer3DModel",), _dit(r"blocks\.\d+\.attn1", video(2, patch_t="patch_size"))),
+    Family("SD3", ("SD3Transformer2DModel",), _sd3("hidden_states")),
+    # its hidden_states may be tokens already
+    Family("SD3 ControlNet", ("SD3ControlNetModel",), _sd3("controlnet_cond")),
+    Family("Wan", ("WanTransformer3DModel",), _dit(r"blocks\.\d+\.attn1", video(2, before=0, patch_t="patch_size"))),
     Family(
         "HunyuanVideo",
         ("HunyuanVideoTransformer3DModel",),
@@ -256,18 +333,38 @@ FAMILIES: list[Family] = [
         ("CogVideoXTransformer3DModel",),
         _dit(r"transformer_blocks\.\d+\.attn1", video(1, patch_t="patch_size_t")),
     ),
-    Family("Qwen-Image", ("QwenImageTransformer2DModel",), _dit(r"transformer_blocks\.\d+\.attn", qwen_shapes)),
+    Family(
+        "Qwen-Image",
+        ("QwenImageTransformer2DModel", "QwenImageControlNetModel"),
+        _dit(r"transformer_blocks\.\d+\.attn", qwen_shapes),
+    ),
     Family(
         "Z-Image", ("ZImageTransformer2DModel",), _dit(r"(noise_refiner|layers)\.\d+\.attention", z_image), timestep="t"
     ),
-    Family("PixArt", ("PixArtTransformer2DModel",), _dit(r"transformer_blocks\.\d+\.attn1", picture())),
-    Family("Sana", ("SanaTransformer2DModel",), _dit(r"transformer_blocks\.\d+\.attn1", picture())),
-    Family("Lumina2", ("Lumina2Transformer2DModel",), _dit(r"(noise_refiner|layers)\.\d+\.attn", lumina)),
+    Family("PixArt", ("PixArtTransformer2DModel",), _dit(r"transformer_blocks\.\d+\.attn1", picture(before=0))),
+    Family("Sana", ("SanaTransformer2DModel",), _dit(r"transformer_blocks\.\d+\.attn1", picture(before=0))),
+    Family(
+        "Lumina2",
+        ("Lumina2Transformer2DModel",),
+        (
+            Layers(r"noise_refiner\.\d+\.attn", "spatial", picture(before=0)),
+            Layers(r"layers\.\d+\.attn", "spatial", lumina),
+        ),
+    ),
     Family(
         "Mochi", ("MochiTransformer3DModel",), _dit(r"transformer_blocks\.\d+\.attn1", video(2, before=0, after=None))
     ),
-    Family("HunyuanDiT", ("HunyuanDiT2DModel",), _dit(r"blocks\.\d+\.attn1", picture())),
-    Family("Stable Diffusion UNet", ("UNet2DConditionModel", "ControlNetModel"), _UNET_LAYERS, latent="sample"),
+    Family(
+        "HunyuanDiT",
+        ("HunyuanDiT2DModel", "HunyuanDiT2DControlNetModel"),
+        _dit(r"blocks\.\d+\.attn1", picture(before=0)),
+    ),
+    Family(
+        "Stable Diffusion UNet",
+        ("UNet2DConditionModel", "ControlNetModel", "ControlNetUnionModel"),
+        _UNET_LAYERS,
+        latent="sample",
+    ),
     Family("AnimateDiff", ("UNetMotionModel",), _UNET_LAYERS, latent="sample"),
     Family("SVD", ("UNetSpatioTemporalConditionModel",), _UNET_LAYERS, latent="sample"),
     Family("I2VGen-XL", ("I2VGenXLUNet",), _UNET_LAYERS, latent="sample"),

@@ -2,8 +2,9 @@
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
+import torch
 from torch import nn
 
 from . import config, intercept
@@ -13,6 +14,7 @@ from .mechanisms.base import Mechanism
 from .model_swap import ModelSwap
 from .options import at_least, check_fields, read, shown
 from .steps import StepCounter
+from .unsupported import check_processor, check_supported
 
 COMPONENTS = ("unet", "transformer", "transformer_2")
 """Parts of a pipeline that `apply` takes unless told otherwise."""
@@ -51,14 +53,14 @@ def resolve(mechanism: Mechanism | str, **options: Any) -> Mechanism:
 
 
 def models_of(target: Any, components: ComponentChoice = None) -> list[nn.Module]:
-    """The models of a pipeline that `apply` takes, or the model itself."""
+    """The models of a pipeline that `apply` takes, or the model itself, each once; of a list of ControlNets each."""
     components = read("components", components, ComponentChoice, "a part's name, or several, such as ['transformer']")
     if isinstance(target, nn.Module):
         if components is not None:
             raise ValueError(
                 f"components= names parts of a pipeline, but the target is the model {type(target).__name__}"
             )
-        return [unwrap(target)]
+        return single_models([target])
     parts = getattr(target, "components", None)
     if not isinstance(parts, dict):
         raise TypeError(f"expected a diffusers pipeline or model, got {type(target).__name__}")
@@ -70,7 +72,17 @@ def models_of(target: Any, components: ComponentChoice = None) -> list[nn.Module
             raise ValueError(f"{type(target).__name__} has no model {name!r}; its models: {', '.join(models)}")
     if not chosen:
         raise ValueError(f"{type(target).__name__} has none of {', '.join(COMPONENTS)}; name its model by components=")
-    return [unwrap(parts[name]) for name in chosen]
+    return single_models(parts[name] for name in chosen)
+
+
+def single_models(parts: Iterable[nn.Module]) -> list[nn.Module]:
+    """The models among parts of a pipeline, each once: the nets of diffusers' Multi...ControlNetModel classes too."""
+    found: dict[int, nn.Module] = {}
+    for part in map(unwrap, parts):
+        nets = getattr(part, "nets", None)
+        for model in map(unwrap, nets) if isinstance(nets, nn.ModuleList) else [part]:
+            found[id(model)] = model
+    return list(found.values())
 
 
 def names_in(choice: str | Iterable[str]) -> list[str]:
@@ -106,6 +118,7 @@ def plan_all(
     min_tokens: int = 0,
 ) -> list[ModelSwap]:
     """`plan` for every model of `target`, with a common step counter; changes nothing."""
+    check_supported(target)
     layers = read_layers(layers)
     models = models_of(target, components)
     if steps is not None and isinstance(target, nn.Module):
@@ -151,6 +164,7 @@ def plan_mixed(model: nn.Module, mechanisms: Mapping[str, Mechanism], *, backend
 
 def plan(model: nn.Module, mechanism: Mechanism, *, layers: LayerChoice, backend: str, min_tokens: int) -> ModelSwap:
     """Decide which layers are swapped, raising for whatever cannot be; changes nothing."""
+    check_supported(model)
     family = family_of(model)
     layers, min_tokens = read_layers(layers), read("min_tokens", min_tokens, Annotated[int, at_least(0)])
     mechanism.check_backend(read("backend", backend, str, "the name of a kernel or 'auto'"))
@@ -168,6 +182,7 @@ def plan(model: nn.Module, mechanism: Mechanism, *, layers: LayerChoice, backend
         if reason is not None:
             swap.kept[name] = reason
             continue
+        check_processor(own_processor(module))
         entry, owner = entries[name], owner_of(entries[name], name)
         swap.layers[name] = SwappedLayer(
             name=name,
@@ -181,7 +196,7 @@ def plan(model: nn.Module, mechanism: Mechanism, *, layers: LayerChoice, backend
             original=own_processor(module),
             min_tokens=min_tokens,
             latent=latent,
-            weights=_weights(mechanism, module),
+            weights=_weights(mechanism, name, module),
         )
     if not swap.layers:
         reasons = "; ".join(sorted(set(swap.kept.values()))) or "it has no attention layers"
@@ -240,9 +255,39 @@ def _choose(names: Iterable[str], layers: LayerChoice) -> set[str]:
     return chosen
 
 
-def _weights(mechanism: Mechanism, module: nn.Module) -> nn.Module | None:
-    heads, inner_dim = cast(int, module.heads), cast(int, module.inner_dim)
-    return mechanism.weights(heads, inner_dim // heads)
+_ANY_SIZE = 8, 64
+"""Heads and their size, to ask a mechanism whether it has weights at all."""
+
+
+def _weights(mechanism: Mechanism, name: str, module: nn.Module) -> nn.Module | None:
+    size = _heads(module)
+    if size is not None:
+        return mechanism.weights(*size)
+    with torch.device("meta"):  # leaves the random numbers alone
+        wanted = mechanism.weights(*_ANY_SIZE) is not None
+    if wanted:
+        raise ValueError(
+            f"{mechanism} has weights of its own for every layer, but {type(module).__name__} ({name}) tells neither "
+            f"by heads and inner_dim nor by names like them how many heads of what size it has; leave it out by layers="
+        )
+    return None
+
+
+def _heads(module: nn.Module) -> tuple[int, int] | None:
+    """How many heads a layer has, and their size, by the names that diffusers' attention modules use."""
+    heads = _first_number(module, "heads", "num_heads", "num_attention_heads")
+    if heads is None:
+        return None
+    query = getattr(module, "to_q", None) or getattr(module, "to_query", None)
+    width = _first_number(module, "inner_dim") or (None if query is None else _first_number(query, "out_features"))
+    head_dim = _first_number(module, "head_dim") if width is None else width // heads
+    return None if head_dim is None else (heads, head_dim)
+
+
+def _first_number(module: nn.Module, *names: str) -> int | None:
+    """The first of these attributes that is a number."""
+    values = (getattr(module, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)
 
 
 def step_predicate(steps: StepChoice) -> Callable[[int, int], bool] | None:

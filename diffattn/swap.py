@@ -17,7 +17,18 @@ from torch import nn
 from .layer import SwappedLayer
 from .mechanisms.base import Mechanism
 from .model_swap import ModelSwap, current
-from .plan import ComponentChoice, LayerChoice, Mechanisms, StepChoice, plan, plan_all, resolve, resolve_all, unwrap
+from .plan import (
+    ComponentChoice,
+    LayerChoice,
+    Mechanisms,
+    StepChoice,
+    attention_modules,
+    plan,
+    plan_all,
+    resolve,
+    resolve_all,
+    single_models,
+)
 
 logger = logging.getLogger("diffattn")
 
@@ -146,7 +157,12 @@ def attn_processors(
         raise ValueError(f"{type(model).__name__} has no set_attn_processor in diffusers: use diffattn.apply")
     swap = plan(model, resolve(mechanism, **options), layers=layers, backend=backend, min_tokens=min_tokens)
     swap.install()
-    return {**model.attn_processors, **{f"{name}.processor": layer.processor for name, layer in swap.layers.items()}}  # type: ignore[dict-item]
+    modules = attention_modules(model)
+    # some models of diffusers (HunyuanDiT's ControlNet) give None for their own
+    kept = {
+        key: modules[key.removesuffix(".processor")].processor if value is None else value for key, value in own.items()
+    }
+    return {**kept, **{f"{name}.processor": layer.processor for name, layer in swap.layers.items()}}
 
 
 def restore(target: Any) -> None:
@@ -164,5 +180,5 @@ def restore(target: Any) -> None:
 def swaps_of(target: Any) -> list[ModelSwap]:
     """The swaps in place on a model, or on any part of a pipeline."""
     parts = [target] if isinstance(target, nn.Module) else getattr(target, "components", {}).values()
-    found = [current(unwrap(part)) for part in parts if isinstance(part, nn.Module)]
+    found = [current(model) for model in single_models(part for part in parts if isinstance(part, nn.Module))]
     return [swap for swap in found if swap is not None]

@@ -368,6 +368,13 @@ def qwen_image_edit() -> Tiny:
     return tiny
 
 
+def qwen_image_controlnet() -> Tiny:
+    tiny = qwen_image()
+    tiny.model = _make("QwenImageControlNetModel", **_QWEN_IMAGE)
+    tiny.inputs["controlnet_cond"] = draw(2, ROWS * COLUMNS, 4)
+    return tiny
+
+
 def z_image() -> Tiny:
     """Pictures are padded to 64 tokens and captions to 32; the second caption is longer, the first sample padded."""
     model = _make(
@@ -500,22 +507,23 @@ def mochi() -> Tiny:
     return Tiny(model, inputs, layouts)
 
 
+_HUNYUAN_DIT = dict(
+    num_attention_heads=2,
+    attention_head_dim=8,
+    in_channels=4,
+    patch_size=2,
+    sample_size=16,
+    hidden_size=16,
+    cross_attention_dim=12,
+    cross_attention_dim_t5=16,
+    pooled_projection_dim=8,
+    text_len=4,
+    text_len_t5=TEXT,
+)
+
+
 def hunyuan_dit() -> Tiny:
-    model = _make(
-        "HunyuanDiT2DModel",
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        patch_size=2,
-        sample_size=16,
-        hidden_size=16,
-        num_layers=4,
-        cross_attention_dim=12,
-        cross_attention_dim_t5=16,
-        pooled_projection_dim=8,
-        text_len=4,
-        text_len_t5=TEXT,
-    )
+    model = _make("HunyuanDiT2DModel", **_HUNYUAN_DIT, num_layers=4)
     angles = draw(ROWS * COLUMNS, 4).repeat_interleave(2, dim=1)
     inputs = dict(
         hidden_states=draw(2, 4, 2 * ROWS, 2 * COLUMNS),
@@ -529,6 +537,13 @@ def hunyuan_dit() -> Tiny:
         image_rotary_emb=(angles.cos(), angles.sin()),
     )
     return Tiny(model, inputs, {r"blocks\.\d+\.attn1": (Tokens(0, 1, ROWS, COLUMNS),)})
+
+
+def hunyuan_dit_controlnet() -> Tiny:
+    tiny = hunyuan_dit()
+    tiny.model = _make("HunyuanDiT2DControlNetModel", **_HUNYUAN_DIT, transformer_num_layers=6)
+    tiny.inputs["controlnet_cond"] = draw(2, 4, 2 * ROWS, 2 * COLUMNS)
+    return tiny
 
 
 _UNET = dict(norm_num_groups=4, layers_per_block=1, cross_attention_dim=12, block_out_channels=(8, 16))
@@ -592,6 +607,31 @@ def controlnet() -> Tiny:
     )
     # the conditioning picture is as large as the embedding's strides ask: a factor of 2 here, 8 in real ones
     return Tiny(model, {**_unet_inputs(), "controlnet_cond": draw(2, 3, 16, 24)}, _unet_layouts())
+
+
+def controlnet_union() -> Tiny:
+    """Two kinds of control, the first of them given."""
+    model = _make(
+        "ControlNetUnionModel",
+        **_UNET,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        attention_head_dim=2,
+        conditioning_embedding_out_channels=(4, 8),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=2 * 4 + 8,
+        num_control_type=2,
+        num_trans_channel=8,
+        num_trans_head=2,
+        num_proj_channel=8,
+    )
+    inputs = dict(
+        controlnet_cond=[draw(2, 3, 16, 24)],
+        control_type=torch.tensor([[1.0, 0.0]] * 2),
+        control_type_idx=[0],
+        added_cond_kwargs={"text_embeds": draw(2, 8), "time_ids": torch.ones(2, 2)},
+    )
+    return Tiny(model, {**_unet_inputs(), **inputs}, _unet_layouts())
 
 
 def animatediff() -> Tiny:
@@ -682,15 +722,18 @@ BUILDERS: dict[str, Callable[[], Tiny]] = {
     "CogVideoX-1.5": cogvideox15,
     "Qwen-Image": qwen_image,
     "Qwen-Image-Edit": qwen_image_edit,
+    "Qwen-Image-ControlNet": qwen_image_controlnet,
     "Z-Image": z_image,
     "Z-Image-mixed": z_image_mixed,
     "PixArt": pixart,
     "Lumina2": lumina2,
     "Mochi": mochi,
     "HunyuanDiT": hunyuan_dit,
+    "HunyuanDiT-ControlNet": hunyuan_dit_controlnet,
     "SD1.5": sd15,
     "SDXL": sdxl,
     "SD-ControlNet": controlnet,
+    "SD-ControlNet-Union": controlnet_union,
     "AnimateDiff": animatediff,
     "SVD": svd,
     "I2VGen-XL": i2vgen,

@@ -12,16 +12,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import diffusers.hooks._helpers
+import diffusers.models.controlnets
 import pytest
 import torch
 from hand_masks import RADIUS, TOLERANCE, by_hand, error, gradients, relative
-from models import BUILDERS, Tiny, Tokens, flux, picture_ids, sana
+from models import BUILDERS, TEXT, Tiny, Tokens, draw, flux, picture_ids, sana
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import diffattn
 from diffattn import config
+from diffattn.families import Layout, arguments, family_of, find_layers
 from diffattn.mechanisms import Context, Mechanism
 from scripts import support_table
 
@@ -254,6 +256,122 @@ def test_the_grid_is_read_at_every_forward(tiny: Tiny, family: str) -> None:
         assert error(tiny.run(**changes), want_other) < TOLERANCE
 
 
+def with_ids(tiny: Tiny, rows: int, columns: int, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """A call for a picture of another size, its references as they are, with changed ids."""
+    ids = tiny.inputs["img_ids"]
+    references = ids[..., tiny.spatial[JOINT][0].rows * tiny.spatial[JOINT][0].columns :, :]
+    picture = picture_ids(rows, columns, ids.shape[-1]).expand(*ids.shape[:-2], -1, -1)
+    ids = torch.cat([picture, references], dim=-2)
+    call = {"img_ids": change(ids), "hidden_states": draw(2, ids.shape[-2], 4)}
+    return call | ({"controlnet_cond": call["hidden_states"]} if "controlnet_cond" in tiny.inputs else {})
+
+
+JOINT = r"(single_)?transformer_blocks\.\d+\.attn"
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "bfloat16": lambda ids: ids.bfloat16(),
+    "bfloat16, from 300 on": lambda ids: torch.cat([ids[..., :1], ids[..., 1:] + 300], dim=-1).bfloat16(),
+    "float16, scaled": lambda ids: (0.3 * ids).half(),
+    "scaled and shifted": lambda ids: 0.5 * ids - 2,
+    "int32": lambda ids: ids.int(),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("family", ["Flux", "Flux-Kontext", "Flux-ControlNet", "Flux2"])
+def test_position_ids_of_any_kind(tiny: Tiny, family: str, change: str) -> None:
+    """Pipelines cast ids to the prompt's dtype, and bfloat16 counts to 256."""
+    after = tiny.spatial[JOINT][0].after
+    size = (2, 261) if change == "bfloat16" else (5, 7)
+    call = with_ids(tiny, *size, CHANGES[change])
+    want = by_hand(tiny, {JOINT: (Tokens(TEXT, 1, *size, after),)}, **call)
+    diffattn.apply(tiny.model, "clear", radius=RADIUS)
+    assert error(tiny.run(**call), want) < TOLERANCE
+
+
+@torch.no_grad()
+def test_samples_may_have_ids_of_their_own() -> None:
+    """As many tokens in two shapes."""
+    tiny = build("Flux2")
+    ids = torch.stack([torch.cat([picture_ids(*size, 4), tiny.inputs["img_ids"][0, 54:]]) for size in ((6, 9), (9, 6))])
+    want = by_hand(tiny, {JOINT: (Tokens(TEXT, 1, 6, 9, 12), Tokens(TEXT, 1, 9, 6, 12))}, img_ids=ids)
+    with diffattn.apply(tiny.model, "clear", radius=RADIUS):
+        assert error(tiny.run(img_ids=ids), want) < TOLERANCE
+
+
+@torch.no_grad()
+def test_ids_that_list_no_picture() -> None:
+    tiny = build("Flux")
+    ids = tiny.inputs["img_ids"]
+    with diffattn.apply(tiny.model, "clear", radius=RADIUS):
+        for wrong, sizes in ((ids.flip(0), "6 x 9"), (0 * ids, "1 x 1"), (ids[torch.randperm(54)], "6 x 9")):
+            with pytest.raises(ValueError, match=f"a picture of {sizes} tokens row by row, got 54 tokens"):
+                tiny.run(img_ids=wrong)
+        with pytest.raises(ValueError, match="a picture of 6 x 9 tokens row by row, got 53 tokens"):
+            tiny.run(img_ids=ids[:53], hidden_states=tiny.inputs["hidden_states"][:, :53])
+        with pytest.raises(ValueError, match="the grid is read from img_ids, which this call of the model leaves out"):
+            tiny.run(img_ids=None)
+
+
+ALONE = {
+    "SD3.5": r"transformer_blocks\.\d+\.attn2",
+    "Wan": r"blocks\.\d+\.attn1",
+    "LTX": r"transformer_blocks\.\d+\.attn1",
+    "PixArt": r"transformer_blocks\.\d+\.attn1",
+    "Lumina2": r"noise_refiner\.\d+\.attn",
+    "HunyuanDiT": r"blocks\.\d+\.attn1",
+    "HunyuanDiT-ControlNet": r"blocks\.\d+\.attn1",
+}
+"""Layers that see the cells alone: no text beside them that a surplus of tokens could be."""
+
+
+@pytest.mark.parametrize("family", ALONE)
+def test_a_surplus_of_tokens_is_an_error_where_no_text_comes_along(family: str) -> None:
+    tiny = build(family)
+    row = family_of(tiny.model)
+    name = next(name for name, _ in tiny.model.named_modules() if re.fullmatch(ALONE[family], name))
+    [layout] = find_layers(row, [name])[name].read(tiny.model, arguments(tiny.model, (), tiny.inputs))
+    cells = layout.frames * layout.height * layout.width
+    assert layout.grid(cells).tokens == cells
+    for tokens in (cells - 1, cells + 1):
+        with pytest.raises(ValueError, match=rf"sees {tokens} tokens, but .* = {cells} cells and no other tokens"):
+            layout.grid(tokens)
+
+
+def test_every_row_says_which_layers_see_the_cells_alone() -> None:
+    """By the tokens of the tiny models: text, padding or references on a side, or none of it."""
+    for family in BUILDERS:
+        tiny = build(family)
+        names = [name for name, _ in tiny.model.named_modules()]
+        for name, entry in find_layers(family_of(tiny.model), names).items():
+            layouts = [own for key, own in tiny.spatial.items() if re.fullmatch(key, name)]
+            if entry.owner is not None or not layouts or family.endswith("ControlNet"):
+                continue
+            read = entry.read(tiny.model, arguments(tiny.model, (), tiny.inputs))
+            for tokens in layouts[0]:
+                others = tokens.before + tokens.after
+                assert all(layout.before == layout.after == 0 for layout in read) == (others == 0), (family, name)
+
+
+def test_other_tokens_that_are_known_must_be_there() -> None:
+    layout = Layout(2, 3, before=None, after=4)
+    assert layout.grid(15) == diffattn.TokenGrid(2, 3, 1, 5, 4)
+    with pytest.raises(ValueError, match=r"sees 9 tokens, but .* = 6 cells and 4 or more other tokens"):
+        layout.grid(9)
+    with pytest.raises(ValueError, match=r"sees 11 tokens, but .* = 6 cells and 4 other tokens"):
+        Layout(2, 3, before=1, after=3).grid(11)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("argument", ["img_ids", "video_coords"])
+def test_values_that_are_not_there(argument: str) -> None:
+    """Under torch.export and on the meta device."""
+    tiny = build("Flux" if argument == "img_ids" else "LTX")
+    read = family_of(tiny.model).layers[0].read
+    with pytest.raises(ValueError, match=f"read from the values of {argument}, and torch.export traces without"):
+        read(tiny.model, {argument: torch.zeros(54, 3, device="meta")})
+
+
 @pytest.fixture
 def hand_made(tiny: Tiny) -> Callable[..., Tensor]:
     """Gradients under the hand-made masks, without checkpointing whatever the model does otherwise."""
@@ -353,6 +471,52 @@ def test_a_model_computed_again_as_a_whole_is_read_again() -> None:
     outputs = [checkpoint(lambda call=call: tiny.run(**call), use_reentrant=False) for call in ({}, changes)]
     for output, gradient in zip(outputs, want, strict=True):
         assert relative(gradients(tiny.model, output), gradient) < TOLERANCE
+
+
+LISTS = {
+    "MultiControlNetModel": "SD-ControlNet",
+    "MultiControlNetUnionModel": "SD-ControlNet-Union",
+    "FluxMultiControlNetModel": "Flux-ControlNet",
+    "SD3MultiControlNetModel": "SD3-ControlNet",
+    "QwenImageMultiControlNetModel": "Qwen-Image-ControlNet",
+    "HunyuanDiT2DMultiControlNetModel": "HunyuanDiT-ControlNet",
+}
+"""Every class of diffusers that stands for a list of ControlNets -> what is in it."""
+
+
+class Parts:
+    """A pipeline as far as its parts go."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        self.components = parts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LISTS)
+def test_every_list_of_controlnets(name: str) -> None:
+    """A net that is listed twice is swapped once."""
+    nets = [BUILDERS[LISTS[name]]() for _ in "ab"]
+    several = getattr(diffusers.models.controlnets, name)([nets[0].model, nets[1].model, nets[0].model])
+    pipe = Parts(controlnet=several)
+    wanted = [by_hand(net, net.spatial) for net in nets]
+    for target, components in ((pipe, ["controlnet"]), (several, None)):
+        handle = diffattn.apply(target, "clear", radius=RADIUS, components=components)
+        for net, want in zip(nets, wanted, strict=True):
+            assert error(net.run(), want) < TOLERANCE
+        names = [row.layer for row in diffattn.summary(several).rows if row.swapped]
+        assert len(names) == len(handle.layers) == 2 * len(set(names))
+        diffattn.restore(target)
+        assert not any(row.swapped for row in diffattn.summary(several).rows)
+
+
+@torch.no_grad()
+def test_the_same_model_in_two_places_is_swapped_once() -> None:
+    tiny = flux()
+    pipe = Parts(transformer=tiny.model, transformer_2=tiny.model)
+    handle = diffattn.apply(pipe, "clear", radius=RADIUS)
+    assert len(handle.layers) == 4
+    handle.restore()
+    assert torch.equal(tiny.run(), own_output("Flux"))
 
 
 def test_the_readme_has_the_table_of_what_runs() -> None:

@@ -15,10 +15,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
-    {"grid", "options", "config", "files", "work", "weights"},
+    {"grid", "options", "config", "files", "work", "weights", "positions"},
     {"kernels"},
     {"mechanisms"},
-    {"context_parallel", "families", "intercept", "steps"},
+    {"context_parallel", "families", "intercept", "steps", "unsupported"},
     {"layer"},
     {"model_swap"},
     {"plan"},
@@ -33,7 +33,7 @@ LAYERS = (
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 
-MATHS = {"grid", "options", "config", "kernels", "mechanisms"}
+MATHS = {"grid", "options", "config", "kernels", "mechanisms", "positions"}
 OPERATIONS = {"collectives", "conv", "gather", "group_norm", "halo", "merge", "noise", "plan", "prompts"}
 """Of `diffattn.parallel`: they know torch and each other."""
 NOT_MATHS = {"accelerate", "diffusers", "huggingface_hub", "peft", "transformers"}

@@ -113,11 +113,7 @@ def test_both(family: str, apply: Callable[[Controlled], None]) -> None:
     assert torch.equal(case.run(), own)
 
 
-@pytest.mark.cell(
-    "Several ControlNets, swapped by components=",
-    outcome="refused",
-    note="a list of ControlNets belongs to no family: apply to each of `pipe.controlnet.nets`",
-)
+@pytest.mark.cell("Several ControlNets, swapped by components=", outcome="works")
 @families
 def test_several(family: str) -> None:
     case = Controlled(family)
@@ -128,11 +124,15 @@ def test_several(family: str) -> None:
     case.tiny.call["controlnet_conditioning_scale"] = [1.0, 0.5]
     own = case.run()
     want = under_masks(case.run, *((net, Controlled(family).control.spatial) for net in pipe.controlnet.nets))
-    with pytest.raises(ValueError, match="MultiControlNetModel belongs to no known model family"):
-        diffattn.apply(pipe, "clear", radius=RADIUS, components=("controlnet",))
-    assert torch.equal(case.run(), own)
-    handles = [diffattn.apply(net, "clear", radius=RADIUS) for net in pipe.controlnet.nets]
-    assert error(case.run(), want) < TOLERANCE
-    for handle in handles:
-        handle.restore()
+    assert error(want, own) > VISIBLE
+    for target, components in ((pipe, ("controlnet",)), (pipe.controlnet, None)):
+        handle = diffattn.apply(target, "clear", radius=RADIUS, components=components)
+        assert error(case.run(), want) < TOLERANCE
+        counts = {id(net): sum(row.swapped for row in diffattn.summary(net).rows) for net in pipe.controlnet.nets}
+        assert len(handle.layers) == sum(counts.values()) and all(counts.values())
+        assert sum(row.swapped for row in diffattn.summary(target).rows) == len(handle.layers)
+        diffattn.restore(target)
+        assert torch.equal(case.run(), own)
+    with diffattn.apply(pipe, "clear", radius=RADIUS, components=(case.part, "controlnet")):
+        assert error(case.run(), want) > VISIBLE
     assert torch.equal(case.run(), own)
