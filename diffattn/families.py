@@ -71,6 +71,8 @@ class Layers:
     read: Read
     owner: str | None = None
     """Regular expression for the module whose forward is read: a group of `name`'s match start; None: the model."""
+    has_features: bool = True
+    """Is the first argument of the block around the layer its input, which some mechanisms compare?"""
 
 
 @dataclass(frozen=True)
@@ -339,7 +341,15 @@ FAMILIES: list[Family] = [
         _dit(r"transformer_blocks\.\d+\.attn", qwen_shapes),
     ),
     Family(
-        "Z-Image", ("ZImageTransformer2DModel",), _dit(r"(noise_refiner|layers)\.\d+\.attention", z_image), timestep="t"
+        "Z-Image",
+        # the ControlNet shares the transformer's noise_refiner
+        ("ZImageTransformer2DModel", "ZImageControlNetModel"),
+        (
+            Layers(r"(noise_refiner|layers)\.\d+\.attention", "spatial", z_image),
+            # their blocks get the results of all blocks before in one tensor
+            Layers(r"control_(noise_refiner|layers)\.\d+\.attention", "spatial", z_image, has_features=False),
+        ),
+        timestep="t",
     ),
     Family("PixArt", ("PixArtTransformer2DModel",), _dit(r"transformer_blocks\.\d+\.attn1", picture(before=0))),
     Family("Sana", ("SanaTransformer2DModel",), _dit(r"transformer_blocks\.\d+\.attn1", picture(before=0))),

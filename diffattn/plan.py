@@ -221,6 +221,8 @@ def _reason_to_keep(
     along_frames = any(entry.kind == "temporal" for entry in entries.values())
     if not explicit and mechanism.across_frames and along_frames and entries[name].kind != "temporal":
         return f"attention within one frame: {mechanism.type} would change nothing"
+    if "features" in mechanism.needs and not entries[name].has_features:
+        return f"its block is not called with the block's input, which {mechanism.type} compares"
     processor = own_processor(module)
     if not intercept.has_exit(processor):
         return f"{type(processor).__name__} computes no softmax attention by a call that can be swapped"

@@ -3,6 +3,7 @@
 Weights are drawn anew with a fixed seed, so that nothing is zero at the start and outputs are of the size of 1.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,13 +43,16 @@ class Tiny:
     def run(self, model: nn.Module | None = None, **changes: Any) -> Tensor:
         """All outputs of one forward in one flat tensor."""
         model = self.model if model is None else model
-        return flat(model(**{**self.inputs, **changes}, return_dict=False))
+        plain = {} if "return_dict" not in inspect.signature(type(model).forward).parameters else {"return_dict": False}
+        return flat(model(**{**self.inputs, **changes}, **plain))
 
 
 def flat(output: Any) -> Tensor:
-    """Every tensor inside nested lists and tuples, one after the other."""
+    """Every tensor inside nested lists, tuples and dicts, one after the other."""
     if isinstance(output, Tensor):
         return output.flatten()
+    if isinstance(output, dict):
+        output = list(output.values())
     return torch.cat([flat(part) for part in output if part is not None])
 
 
@@ -408,6 +412,27 @@ def z_image_mixed() -> Tiny:
     return tiny
 
 
+def z_image_controlnet() -> Tiny:
+    """It shares the first layers of a transformer."""
+    tiny = z_image()
+    control = _make(
+        "ZImageControlNetModel",
+        control_layers_places=[0, 1],
+        control_refiner_layers_places=[0],
+        control_in_dim=4,
+        add_control_noise_refiner="control_noise_refiner",
+        dim=32,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+    )
+    control.gradient_checkpointing = False  # diffusers reads it with gradients, and sets it nowhere
+    tiny.model = type(control).from_transformer(control, tiny.model)
+    tiny.inputs["control_context"] = [draw(4, 1, 12, 18), -draw(4, 1, 12, 18)]
+    tiny.spatial = {f"(control_)?{pattern}": layout for pattern, layout in tiny.spatial.items()}
+    return tiny
+
+
 def pixart() -> Tiny:
     model = _make(
         "PixArtTransformer2DModel",
@@ -725,6 +750,7 @@ BUILDERS: dict[str, Callable[[], Tiny]] = {
     "Qwen-Image-ControlNet": qwen_image_controlnet,
     "Z-Image": z_image,
     "Z-Image-mixed": z_image_mixed,
+    "Z-Image-ControlNet": z_image_controlnet,
     "PixArt": pixart,
     "Lumina2": lumina2,
     "Mochi": mochi,

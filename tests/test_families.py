@@ -509,6 +509,17 @@ def test_every_list_of_controlnets(name: str) -> None:
         assert not any(row.swapped for row in diffattn.summary(several).rows)
 
 
+def test_layers_without_features_are_kept_by_what_compares_them() -> None:
+    """A block of Z-Image's ControlNet gets the results of all blocks before it in one tensor."""
+    model = BUILDERS["Z-Image-ControlNet"]().model
+    with diffattn.apply(model, "token_merge") as handle:
+        assert {layer.name for layer in handle.layers} == {"noise_refiner.0.attention"}
+        notes = {row.layer: row.note for row in diffattn.summary(model).rows}
+        assert notes["control_layers.0.attention"] == (
+            "its block is not called with the block's input, which token_merge compares"
+        )
+
+
 @torch.no_grad()
 def test_the_same_model_in_two_places_is_swapped_once() -> None:
     tiny = flux()
