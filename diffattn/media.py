@@ -1,11 +1,13 @@
 """Pictures in files: found, read as 8-bit RGB the right way up, written whole or not at all, laid side by side."""
 
 import glob
+import os
 import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,9 +41,16 @@ class Picture:
     icc: bytes | None = None
     """Colour profile of RGB values; None for sRGB, and where the file's profile was of gray or CMYK values."""
 
+    @property
+    def on_white(self) -> Pixels:
+        """The pixels without opacity: what is clear shows white."""
+        if self.alpha is None:
+            return self.pixels
+        return np.asarray(_on_white(Image.fromarray(self.pixels), Image.fromarray(self.alpha)))
 
-def read_picture(path: str | Path) -> Picture:
-    """Read the first frame of a picture file, turned as its EXIF orientation says.
+
+def read_picture(path: str | os.PathLike[str] | BinaryIO) -> Picture:
+    """Read the first frame of a picture file, or of a file in memory, turned as its EXIF orientation says.
 
     Gray, palette, CMYK and 1-bit pictures become RGB. Of 16 bits a channel the upper 8 are left: gray ones are rounded
     here; colour ones Pillow itself cuts off.
@@ -56,11 +65,15 @@ def read_picture(path: str | Path) -> Picture:
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except UnidentifiedImageError as error:
-        what = "a file of another kind" if Path(path).stat().st_size else "an empty file"
+        what = "a file of another kind" if _size(path) else "an empty file"
         raise ValueError(f"expected a picture in {path}; got {what}; leave it out or convert it") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"expected a whole picture in {path}; got: {error}; make the file anew") from error
     return Picture(pixels, alpha, icc if icc and icc[16:20] == b"RGB " else None)
+
+
+def _size(path: str | os.PathLike[str] | BinaryIO) -> int:
+    return path.seek(0, os.SEEK_END) if hasattr(path, "seek") else Path(path).stat().st_size
 
 
 def _split(image: Image.Image) -> tuple[Pixels, Pixels | None]:
@@ -118,6 +131,10 @@ def _with_alpha(image: Image.Image, alpha: Image.Image, kind: str) -> Image.Imag
     if kind != "JPEG":
         image.putalpha(alpha)
         return image
+    return _on_white(image, alpha)
+
+
+def _on_white(image: Image.Image, alpha: Image.Image) -> Image.Image:
     canvas = Image.new("RGB", image.size, "white")
     canvas.paste(image, mask=alpha)
     return canvas

@@ -35,9 +35,13 @@ from .cache_facts import (
 )
 from .data import Sample, Source
 from .encoders import Facts, Tensors, encoder_of, model_facts, model_of, multiple_of, text_length_of, vae_facts
+from .fingerprints import of, of_parts
 from .pictures import Captioned, Counts, find_pictures, list_files, load_picture, named, pictures_in, share
 
 logger = logging.getLogger("diffattn")
+
+ORIGIN, UNKNOWN = "origin", "-"
+"""The entry in a file's metadata, and what it says of encoders that are not in memory."""
 
 PerChannel = float | list[float]
 
@@ -56,27 +60,82 @@ def write_cache(
 ) -> Counts:
     """Encode the pictures and captions of a folder with a stock pipeline, as far as they aren't yet.
 
-    Files are written whole or not at all; one that is not whole is written anew. Corrupt pictures are left out with a
-    warning each. That a picture or a caption has changed since is not noticed: delete its files.
+    Files are written whole or not at all; one that is not whole, or whose picture or caption has changed since, is
+    written anew. Corrupt pictures are left out with a warning each.
 
     Args:
         size: height and width in pixels; pictures are resized to cover it and cropped at their centre.
         max_sequence_length: text tokens; None: as the pipeline's own calls.
         rank: this process works on every `world`-th picture, from the `rank`-th on.
 
-    Raises `ValueError` for a folder without pictures or captions, for one that holds the cache of another model or
-    size, and where every picture is corrupt.
+    Raises `ValueError` for a folder without pictures or captions, for one that holds the cache of another model,
+    precision or size, and where every picture is corrupt.
     """
     root = Path(folder)
     pictures = find_pictures(root)
     mine = share(pictures, rank, world)
     facts = _facts(pipe, size, max_sequence_length)
-    _claim(root, facts)
-    outcomes = Counter(_encode(pipe, one, facts, dtype) for one in tqdm(mine, desc="cache", disable=not progress))
+    model = model_of(pipe)
+    maker = of_parts(getattr(pipe, name) for name in ("vae", *encoder_of(model).parts))
+    origins = Origins(maker, facts, dtype)
+    claimed = _claim(root, facts)
+    outcomes = Counter(
+        _encode(pipe, one, facts, dtype, origins) for one in tqdm(mine, desc="cache", disable=not progress)
+    )
+    origins.tell(root)
     # The share of one process may be corrupt by bad luck; that all are, it can't know without a look at the others.
     if outcomes["corrupt"] == len(mine) and all(_pixels(one, size) is None for one in pictures):
+        if claimed:
+            (root / FACTS).unlink(missing_ok=True)
         raise ValueError(f"expected pictures in {root}, got {len(pictures)} corrupt files only; replace them")
     return Counts(**outcomes)
+
+
+class Origins:
+    """What the files of a cache are made from and by, as their metadata say; files without say nothing and are kept."""
+
+    def __init__(self, maker: str | None, facts: Facts, dtype: torch.dtype) -> None:
+        self._maker, self._facts, self._dtype = maker, facts, dtype
+        self._changed: list[str] = []
+        self._unknown: list[str] = []
+
+    def of(self, picture: Captioned, shapes: Shapes) -> str:
+        """What a file with tensors of `shapes` says: two fingerprints, of picture and caption and of the encoders."""
+        parts: list[Any] = [str(self._dtype)]
+        if "mean" in shapes:
+            parts += [picture.path.read_bytes(), self._facts["picture_size"]]
+        if shapes.keys() - set(POSTERIOR):
+            parts += [picture.caption, self._facts["text_length"]]
+        return f"{of(*parts)} {self._maker or UNKNOWN}"
+
+    def holds(self, path: Path, wanted: str, name: str) -> bool:
+        """Whether a whole file was made from what it would be made from now; `ValueError` for other encoders."""
+        with safe_open(path, framework="pt") as file:
+            said = (file.metadata() or {}).get(ORIGIN)
+        if said is None:
+            self._unknown.append(name)
+            return True
+        (source, maker), (new_source, new_maker) = said.split(" "), wanted.split(" ")
+        if UNKNOWN not in (maker, new_maker) and maker != new_maker:
+            raise ValueError(
+                f"{path} was encoded by another VAE or text encoder, or in another precision; use another folder, or "
+                f"delete the .safetensors files there to encode anew"
+            )
+        if source != new_source:
+            self._changed.append(name)
+        return source == new_source
+
+    def tell(self, folder: Path) -> None:
+        """Say once what was made anew, and what may be out of date."""
+        if self._changed:
+            logger.warning("pictures or captions have changed, encoded anew: %s", named(sorted(set(self._changed))))
+        if self._unknown:
+            logger.warning(
+                "files in %s do not say what they were made from, kept: %s; delete them if pictures or captions have "
+                "changed",
+                folder,
+                named(sorted(set(self._unknown))),
+            )
 
 
 class CacheSource(Source):
@@ -186,20 +245,26 @@ def _facts(pipe: Any, size: tuple[int, int], max_sequence_length: int | None) ->
     return facts | {"conditioning": shapes, "constants": row.by_size(model, size)}
 
 
-def _claim(folder: Path, facts: Facts) -> None:
-    """Say what the cache is, or compare with what it says."""
+def _claim(folder: Path, facts: Facts) -> bool:
+    """Say what the cache is, or compare with what it says; whether it was said now."""
     known = read_facts(folder)
     if known is None:
         write_json(folder / FACTS, facts)
     else:
         compare(folder, facts, known)
+    return known is None
 
 
-def _encode(pipe: Any, picture: Captioned, facts: Facts, dtype: torch.dtype) -> str:
+def _encode(pipe: Any, picture: Captioned, facts: Facts, dtype: torch.dtype, origins: Origins) -> str:
     """Write what one picture lacks; says what became of it, in the words of `Counts`."""
     files = layout(facts)
     paths = {ending: picture.path.with_name(f"{picture.path.stem}{ending}") for ending in files}
-    lacking = [ending for ending, shapes in files.items() if not _whole(paths[ending], shapes)]
+    wanted = {ending: origins.of(picture, shapes) for ending, shapes in files.items()}
+    lacking = [
+        ending
+        for ending, shapes in files.items()
+        if not (_whole(paths[ending], shapes) and origins.holds(paths[ending], wanted[ending], picture.name))
+    ]
     for ending in lacking:
         tensors: Tensors = {}
         if "mean" in files[ending]:
@@ -211,7 +276,7 @@ def _encode(pipe: Any, picture: Captioned, facts: Facts, dtype: torch.dtype) -> 
             tensors |= _posterior(pipe, pixels)
         if files[ending].keys() - set(POSTERIOR):
             tensors |= _conditioning(pipe, picture.caption, facts)
-        _save(paths[ending], {name: tensors[name] for name in files[ending]}, dtype)
+        _save(paths[ending], {name: tensors[name] for name in files[ending]}, dtype, wanted[ending])
     return "done" if lacking else "skipped"
 
 
@@ -256,7 +321,7 @@ def _conditioning(pipe: Any, caption: str, facts: Facts) -> Tensors:
     return {official: tensors[name] for official, name in OFFICIAL.items()}
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+def _save(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, origin: str) -> None:
     values = {
         key: value.to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
         for key, value in tensors.items()
@@ -264,7 +329,7 @@ def _save(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None
     if not all(value.isfinite().all() for value in values.values()):
         raise ValueError(f"expected finite numbers for {path.name}, got NaN or infinity; encode in bfloat16 or float32")
     with written(path) as temporary:
-        save_file(values, temporary)
+        save_file(values, temporary, {ORIGIN: origin})  # one entry: safetensors gives several any order
 
 
 def _cached_names(folder: Path, endings: tuple[str, ...]) -> list[str]:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from diffattn.weights import check_finite, load
+
 from .config import DistillConfig, from_dict
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -36,12 +38,18 @@ def write(run: Path, step: int, state: dict[str, Any], config: DistillConfig, ke
     target = folder_of(run, step)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         torch.save({**state, "step": step}, partial / "state.pt")
         (partial / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
+    except (OSError, RuntimeError) as error:  # torch tells a full disk by the latter
+        shutil.rmtree(partial, ignore_errors=True)
+        why = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        raise OSError(
+            f"cannot write the checkpoint {target}: {why}; what was there before is whole, free space"
+        ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -51,12 +59,48 @@ def write(run: Path, step: int, state: dict[str, Any], config: DistillConfig, ke
 
 
 def read(folder: Path, config: DistillConfig) -> dict[str, Any]:
-    """The state of a checkpoint; raises `ValueError` where it is of a run that trained something else."""
-    former = from_dict(json.loads((folder / "config.json").read_text()))
+    """The state of a checkpoint; raises `ValueError` where it is not whole, or of a run that trained something else."""
+    former = read_config(folder)
     for name in ("model", "mechanism", "trainable", "lora_rank", "layers", "optimizer", "seed", "batch_size"):
         if getattr(former, name) != getattr(config, name):
             raise ValueError(
                 f"{folder} is of a run with {name}={getattr(former, name)}, and this one has {getattr(config, name)}: "
                 f"use that value, or another folder"
             )
-    return dict(torch.load(folder / "state.pt", weights_only=True, map_location="cpu"))
+    if bool(former.ema) != bool(config.ema):
+        raise ValueError(
+            f"{folder} is of a run with ema={former.ema}, and this one has {config.ema}: averaged weights cannot begin "
+            f"or end on the way; use that value, or another folder"
+        )
+    return _read_state(folder)
+
+
+def read_config(folder: Path) -> DistillConfig:
+    """What `config.json` in the folder of a run or of a checkpoint says; `ValueError` where it is broken."""
+    file = folder / "config.json"
+    try:
+        return from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"{file} is not the config of a run ({why}); restore it, or train into another folder"
+        ) from error
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    file = folder / "state.pt"
+    kinds = {"weights": dict, "average": list, "optimizer": dict, "step": int}
+    try:
+        state = load(file)
+        wrong = not isinstance(state, dict) or [
+            name for name, kind in kinds.items() if type(state.get(name)) is not kind
+        ]
+        if wrong:
+            raise ValueError("it does not hold the state of a run")
+        check_finite(((name, weight) for name, weight in state["weights"].items()), file)
+    except (ValueError, AttributeError) as error:
+        why = str(error).removesuffix("; download it again")
+        raise ValueError(
+            f"{folder} is not a whole checkpoint ({why}); remove it, and a resumed run goes on from the one before"
+        ) from error
+    return dict(state)

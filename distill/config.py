@@ -50,7 +50,7 @@ class DistillConfig:
     """Glob on the swapped layers among which the attention loss chooses."""
     attention_depths: Annotated[
         tuple[float, ...],
-        Must("fractions from 0 to 1, such as 0,0.5,1", lambda depths: depths and all(0 <= own <= 1 for own in depths)),
+        Must("fractions from 0 to 1, such as 0,0.5,1", lambda depths: all(0 <= own <= 1 for own in depths)),
     ] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Its layers as fractions of the depth, 0 the first and 1 the last of those."""
     steps: Annotated[int, _whole(1)] = 10_000

@@ -16,7 +16,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffattn.files import write_json, written
+from diffattn.options import shown
 
+from .fingerprints import of_parts
 from .pictures import Counts, share
 
 
@@ -50,19 +52,23 @@ def make_pictures(
 ) -> Counts:
     """Draw prompt i, from noise of `seed` + i, to 00000i.png and its prompt to 00000i.json; what is there is skipped.
 
+    00000i.json says besides by which model and call the picture was drawn.
+
     Args:
         call: further arguments of the pipeline's call, such as the number of steps.
         rank: this process draws every `world`-th prompt, from the `rank`-th on.
 
-    Raises `ValueError` where the folder holds pictures of other prompts or seeds.
+    Raises `ValueError` where the folder holds pictures of other prompts, seeds, models, sizes or other arguments.
     """
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"expected a list of prompts, got {prompts!r}; read_prompts reads one from a file")
     if batch_size < 1:
         raise ValueError(f"expected a batch_size of 1 or more, got {batch_size}")
     root = Path(folder)
+    common = {"call": _plain(call or {}), "model": of_parts(getattr(pipe, "components", {}).values())}
     wanted = {
-        index: {"prompt": prompts[index], "seed": seed + index} for index in share(range(len(prompts)), rank, world)
+        index: {"prompt": prompts[index], "seed": seed + index, **common}
+        for index in share(range(len(prompts)), rank, world)
     }
     lacking = [index for index, said in wanted.items() if not _made(root / f"{index:06d}.png", said)]
     with tqdm(total=len(lacking), desc="pictures", disable=not progress) as bar:
@@ -79,14 +85,47 @@ def _made(picture: Path, said: dict[str, Any]) -> bool:
         known = json.loads(picture.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    if known != said:
-        raise ValueError(f"expected {picture} to be of {said}, got {known}; use another folder, or the former prompts")
-    return picture.exists()
+    known = {name: value for name, value in known.items() if value is not None} if isinstance(known, dict) else {}
+    wrong = [name for name, value in said.items() if value is not None and known.get(name, value) != value]
+    if wrong:
+        want, got = ({name: values[name] for name in wrong} for values in (said, known))
+        raise ValueError(
+            f"expected {picture} to be of {shown(want)}, got {shown(got)}; use another folder, or the former prompts "
+            f"and options"
+        )
+    if not picture.exists():
+        return False
+    size = [said["call"].get(side) for side in ("height", "width")]
+    if "call" not in known and None not in size and _size(picture) != size:  # of a release that did not say it
+        raise ValueError(
+            f"expected {picture} to be of height and width {size}, got {_size(picture)}; use another folder"
+        )
+    return True
+
+
+def _size(picture: Path) -> list[int]:
+    """Height and width, by the file's head."""
+    with Image.open(picture) as image:
+        return [image.height, image.width]
+
+
+def _plain(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call as JSON has them; other values by their text."""
+    return {
+        name: value if isinstance(value, (bool, int, float, str, type(None))) else shown(value)
+        for name, value in call.items()
+    }
 
 
 def _draw(pipe: Any, batch: Mapping[Path, dict[str, Any]], call: Mapping[str, Any]) -> None:
     texts, seeds = ([said[name] for said in batch.values()] for name in ("prompt", "seed"))
     for (path, said), picture in zip(batch.items(), draw(pipe, texts, seeds, **call), strict=True):
+        asked = call.get("width", picture.width), call.get("height", picture.height)
+        if picture.size != asked:  # pipelines round a size, with no more than a log line
+            raise ValueError(
+                f"expected pictures of height {asked[1]} and width {asked[0]}, the pipeline draws {picture.height} and "
+                f"{picture.width}: ask for that size, or for another"
+            )
         with written(path) as temporary:
             picture.save(temporary)
         # Last: it says that the picture is whole.

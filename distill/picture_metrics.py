@@ -15,14 +15,13 @@ when they are read. Models are read from safetensors, LPIPS's weights without co
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from diffattn.weights import load_strictly, read_weights
 
 Pictures = Sequence[np.ndarray]
 """uint8 (height, width, 3) each."""
@@ -75,7 +74,7 @@ class Lpips:
             raise ValueError(
                 f"expected LPIPS's linear layers in torchmetrics, got no {linear}; install torchmetrics 1.6"
             )
-        heads = torch.load(linear, weights_only=True, map_location="cpu")
+        heads = read_weights(linear)
         self.heads = [heads[f"lin{number}.model.1.weight"].to(device) for number in range(5)]
         self.net.to(device).eval().requires_grad_(False)
         self.device = device
@@ -126,13 +125,10 @@ def alexnet() -> nn.Sequential:
 def _load_alexnet(net: nn.Sequential, path: Path) -> None:
     wanted = "the weights of torchvision's AlexNet (alexnet-owt-7be5be79.pth, or the same as .safetensors)"
     try:
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, weights_only=True, map_location="cpu")
+        tensors = read_weights(path)
         own = {name.removeprefix("features."): value for name, value in tensors.items() if name.startswith("features.")}
-        net.load_state_dict(own)
-    except (OSError, EOFError, RuntimeError, ValueError, AttributeError, UnpicklingError, SafetensorError) as error:
+        load_strictly(net, own, path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"LPIPS needs {wanted}, got {path}: {_first_line(error)}") from error
 
 

@@ -1,8 +1,9 @@
 """Pictures with captions: in a folder, or in the shards of a webdataset.
 
-A folder holds NAME.jpg, .jpeg, .png or .webp at any depth. The caption lies in NAME.json (`prompt`, `caption` or
-`text`), in NAME.txt, or in a metadata.jsonl or metadata.json whose entries have a `file_name` relative to it; the first
-of these that says something counts. A shard is a .tar with NAME.png and NAME.json or NAME.txt side by side.
+A folder holds NAME.jpg, .png or the like (`diffattn.media.PICTURE_ENDINGS`) at any depth. The caption lies in NAME.json
+(`prompt`, `caption` or `text`), in NAME.txt, or in a metadata.jsonl or metadata.json whose entries have a `file_name`
+relative to it; the first of these that says something counts. A shard is a .tar with NAME.png and NAME.json or NAME.txt
+side by side.
 """
 
 import io
@@ -10,7 +11,6 @@ import json
 import logging
 import os
 import re
-import struct
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,17 +24,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from diffattn.files import write_json, written
+from diffattn.media import PICTURE_ENDINGS as ENDINGS
+from diffattn.media import read_picture
 
 logger = logging.getLogger("diffattn")
 
 T = TypeVar("T")
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 CAPTION_KEYS = ("prompt", "caption", "text")
 METADATA = ("metadata.jsonl", "metadata.json")
-
-# What Pillow raises on broken data, found by breaking files at random.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -124,13 +122,13 @@ def pictures_in(files: Iterable[str]) -> dict[str, str]:
 def load_picture(source: str | os.PathLike[str] | BinaryIO, size: tuple[int, int]) -> Tensor:
     """A picture, resized to cover `size` (height, width) and cropped at its centre: float32 (3, h, w) in [-1, 1].
 
-    Raises `ValueError` with its name where it can't be read.
+    It is read as `diffattn.media.read_picture` does, and what is clear becomes white. Raises `ValueError` with its name
+    where it can't be read.
     """
     height, width = size
     try:
-        with Image.open(source) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGB")
-    except _BROKEN as error:
+        picture = Image.fromarray(read_picture(source).on_white)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{source} is not a whole picture ({error}); replace or remove it") from error
     fitted = ImageOps.fit(picture, (width, height), method=Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
@@ -206,8 +204,8 @@ def read_shards(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Packed]:
     for packed in _packed(paths):
         total += 1
         try:
-            Image.open(io.BytesIO(packed.data)).load()
-        except _BROKEN as error:
+            read_picture(io.BytesIO(packed.data))
+        except ValueError as error:
             corrupt += 1
             logger.warning("corrupt picture: %s in a shard (%s)", packed.name, error)
             continue
@@ -221,7 +219,7 @@ def read_shards(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Packed]:
 def unpack_shards(
     paths: Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str], *, rank: int = 0, world: int = 1
 ) -> Counts:
-    """Write the pictures of some shards to a folder, as SHARD/NAME.png and .json; those that are there are skipped.
+    """Write the pictures of some shards to a folder, as SHARD/NAME.png and .json; what is there already is skipped.
 
     They are not opened: what reads them next names the corrupt ones.
 
@@ -234,7 +232,7 @@ def unpack_shards(
     done = skipped = 0
     for packed in _packed([*paths[first:], *paths[:first]]):
         picture, caption = (Path(folder) / f"{packed.name}{ending}" for ending in (packed.ending, ".json"))
-        if picture.exists() and caption.exists():
+        if _is_there(packed, picture, caption):
             skipped += 1
             continue
         with written(picture) as temporary:
@@ -242,6 +240,14 @@ def unpack_shards(
         write_json(caption, {"prompt": packed.caption})
         done += 1
     return Counts(done, skipped)
+
+
+def _is_there(packed: Packed, picture: Path, caption: Path) -> bool:
+    """Is it the same picture with the same caption that lies there?"""
+    try:
+        return picture.read_bytes() == packed.data and json.loads(caption.read_bytes()) == {"prompt": packed.caption}
+    except (OSError, ValueError):
+        return False
 
 
 def _packed(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Packed]:

@@ -23,7 +23,7 @@ from diffattn.plan import models_of
 from . import checkpoints
 from .cache import CacheSource
 from .cache_facts import read_facts
-from .config import DistillConfig, from_dict, override
+from .config import DistillConfig, override
 from .data import Source
 from .encoders import model_facts
 from .evaluate import Evaluation, evaluate
@@ -146,9 +146,11 @@ def train(
     assert setting is not None
     sheets = Sheets(setting, folder, write=main) if config.sheet_every else None
     trainer = setting.trainer(setting.source(progress and main), folder, accelerator, sheets)
-    if main:
+    if resume:
+        trainer.resume()
+    if main:  # not before all is checked: the folder may hold a run
         write_json(folder / "config.json", config.to_dict())
-    outcome = trainer.run(resume=resume, progress=progress)
+    outcome = trainer.run(progress=progress)
     trainer.use_average()
     if config.sharded:
         del trainer, sheets
@@ -166,13 +168,20 @@ def export_run(folder: Path, output: Path, **hub: Any) -> Path:
     """
     options = []
     if checkpoints.find(folder):
-        data = json.loads((folder / "config.json").read_text())["data"]
+        data = checkpoints.read_config(folder).data
         options = ["data="] if data != SHAPES and not Path(data).is_dir() else []
     setting = open_run(folder, options=options)
     file = folder / "evaluation.json"
-    evaluation = json.loads(file.read_text()) if file.is_file() else None
+    evaluation = _read_evaluation(file) if file.is_file() else None
     figures = [folder / name for name in FIGURES if (folder / name).is_file()]
     return export(setting, output, evaluation, figures=figures, **hub)
+
+
+def _read_evaluation(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{file} is not an evaluation ({error}); evaluate the run again, or remove it") from error
 
 
 CHANGEABLE = ("mechanism", "data", "guidance", "text_length")
@@ -184,7 +193,7 @@ def open_run(folder: Path, device: torch.device | str = "cpu", options: Iterable
     found = checkpoints.find(folder)
     if not found:
         raise ValueError(f"{folder} holds no checkpoint: is it the folder of a `diffattn distill run`?")
-    trained = from_dict(json.loads((folder / "config.json").read_text()))
+    trained = checkpoints.read_config(folder)
     config = override(trained, options)
     changed = [name for name, value in config.to_dict().items() if value != trained.to_dict()[name]]
     if set(changed) - set(CHANGEABLE):

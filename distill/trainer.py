@@ -29,6 +29,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from diffattn.files import written
+
 from . import checkpoints
 from .capture import Capture, layers_at
 from .config import DistillConfig
@@ -267,20 +269,47 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> None:
-        """Take the last checkpoint of the folder, where there is one."""
+        """Take the last checkpoint of the folder, where there is one; other settings than its own are told, and hold.
+
+        Raises `ValueError`, with nothing changed, for a checkpoint that is broken, of another run, or of a later step
+        than the last of this one.
+        """
         found = checkpoints.find(self.folder)
         if not found:
             return
-        state = checkpoints.read(list(found.values())[-1], self.config)
-        if set(state["weights"]) != set(self.student.parameters):
-            raise ValueError(f"the checkpoint in {self.folder} holds other weights than this student trains")
+        folder = list(found.values())[-1]
+        state = checkpoints.read(folder, self.config)
+        self._check(state, folder)
         with torch.no_grad():
             for name, weight in self.student.parameters.items():
                 weight.copy_(scatter(state["weights"][name], weight))
             for own, saved in zip(self.average, state["average"], strict=True):
                 own.copy_(scatter(saved, own))
         self.optimizer.load_state_dict(scattered_state(state["optimizer"], self.optimizer))
+        for group in self.optimizer.param_groups:  # the checkpoint has brought its own
+            group["betas"], group["weight_decay"] = self.config.betas, self.config.weight_decay
         self.step = int(state["step"])
+        former, now = checkpoints.read_config(folder).to_dict(), self.config.to_dict()
+        changed = [f"{name} {former[name]} -> {value}" for name, value in now.items() if value != former[name]]
+        if changed:
+            logger.warning("from step %d on with other settings: %s", self.step, "; ".join(changed))
+
+    def _check(self, state: dict[str, Any], folder: Path) -> None:
+        """Raise where a checkpoint does not fit the student, or lies beyond the last step."""
+        if state["step"] > self.config.steps:
+            raise ValueError(
+                f"{folder} is of step {state['step']}, and steps={self.config.steps} end before it: give steps of at "
+                f"least {state['step']}, or another folder"
+            )
+        own = {name: tuple(weight.shape) for name, weight in self.student.parameters.items()}
+        got = {name: tuple(weight.shape) for name, weight in state["weights"].items()}
+        averaged = [tuple(weight.shape) for weight in state["average"]]
+        if own != got or averaged not in ([], list(own.values())):
+            raise ValueError(f"the checkpoint in {self.folder} holds other weights than this student trains")
+        sizes = [len(group["params"]) for group in self.optimizer.state_dict()["param_groups"]]
+        groups = state["optimizer"].get("param_groups")
+        if not isinstance(groups, list) or [len(group["params"]) for group in groups] != sizes:
+            raise ValueError(f"the optimizer's state in {folder} is not that of this run; use another folder")
 
     @torch.no_grad()
     def use_average(self) -> None:
@@ -294,8 +323,6 @@ def make_accelerator(config: DistillConfig, folder: Path) -> Accelerator:
     for name in config.trackers:
         if importlib.util.find_spec(name) is None:
             raise ImportError(f"the tracker {name} is not installed: pip install {name}, or leave it out of trackers")
-    if "tensorboard" in config.trackers:
-        folder.mkdir(parents=True, exist_ok=True)
     return Accelerator(mixed_precision=config.precision, log_with=list(config.trackers) or None, project_dir=folder)
 
 
@@ -346,17 +373,21 @@ class Log:
     def __enter__(self) -> "Log":
         if self._active:
             former = [row for row in read_log(self._path) if row["step"] <= self._step]
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("w", newline="")
+            with written(self._path) as temporary, temporary.open("w", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS, restval="")
+                writer.writeheader()
+                writer.writerows(former)
+            self._file = self._path.open("a", newline="")
             self._writer = csv.DictWriter(self._file, COLUMNS, restval="")
-            self._writer.writeheader()
-            self._writer.writerows(former)
         return self
 
     def write(self, row: dict[str, float]) -> None:
         if self._active:
-            self._writer.writerow(row)
-            self._file.flush()
+            try:
+                self._writer.writerow(row)
+                self._file.flush()
+            except OSError as error:
+                raise OSError(f"cannot write {self._path}: {error.strerror}; free space, and resume the run") from error
 
     def __exit__(self, *exception: object) -> None:
         if self._active:
@@ -367,9 +398,12 @@ def read_log(path: Path) -> list[dict[str, float]]:
     """The rows of a `log.csv`; none where there is no file."""
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-    return [{**row, "step": int(row["step"])} for row in rows]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        return [{**row, "step": int(row["step"])} for row in rows]
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ValueError(f"{path} is not the log of a run ({error}); remove it, or use another folder") from error
 
 
 class Stop:

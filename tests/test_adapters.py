@@ -20,9 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import diffattn
+from diffattn import ClearAttention
 from diffattn.adapters import Adapter, expected_parameters, mechanism_weights
 from diffattn.adapters.files import CONFIG_NAME, FILE_NAME, LORA_NAME
 from diffattn.adapters.saving import base_model_of
+from diffattn.cli.generate import Swap
+from diffattn.options import Text
 from diffattn.plan import plan_all, resolve
 
 
@@ -165,6 +168,78 @@ def test_metadata_says_what_it_is(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="adapter of FluxTransformer2DModel, but the target is SD3Transformer2DModel"):
         diffattn.load(other, tmp_path)
     assert isinstance(other, SD3Transformer2DModel) and not hasattr(other, "_diffattn")
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn]
+)
+def test_tensors_that_are_no_weights_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = flux().model
+    tensors = official_tensors(model, radius=2)
+    first = min(tensors)
+    save_file({**tensors, first: tensors[first].to(dtype)}, tmp_path / "clear_local_2.safetensors")
+    refused(model, tmp_path, rf"float16, .* in .*clear_local_2\.safetensors; got \S+ in {first}; take the file before")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_that_are_not_finite_are_refused(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = flux().model
+    tensors = {name: tensor.to(dtype) for name, tensor in official_tensors(model, radius=2).items()}
+    save_file(tensors, tmp_path / "clear_local_2.safetensors")
+    diffattn.load(model, tmp_path).restore()  # each of these precisions is fine
+    first, last = min(tensors), max(tensors)
+    tensors[first].view(-1)[1] = tensors[last].view(-1)[0] = value
+    save_file(tensors, tmp_path / "clear_local_2.safetensors")
+    refused(
+        model, tmp_path, rf"finite weights in .*clear_local_2\.safetensors; got NaN or infinity in {first} and 1 more"
+    )
+
+
+@pytest.mark.parametrize("name", ["mechanism", "layers", "projections"])
+@pytest.mark.parametrize("text", ["{", "", "3", '"x"', "null", "[[1]]", "[" * 100_000])
+def test_broken_metadata_is_refused_with_the_name_of_the_file(name: str, text: str, tmp_path: Path) -> None:
+    model = flux().model
+    diffattn.apply(model, "clear", radius=2)
+    file = diffattn.save(model, tmp_path)
+    diffattn.restore(model)
+    metadata = {**Adapter.open(file).metadata, name: text}
+    save_file(load_file(file), file, metadata)
+    refused(model, tmp_path, rf"{name} in the metadata of .*{FILE_NAME} (is not valid JSON|must be)")
+
+
+def test_options_of_an_adapter_are_read_by_type(tmp_path: Path) -> None:
+    """As `-o proportional=no` on the command line."""
+    model = flux().model
+    diffattn.apply(model, "clear", radius=2, proportional=True)
+    diffattn.save(model, tmp_path)
+    diffattn.restore(model)
+    texts = {name: Text(text) for name, text in {"proportional": "no", "radius": "2.5", "radius_t": "none"}.items()}
+    handle = diffattn.load(model, tmp_path, **texts)  # type: ignore[arg-type]
+    assert handle.layers[0].mechanism == ClearAttention(radius=2.5)
+    handle.restore()
+    put = Swap(None, ["proportional=off"], adapter=str(tmp_path)).put(model)
+    assert put is not None and put.layers[0].mechanism == ClearAttention(radius=2)
+    put.restore()
+    with pytest.raises(ValueError, match="clear: proportional must be true or false, got 'maybe'"):
+        diffattn.load(model, tmp_path, proportional=Text("maybe"))
+    for name in ("min_tokens", "keep_original", "backend"):
+        with pytest.raises(ValueError, match=f"-o is for options of the adapter's mechanism, and {name} is none"):
+            Swap(None, [f"{name}=0"], adapter=str(tmp_path)).put(model)
+    with pytest.raises(ValueError, match="keep_original must be true or false, got 'no'"):
+        diffattn.load(model, tmp_path, keep_original="no")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="source must be a file, a folder or a hub repository, got 3"):
+        diffattn.load(model, 3)  # type: ignore[arg-type]
+
+
+def refused(model: nn.Module, folder: Path, message: str) -> None:
+    """Loading a folder ends with one line, and nothing is changed."""
+    before = state(model)
+    with pytest.raises(ValueError, match=message) as error:
+        diffattn.load(model, folder)
+    assert "\n" not in str(error.value)
+    assert_same_state(model, before)
+    assert not hasattr(model, "_diffattn")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a safetensors file at all", None])
@@ -562,6 +637,15 @@ def damage(folder: Path, name: str) -> None:
         "no json": lambda: config.write_text(config.read_text()[:-5]),
         "no mechanism": lambda: config.write_text(json.dumps({**said, "mechanism": None})),
         "leads away": lambda: config.write_text(json.dumps({**said, "files": [f"../{LORA_NAME}"]})),
+        "metadata": lambda: save_file(tensors, file, {"lora_adapter_metadata": "{"}),
+        "metadata of another rank": lambda: save_file(
+            tensors, file, {"lora_adapter_metadata": '{"transformer.r": "two", "transformer.lora_alpha": 1}'}
+        ),
+        "metadata of another kind": lambda: save_file(tensors, file, {"lora_adapter_metadata": "[3]"}),
+        "int8": lambda: save_file({**tensors, first: tensors[first].to(torch.int8)}, file),
+        "NaN": lambda: save_file({**tensors, first: tensors[first] * float("nan")}, file),
+        "layers": lambda: config.write_text(json.dumps({**said, "layers": [3]})),
+        "option": lambda: config.write_text(json.dumps({**said, "mechanism": {"type": "clear", "radius": "2"}})),
         "unknown mechanism": lambda: config.write_text(json.dumps({**said, "mechanism": {"type": "nothing"}})),
         "weights of the mechanism": lambda: config.write_text(
             json.dumps({**said, "mechanism": {"type": "clear", "radius": 2, "down_factor": 3}})
@@ -584,6 +668,13 @@ def damage(folder: Path, name: str) -> None:
         ("no mechanism", rf"{CONFIG_NAME} has no mechanism"),
         ("leads away", "must be names of files beside it"),
         ("unknown mechanism", "unknown mechanism 'nothing'"),
+        ("metadata", rf"lora_adapter_metadata in the metadata of .*{LORA_NAME} is not valid JSON"),
+        ("metadata of another rank", rf"{LORA_NAME} cannot be put on FluxTransformer2DModel"),
+        ("metadata of another kind", rf"lora_adapter_metadata in the metadata of .*{LORA_NAME} must be an object"),
+        ("int8", rf"expected weights of float16, .* in .*{LORA_NAME}; got I8 in transformer"),
+        ("NaN", rf"expected finite weights in .*{LORA_NAME}; got NaN or infinity in transformer"),
+        ("layers", rf"layers in .*{CONFIG_NAME} must be names, got \[3\]"),
+        ("option", rf"the mechanism of {LORA_NAME}: clear: radius must be a positive number, got '2'"),
         ("weights of the mechanism", rf"{FILE_NAME} is missing beside it"),
     ],
 )

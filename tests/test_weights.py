@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from diffattn.weights import check_keys, load_strictly, read_weights
+from diffattn.weights import cast, check_keys, load_strictly, read_weights
 
 ONE, TWO = {"a": torch.ones(2)}, {"b": torch.zeros(3, 1)}
 
@@ -63,6 +63,73 @@ def test_refuses_broken_files(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name} is not a whole"):
         read_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.ckpt"])
+def test_refuses_a_file_cut_anywhere(tmp_path, name):
+    (save_file if name.endswith("safetensors") else torch.save)({"a": torch.ones(40)}, tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    for length in range(1, len(content), 7):
+        (tmp_path / name).write_bytes(content[:length])
+        with pytest.raises(ValueError, match=f"{name} is not a whole") as error:
+            read_weights(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.ckpt"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.complex64, torch.float8_e5m2])
+def test_refuses_numbers_that_are_no_weights(tmp_path, name, dtype):
+    tensors = {"a": torch.ones(2), "b": torch.ones(2).to(dtype), "positions": torch.arange(3)}
+    (save_file if name.endswith("safetensors") else torch.save)(tensors, tmp_path / name)
+    with pytest.raises(ValueError, match=rf"float32 or float64 in .*{name}; got {dtype} in b; take the file before"):
+        read_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {}}']
+)
+def test_refuses_a_broken_index(tmp_path, text):
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"index\.json"):
+        read_weights(tmp_path)
+
+
+def test_an_index_leads_nowhere_else(tmp_path):
+    (tmp_path / "own").mkdir()
+    save_file(ONE, tmp_path / "secret.safetensors")
+    index = {"weight_map": {"a": "../secret.safetensors"}}
+    (tmp_path / "own" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="expected names of files beside it"):
+        read_weights(tmp_path / "own")
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.tensor([0, float("nan"), 0]), "finite weights in x; got NaN or infinity in bias"),
+        (torch.tensor([0, 0, -float("inf")]), "finite weights in x; got NaN or infinity in bias"),
+        (torch.arange(3), "expected torch.float32 for bias in x; got torch.int64"),
+    ],
+)
+def test_a_model_is_not_filled_with_what_no_weights_are(assign, wrong, message):
+    model = nn.Linear(2, 3)
+    before = model.weight.clone()
+    with pytest.raises(ValueError, match=message):
+        load_strictly(model, {"weight": torch.ones(3, 2), "bias": wrong}, "x", assign=assign)
+    assert torch.equal(model.weight, before)
+
+
+def test_buffers_may_be_infinite():
+    model = nn.BatchNorm1d(3)
+    model.register_buffer("mask", torch.zeros(2))
+    load_strictly(model, {**model.state_dict(), "mask": torch.tensor([0, -float("inf")])}, "x")
+    assert model.mask.isinf().any()
+
+
+def test_precision_is_changed_of_weights_alone():
+    assert cast(torch.ones(2), torch.bfloat16).dtype == torch.bfloat16
+    assert cast(torch.arange(2), torch.bfloat16).dtype == torch.int64
 
 
 def test_refuses_what_is_not_weights(tmp_path):

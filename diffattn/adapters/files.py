@@ -13,18 +13,22 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import config
 from ..mechanisms.base import Mechanism
+from ..options import shown
 from ..plan import resolve
+from ..weights import check_finite, check_numbers
 
 FILE_NAME = "adapter.safetensors"
 LORA_NAME = "pytorch_lora_weights.safetensors"
 CONFIG_NAME = "diffattn_config.json"
+DTYPES = ("F64", "F32", "F16", "BF16")
+"""What tensors may be, as safetensors calls it."""
 OFFICIAL_NAME = re.compile(r"clear_local_(?P<radius>\d+)(?:_down_(?P<down_factor>\d+))?")
 
 
@@ -42,15 +46,23 @@ class Adapter:
         """Read the header; a broken file raises `ValueError` with its name. `said` is what the folder's config says."""
         try:
             with safe_open(path, framework="pt") as file:
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+                dtypes = {name: part.get_dtype() for name, part in slices.items()}
                 own = file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}); download or save it again") from error
+        check_numbers(dtypes, path, DTYPES)
         return cls(path, shapes, {**_as_metadata(said, path.name), **own})
 
     def tensors(self) -> dict[str, Tensor]:
         with safe_open(self.path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in self.shapes}
+
+    def check_finite(self) -> None:
+        """Raise `ValueError` for NaN or infinity; one tensor is in memory at a time."""
+        with safe_open(self.path, framework="pt") as file:
+            check_finite(((name, file.get_tensor(name)) for name in self.shapes), self.path)
 
     @property
     def is_lora(self) -> bool:
@@ -59,8 +71,11 @@ class Adapter:
     def mechanism(self, options: dict[str, Any]) -> Mechanism:
         """The mechanism of the metadata, or CLEAR by the file name; `options` override either."""
         if "mechanism" in self.metadata:
-            values = {**json.loads(self.metadata["mechanism"]), **options}
-            return config.from_dict(values)
+            values = self.said("mechanism", dict[str, Any])
+            try:
+                return config.from_dict({**values, **options})
+            except ValueError as error:
+                raise ValueError(f"the mechanism of {self.path.name}: {error}") from error
         name = OFFICIAL_NAME.search(self.path.name)
         found = {key: int(value) for key, value in name.groupdict().items() if value} if name else {}
         if self.is_lora and not found:
@@ -77,12 +92,28 @@ class Adapter:
     @property
     def layers(self) -> list[str] | None:
         """Names of the layers it was made for; None: all that the mechanism takes."""
-        return json.loads(self.metadata["layers"]) if "layers" in self.metadata else None
+        return self.said("layers", list[str]) if "layers" in self.metadata else None
 
     @property
     def projections(self) -> list[str] | None:
         """Names of the model's parameters it holds; None: the attention projections of every layer."""
-        return json.loads(self.metadata["projections"]) if "projections" in self.metadata else None
+        return self.said("projections", list[str]) if "projections" in self.metadata else None
+
+    def said(self, name: str, kind: Any) -> Any:
+        """A value of the metadata, in JSON there; `ValueError` where it is broken, or not of the `kind`."""
+        try:
+            value = json.loads(self.metadata[name])
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{name} in the metadata of {self.path} is not valid JSON ({error}): download or save it again"
+            ) from error
+        outer = get_origin(kind)
+        if not isinstance(value, outer) or (outer is list and not all(isinstance(item, str) for item in value)):
+            what = "a list of names" if outer is list else "an object"
+            raise ValueError(
+                f"{name} in the metadata of {self.path} must be {what}, got {shown(value)}: download or save it again"
+            )
+        return value
 
 
 def _as_metadata(said: dict[str, Any] | None, name: str) -> dict[str, str]:
@@ -160,12 +191,14 @@ def read_config(path: Path) -> dict[str, Any]:
     """`diffattn_config.json`, with the fields that loading needs; `ValueError` where it is broken."""
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): download or save the adapter again") from error
     kinds = {"mechanism": dict, "layers": list, "model": str, "files": list}
     wrong = [name for name, kind in kinds.items() if not isinstance(said, dict) or not isinstance(said.get(name), kind)]
     if wrong:
         raise ValueError(f"{path} has no {wrong[0]}, or another kind of value there: save the adapter again")
+    if not all(isinstance(name, str) for name in said["layers"]):
+        raise ValueError(f"layers in {path} must be names, got {shown(said['layers'])}: save the adapter again")
     # The files lie beside it: a name from a stranger's repository leads nowhere else.
     if not said["files"] or not all(isinstance(name, str) and Path(name).name == name for name in said["files"]):
         raise ValueError(f"files in {path} must be names of files beside it, got {said['files']}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model_swap import ModelSwap
+from ..options import read, shown
 from ..plan import ComponentChoice, StepChoice, models_of, plan_all
 from ..swap import Handle, commit
 from . import lora
@@ -49,6 +50,10 @@ def load(
     Raises `ValueError`, with nothing changed, for files that are missing, broken or belong to another model, and for
     projections that are fused, quantized or not in memory.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"source must be a file, a folder or a hub repository, got {shown(source)}")
+    keep_original = read("keep_original", keep_original, bool)
+    weight_name, subfolder = read("weight_name", weight_name, str | None), read("subfolder", subfolder, str | None)
     hub = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     opened = open_all(source, weight_name, subfolder, **hub)
     models = models_of(target, components)
@@ -81,11 +86,13 @@ def _check(adapter: Adapter, swap: ModelSwap, target: Any, keep_original: bool) 
     """Raise where a file does not fit the swap; returns what puts it in place."""
     if adapter.is_lora:
         lora.check(adapter, swap)
+        adapter.check_finite()
         return lambda: lora.add(swap, adapter, None if isinstance(target, nn.Module) else target)
     parameters = expected_parameters(swap, adapter.projections)
     own = {f"{name}.processor.{key}": value for name, key, value in mechanism_weights(swap)}
     check_names(adapter, {name: tuple(value.shape) for name, value in {**parameters, **own}.items()})
     check_writable(swap, parameters)
+    adapter.check_finite()
     return lambda: _fill(swap, adapter.tensors(), parameters, own, keep_original)
 
 

@@ -5,7 +5,6 @@ metadata. `load` adds it to the model under the name `diffattn`, so that `pipe.s
 it beside others; like any LoRA loaded by diffusers, it is the only active one until then.
 """
 
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +87,7 @@ def check(adapter: Adapter, swap: ModelSwap) -> None:
     if not adapter.shapes:
         raise ValueError(f"{adapter.path.name} holds no tensors: save or download the adapter again")
     check_names(adapter, expected_shapes(adapter, swap.model))
+    _said_of_lora(adapter)
 
 
 def expected_shapes(adapter: Adapter, model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -132,22 +132,34 @@ def prefix_of(adapter: Adapter) -> str | None:
 
 def add(swap: ModelSwap, adapter: Adapter, pipe: Any) -> None:
     """Put a checked LoRA on the swap's model, and let `restore` take it away again."""
-    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-
     model: Any = swap.model
     taken = getattr(model, "peft_config", None) or {}
     name = next(name for name in (NAME, *(f"{NAME}_{i}" for i in range(1, len(taken) + 1))) if name not in taken)
-    said = adapter.metadata.get(LORA_ADAPTER_METADATA_KEY)
     former = Former(model)
     swap.on_undo(lambda: former.bring_back(name))
-    model.load_lora_adapter(
-        adapter.tensors(),
-        prefix=prefix_of(adapter),
-        adapter_name=name,
-        metadata=json.loads(said) if said else None,
-        low_cpu_mem_usage=True,  # as load_lora_weights does: the factors keep the file's dtype
-        _pipeline=pipe,
-    )
+    said = _said_of_lora(adapter)
+    try:
+        model.load_lora_adapter(
+            adapter.tensors(),
+            prefix=prefix_of(adapter),
+            adapter_name=name,
+            metadata=said,
+            low_cpu_mem_usage=True,  # as load_lora_weights does: the factors keep the file's dtype
+            _pipeline=pipe,
+        )
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{adapter.path} cannot be put on {type(model).__name__}: {why}; save it again") from error
+
+
+def _said_of_lora(adapter: Adapter) -> dict[str, Any] | None:
+    """Rank, alpha and the like as the file's metadata say them, for peft."""
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+
+    if LORA_ADAPTER_METADATA_KEY not in adapter.metadata:
+        return None
+    said: dict[str, Any] = adapter.said(LORA_ADAPTER_METADATA_KEY, dict[str, Any])
+    return said
 
 
 class Former:

@@ -55,7 +55,10 @@ def run(
     given = [] if data is None else [f"data={data}"]
     chosen = configs.override(chosen, [*given, *(set_ or ())])
     with quiet():
-        setting, outcome = running.train(chosen, output, resume=resume == "auto", progress=True)
+        try:
+            setting, outcome = running.train(chosen, output, resume=resume == "auto", progress=True)
+        except FloatingPointError as error:  # one line, as all that settings are to blame for
+            raise ValueError(str(error)) from error
     if setting is None and not is_first():
         return  # the first process says and judges
     if not outcome.finished:

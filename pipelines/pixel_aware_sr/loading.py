@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffattn.files import written
-from diffattn.weights import Weights, check_keys, load_strictly, read_weights
+from diffattn.weights import Weights, cast, check_keys, load_strictly, read_weights
 
 from .controlnet import PASDControlNetModel
 from .paca import is_pixel_aware, variant_of
@@ -112,7 +112,7 @@ def _check_pair(folder: Path, unet: dict[str, Any], controlnet: dict[str, Any]) 
 def _build(cls: type[ModelMixin], config: dict[str, Any], weights: Weights, source: Path, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
         model = cls.from_config({**config, "_class_name": cls.__name__})
-    load_strictly(model, {key: tensor.to(dtype) for key, tensor in weights.items()}, source, assign=True)
+    load_strictly(model, {key: cast(tensor, dtype) for key, tensor in weights.items()}, source, assign=True)
     return model.eval()
 
 
@@ -142,7 +142,7 @@ def load_paca(unet: UNet2DConditionModel, path: str | os.PathLike[str]) -> PASDU
         model = PASDUNet2DConditionModel.from_config({**unet.config, "pixel_attention": variant})
     base = {key: tensor.detach() for key, tensor in unet.state_dict().items()}
     _check_base(model, base, path)
-    own = {key: tensor.to(unet.device, unet.dtype) for key, tensor in weights.items()}
+    own = {key: cast(tensor, unet.dtype).to(unet.device) for key, tensor in weights.items()}
     load_strictly(model, {**base, **own}, path, assign=True)
     return model.eval()
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffattn.files import check_new_folder, new_folder
-from diffattn.weights import Weights, check_keys, load_strictly, read_weights
+from diffattn.weights import Weights, cast, check_keys, load_strictly, read_weights
 
 from .components import PREFIXES, Sizes, build_networks, build_text_encoder, official_scheduler
 from .names import official_name, official_text_name, official_vae_name
@@ -134,7 +134,7 @@ def official_names(networks: dict[str, Any]) -> Wanted:
 def taken(network: str, weights: Weights, wanted: Wanted, dtype: torch.dtype) -> Weights:
     """The weights of one network, by the names that they have there."""
     places = {name: place for name, place in wanted.items() if place.network == network}
-    return {place.key: weights[name].reshape(place.shape).to(dtype) for name, place in places.items()}
+    return {place.key: cast(weights[name].reshape(place.shape), dtype) for name, place in places.items()}
 
 
 def check(weights: Weights, wanted: Wanted, source: object, *, strict: bool) -> None:

@@ -12,7 +12,6 @@ share by share of the rows of each layer:
 
 import logging
 import os
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, T5EncoderModel
 
 from diffattn.files import check_new_folder, new_folder
-from diffattn.weights import Weights, check_keys, load_strictly, read_weights
+from diffattn.weights import Weights, cast, check_keys, load, load_strictly, named_tensors, read_weights
 
 from .cogvideox_names import PARTITIONS, UNUSED, lora_layer, official_place
 from .cogvideox_pipeline import CogVideoXSTARPipeline
@@ -148,16 +147,10 @@ def _read_module(path: Path) -> Weights:
     """The tensors under `module`; training states hold numbers of steps beside it."""
     if not path.is_file():
         raise ValueError(f"expected a file of weights; {path} does not exist")
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        why = (str(error).splitlines() or ["it is empty"])[0]
-        raise ValueError(f"{path} is not a whole file of weights alone: {why}; download it again") from error
+    found = load(path)
     for wrapper in ("module", "state_dict"):
         found = found.get(wrapper, found) if isinstance(found, dict) else found
-    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-        raise ValueError(f"expected named tensors in {path}; got other things too; is it a model's checkpoint?")
-    return dict(found)
+    return named_tensors(found, path)
 
 
 def load_transformer(
@@ -178,7 +171,7 @@ def load_transformer(
         model = STARCogVideoXTransformer3DModel(**sizes.transformer())
     rank = lora_rank(weights)
     check(weights, official_shapes(model, rank), source, strict=strict)
-    own = {key: _taken(weights, key, rank).to(dtype) for key in model.state_dict()}
+    own = {key: cast(_taken(weights, key, rank), dtype) for key in model.state_dict()}
     load_strictly(model, own, source, assign=True)
     return model.eval()
 

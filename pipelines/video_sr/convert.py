@@ -21,7 +21,7 @@ from diffusers import AutoencoderKLTemporalDecoder
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffattn.files import check_new_folder, new_folder
-from diffattn.weights import Weights, check_keys, load_strictly, read_weights
+from diffattn.weights import Weights, cast, check_keys, load_strictly, read_weights
 
 from .components import STARSizes, build_networks
 from .names import CONTROL, official_names
@@ -113,7 +113,7 @@ def load_networks(
     for name, network in networks.items():
         places = {official: place for official, place in wanted.items() if place.network == name}
         own = {
-            place.key: weights[official].reshape(network.get_parameter(place.key).shape).to(dtype)
+            place.key: cast(weights[official].reshape(network.get_parameter(place.key).shape), dtype)
             for official, place in places.items()
         }
         load_strictly(network, own, source, assign=True)

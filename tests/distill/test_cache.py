@@ -1,6 +1,7 @@
 """The cache: the official files, resumed where they end, and refused where they belong to another model."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,49 @@ def test_a_truncated_file_is_written_anew(ending, rest, cached, encoded, pipe, c
     assert str(broken) in caplog.text
 
 
+def test_what_has_changed_since_is_encoded_anew(cached, pipe, caplog):
+    """Though its file has the former name, size and time."""
+    before, times = files(cached), os.stat(cached / "a.png")
+    former = load_file(cached / f"a{LATENTS}")["mean"]
+    with Image.open(cached / "a.png") as image:
+        flipped = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    flipped.save(cached / "a.png")
+    os.utime(cached / "a.png", ns=(times.st_atime_ns, times.st_mtime_ns))
+    (cached / "b.txt").write_text(CAPTION.format("blue"))
+    assert write(pipe, cached) == Counts(done=2, skipped=1)
+    after = files(cached)
+    assert {name for name in after if after[name] != before[name]} == {f"a{LATENTS}", f"b{PROMPT}"}
+    assert "encoded anew: 2 (a, b)" in caplog.text
+    assert not torch.equal(load_file(cached / f"a{LATENTS}")["mean"], former)
+    text = pipe.encode_prompt(CAPTION.format("blue"), max_sequence_length=32)[0][0]
+    assert torch.equal(load_file(cached / f"b{PROMPT}")["caption_feature_t5"], text.detach().bfloat16())
+    assert write(pipe, cached) == Counts(skipped=3)
+
+
+def test_another_precision_is_encoded_anew(cached, pipe):
+    assert write(pipe, cached, dtype=torch.float32) == Counts(done=3)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder_2"])
+def test_another_encoder_of_the_same_sizes_is_refused(part, cached):
+    other, before = FluxPipeline.from_pretrained(tiny.path("flux")), files(cached)
+    with torch.no_grad():
+        list(getattr(other, part).parameters())[-1].add_(1)
+    with pytest.raises(ValueError, match="encoded by another VAE or text encoder.*use another folder"):
+        write(other, cached)
+    assert files(cached) == before
+
+
+def test_files_that_do_not_say_what_they_are_made_from_are_kept(cached, pipe, caplog):
+    for path in files(cached):
+        save_file(load_file(cached / path), cached / path)
+    before = files(cached)
+    assert write(pipe, cached) == Counts(skipped=3)
+    assert files(cached) == before and "do not say what they were made from, kept: 3" in caplog.text
+
+
 def test_an_error_leaves_no_part_of_a_file(folder, pipe, monkeypatch):
-    def fail(tensors: Any, path: Path) -> None:
+    def fail(tensors: Any, path: Path, metadata: dict[str, str]) -> None:
         path.write_bytes(b"half")
         raise OSError("disk full")
 
@@ -173,6 +215,7 @@ def test_corrupt_pictures_only_raise(folder, pipe):
         (folder / f"{name}.png").write_bytes(b"none")
     with pytest.raises(ValueError, match="3 corrupt files only"):
         write(pipe, folder)
+    assert not (folder / FACTS).exists()
 
 
 def test_a_missing_caption_is_named_before_anything_is_written(folder, pipe):

@@ -29,6 +29,15 @@ def make(pipe: Any, folder: Path, **options: Any) -> Counts:
     return make_pictures(pipe, PROMPTS, folder, **{"seed": 7, "call": CALL, **options})
 
 
+def said(folder: Path) -> dict[str, Any]:
+    """What the third picture's file says, without model and call."""
+    return {name: value for name, value in whole(folder).items() if name not in ("model", "call")}
+
+
+def whole(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "000002.json").read_text())  # type: ignore[no-any-return]
+
+
 def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
 
@@ -40,7 +49,7 @@ def times(folder: Path) -> dict[str, int]:
 def test_pictures_come_with_prompt_and_seed(pipe, tmp_path):
     assert make(pipe, tmp_path / "new") == Counts(done=3)
     assert sorted(times(tmp_path / "new")) == [f"00000{i}.{ending}" for i in range(3) for ending in ("json", "png")]
-    assert json.loads((tmp_path / "new/000002.json").read_text()) == {"prompt": PROMPTS[2], "seed": 9}
+    assert said(tmp_path / "new") == {"prompt": PROMPTS[2], "seed": 9}
     assert [found.caption for found in find_pictures(tmp_path / "new")] == PROMPTS
     alone = pipe(PROMPTS[2], generator=torch.Generator().manual_seed(9), **CALL).images[0]
     assert np.array_equal(pixels(tmp_path / "new/000002.png"), np.asarray(alone))
@@ -100,6 +109,40 @@ def test_pictures_of_other_prompts_or_seeds_are_refused(options, said, pipe, tmp
     with pytest.raises(ValueError, match=said):
         make_pictures(pipe, **{"prompts": PROMPTS, "folder": tmp_path, "seed": 7, "call": CALL, **options})
     assert times(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"height": 128}, "'height': 128.*got.*'height': 64"),
+        ({"num_inference_steps": 3}, "'num_inference_steps': 3.*got"),
+    ],
+)
+def test_pictures_of_another_size_or_call_are_refused(change, message, pipe, tmp_path):
+    make(pipe, tmp_path)
+    before = times(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        make(pipe, tmp_path, call={**CALL, **change})
+    assert times(tmp_path) == before
+    assert make(pipe, tmp_path) == Counts(skipped=3)
+
+
+def test_pictures_of_another_model_are_refused(pipe, tmp_path):
+    make(pipe, tmp_path)
+    other = FluxPipeline.from_pretrained(tiny.path("flux"))
+    with torch.no_grad():
+        other.transformer.proj_out.weight.mul_(1.5)
+    with pytest.raises(ValueError, match="expected .*000000.png to be of .*'model'.*use another folder"):
+        make(other, tmp_path)
+
+
+def test_what_an_earlier_release_made_is_kept_where_its_size_is_right(pipe, tmp_path):
+    make(pipe, tmp_path)
+    for index, prompt in enumerate(PROMPTS):
+        (tmp_path / f"00000{index}.json").write_text(json.dumps({"prompt": prompt, "seed": 7 + index}))
+    assert make(pipe, tmp_path) == Counts(skipped=3)
+    with pytest.raises(ValueError, match=r"height and width \[64, 64\], got \[64, 96\]"):
+        make(pipe, tmp_path, call={**CALL, "width": 64})
 
 
 @pytest.mark.parametrize(("prompts", "batch_size"), [([], 1), ("a red circle", 1), (PROMPTS, 0)])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffattn.distill.pictures import (
+    Counts,
     find_pictures,
     find_shards,
     load_picture,
@@ -20,6 +21,8 @@ from diffattn.distill.pictures import (
     unpack_shards,
 )
 from PIL import Image
+
+from diffattn.media import read_picture
 
 
 def picture(colour: str = "red", size: tuple[int, int] = (8, 6), form: str = "PNG") -> bytes:
@@ -151,6 +154,25 @@ def test_every_kind_of_picture_becomes_rgb(mode):
     assert load_picture(file, (4, 6)).shape == (3, 4, 6)
 
 
+def test_all_levels_of_16_bit_gray_come_through(tmp_path):
+    levels = np.arange(128, dtype=np.uint16).repeat(2).reshape(16, 16) * 512
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    got = load_picture(tmp_path / "a.png", (16, 16))
+    assert len(got.unique()) == 128
+    want = torch.from_numpy(read_picture(tmp_path / "a.png").pixels).permute(2, 0, 1) / 127.5 - 1
+    assert torch.equal(got, want)
+
+
+def test_what_is_clear_becomes_white(tmp_path):
+    pixels = np.zeros((8, 6, 4), dtype=np.uint8)
+    pixels[:, :3, 3] = 255  # black at the left, clear at the right
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    got = load_picture(tmp_path / "a.png", (8, 6))
+    assert got[:, :, :3].max() == -1 and got[:, :, 3:].min() == 1
+    Image.fromarray(pixels).quantize().save(tmp_path / "b.png")  # a palette with one clear colour
+    assert torch.equal(load_picture(tmp_path / "b.png", (8, 6)), got)
+
+
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
 def test_a_truncated_picture_is_named(form, tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
@@ -187,6 +209,17 @@ def shards(folder: Path) -> list[Path]:
         ),
         write_shard(folder / "second.tar", {"000.txt": "blue", "000.webp": picture("blue", form="WEBP")}),
     ]
+
+
+def test_a_shard_that_has_changed_is_unpacked_anew(tmp_path):
+    pytest.importorskip("webdataset")
+    other: dict[str, str | bytes] = {"1.png": picture(), "1.txt": "b"}
+    shard = write_shard(tmp_path / "own.tar", {"0.png": picture("red"), "0.txt": "red", **other})
+    assert unpack_shards([shard], tmp_path / "out") == Counts(done=2)
+    write_shard(shard, {"0.png": picture("blue"), "0.txt": "blue", **other})
+    assert unpack_shards([shard], tmp_path / "out") == Counts(done=1, skipped=1)
+    first, second = find_pictures(tmp_path / "out")
+    assert (first.path.read_bytes(), first.caption, second.caption) == (picture("blue"), "blue", "b")
 
 
 def test_shards_are_read_in_order(tmp_path):

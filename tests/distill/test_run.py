@@ -140,6 +140,42 @@ def test_what_cannot_run(trained: Setting, folder: Path, tmp_path: Path, few: No
     assert not any(tmp_path.iterdir())
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["mechanism.radius=3"], "mechanism=clear(radius=2), and this one has clear(radius=3)"),
+        (["steps=4"], "step-000008 is of step 8, and steps=4 end before it"),
+        (["ema=0.9"], "ema=0.0, and this one has 0.9"),
+        (["seed=1"], "seed=0, and this one has 1"),
+        (["optimizer=prodigy"], "optimizer=adamw"),
+        (["attention_layers=none.*"], "matches none of"),
+        (["betas=(0.9,)"], "betas must be two numbers"),
+        (["rate=abc"], "rate must be positive, got 'abc'"),
+        (["gradient_checkpointing=maybe"], "gradient_checkpointing must be true or false"),
+        (["backend=magic"], "clear has no backend 'magic'"),
+        (["data=nowhere"], "expected a folder, got nowhere"),
+        (["mechanism=agent"], "this one has agent"),
+    ],
+    ids=str,
+)
+def test_a_refused_command_changes_nothing(
+    folder: Path, trained: Setting, few: None, capsys: pytest.CaptureFixture[str], changes: list[str], message: str
+) -> None:
+    before = contents(folder)
+    settings = ["steps=10", "batch_size=2", "warmup=0", "save_every=4", "mechanism.radius=2", *changes]
+    options = [word for setting in settings for word in ("-s", setting)]
+    with pytest.raises(SystemExit) as end:
+        main(["distill", "run", "--preset", "tiny", *options, "--resume", "auto", "--output", str(folder)])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error
+    assert [line for line in error.splitlines() if line.startswith("diffattn: error:")] == error.splitlines()[-1:]
+    assert contents(folder) == before
+
+
 def test_the_command_goes_on_and_evaluates(
     folder: Path, trained: Setting, capsys: pytest.CaptureFixture[str], few: None
 ) -> None:

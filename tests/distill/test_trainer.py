@@ -187,6 +187,99 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_update(tmp_path: Path
     assert torch.equal(weights(run.student), before)
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed\nstack")])
+def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def full(state: Any, path: Path) -> None:
+        raise error
+
+    run = trainer(tmp_path)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="cannot write the checkpoint .*step-000002: (No space|file write)") as told:
+        run.run(until=2)
+    assert "\n" not in str(told.value) and not any((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "prodigy"])
+def test_settings_that_change_on_resume_hold_and_are_told(
+    tmp_path: Path, optimizer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The optimizer has what the config says, not what the checkpoint brings."""
+    chosen = config(optimizer=optimizer)
+    trainer(tmp_path, chosen).run(until=3)
+    other = replace(chosen, weight_decay=0.25, betas=(0.5, 0.75), rate=chosen.rate / 2)
+    again = trainer(tmp_path, other)
+    again.run(resume=True, until=4)
+    groups = again.optimizer.param_groups
+    assert groups and all((group["weight_decay"], group["betas"]) == (0.25, (0.5, 0.75)) for group in groups)
+    assert groups[0]["lr"] == other.rate_at(3)
+    assert f"from step 3 on with other settings: rate {chosen.rate} -> {other.rate}; betas" in caplog.text
+    assert f"weight_decay {chosen.weight_decay} -> 0.25" in caplog.text
+
+
+def test_a_run_that_is_resumed_as_it_was_tells_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer(tmp_path).run(until=3)
+    trainer(tmp_path).run(resume=True, until=4)
+    assert "other settings" not in caplog.text
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.0, 0.9), (0.9, 0.0)])
+def test_averages_neither_begin_nor_end_on_the_way(tmp_path: Path, before: float, after: float) -> None:
+    trainer(tmp_path, config(ema=before)).run(until=3)
+    with pytest.raises(ValueError, match=f"ema={before}, and this one has {after}: averaged weights"):
+        trainer(tmp_path, config(ema=after)).run(resume=True)
+
+
+def test_fewer_steps_than_are_done_are_refused(tmp_path: Path) -> None:
+    trainer(tmp_path).run(until=5)
+    with pytest.raises(ValueError, match="step-000005 is of step 5, and steps=4 end before it: give steps of at least"):
+        trainer(tmp_path, config(steps=4)).run(resume=True)
+    assert trainer(tmp_path, config(steps=5)).run(resume=True).finished
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+DAMAGE: dict[str, Any] = {
+    "cut": lambda folder: cut(folder / "state.pt"),
+    "empty": lambda folder: (folder / "state.pt").write_bytes(b""),
+    "gone": lambda folder: (folder / "state.pt").unlink(),
+    "a list": lambda folder: torch.save([1], folder / "state.pt"),
+    "no optimizer": lambda folder: torch.save({"weights": {}, "average": [], "step": 3}, folder / "state.pt"),
+    "another optimizer": lambda folder: change(folder, optimizer={"state": {}, "param_groups": []}),
+    "other weights": lambda folder: change(folder, weights={"a": torch.ones(2)}),
+    "NaN": lambda folder: change(folder, weights={"a": torch.tensor([math.nan])}),
+    "step of text": lambda folder: change(folder, step="3"),
+    "config cut": lambda folder: cut(folder / "config.json"),
+    "config gone": lambda folder: (folder / "config.json").unlink(),
+    "config of a list": lambda folder: (folder / "config.json").write_text("[1]"),
+}
+
+
+def change(folder: Path, **parts: Any) -> None:
+    torch.save({**torch.load(folder / "state.pt", weights_only=True), **parts}, folder / "state.pt")
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path, damage: str) -> None:
+    trainer(tmp_path).run(until=3)
+    folder = tmp_path / "checkpoints" / "step-000003"
+    DAMAGE[damage](folder)
+    run = trainer(tmp_path)
+    before = weights(run.student)
+    with pytest.raises(ValueError, match=str(tmp_path)) as error:
+        run.resume()
+    assert "\n" not in str(error.value)
+    assert torch.equal(weights(run.student), before) and run.step == 0
+
+
+def test_a_log_that_is_none_is_refused(tmp_path: Path) -> None:
+    for text in ("step,total\none,2\n", "a,b\n1,2\n", "step,total\n1,2,3\n"):
+        (tmp_path / LOG).write_text(text)
+        with pytest.raises(ValueError, match=r"log\.csv is not the log of a run"):
+            read_log(tmp_path / LOG)
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path).run(until=3)
     with pytest.raises(ValueError, match="mechanism=clear\\(radius=2\\), and this one has agent"):
@@ -198,7 +291,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     [
         ({"attention_layers": "nothing.*"}, "matches none of 4 swapped layers"),
         ({"attention_depths": ()}, "the attention loss has no layer"),
-        ({"attention_depths": (1.5,)}, "a depth is a fraction"),
+        ({"attention_depths": (1.5,)}, "attention_depths must be fractions from 0 to 1"),
         ({"trainable": "mechanism"}, "trains nothing: clear"),
         ({"trainable": "everything"}, "trainable must be"),
     ],
