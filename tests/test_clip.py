@@ -56,6 +56,19 @@ def test_frames_of_a_file(clips: Path) -> None:
     assert clip.digest() == digest(clips / "clip.mp4")
 
 
+def test_pixels_that_are_not_square(clips: Path, tmp_path: Path) -> None:
+    """Left as stored, with their aspect, or widened; a folder has none."""
+    with VideoWriter(tmp_path / "wide.mp4", 10, aspect=Fraction(64, 45)) as video:
+        video.write(FRAMES[1])
+    stored, square = Clip(path=tmp_path / "wide.mp4"), Clip(path=tmp_path / "wide.mp4", square=True)
+    assert (stored.aspect, square.aspect) == (Fraction(64, 45), 1)
+    (first,), (second,) = stored.frames(), square.frames()
+    assert first.shape == (32, 48, 3) and second.shape == (32, 68, 3)
+    assert second.mean() == pytest.approx(first.mean(), abs=0.5)
+    for path in (clips / "clip.mp4", write_folder(tmp_path / "frames", 1)):
+        assert Clip(path=path).aspect == 1 and next(Clip(path=path, square=True).frames()).shape == (32, 48, 3)
+
+
 def test_frames_that_do_not_fit_are_refused(clips: Path, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "frames", 2)
     with pytest.raises(ValueError, match="expected a frame from --start 2 on in .*frames; got none"):

@@ -40,7 +40,7 @@ class Sound:
         """Raise `ValueError` where files of this ending cannot hold the track, and say which can."""
         if self.stream is None or holds(ending, self.stream):
             return
-        others = [other for other in ENDINGS if other != ending and holds(other, self.stream)]
+        others = [other for other in reversed(ENDINGS) if other != ending and holds(other, self.stream)]
         can = " or ".join(f"a {other}" for other in others)
         todo = f"write {can}" if can else "encode the sound anew first, as AAC"
         name = self.stream.codec_context.name if self.stream.codec_context else "an unknown codec"

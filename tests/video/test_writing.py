@@ -196,10 +196,10 @@ def sound_file(path: Path, codec: str) -> Path:
 @pytest.mark.parametrize(
     ("codec", "source", "ending", "hint"),
     [
-        ("pcm_u8", "s.wav", ".mp4", "write a .mov or a .mkv"),
+        ("pcm_u8", "s.wav", ".mp4", "write a .mkv or a .mov"),
         ("pcm_mulaw", "s.wav", ".mp4", "write a .mov"),
         ("pcm_mulaw", "s.wav", ".mkv", "write a .mov"),
-        ("libopus", "s.ogg", ".mov", "write a .mp4 or a .mkv"),
+        ("libopus", "s.ogg", ".mov", "write a .mkv or a .mp4"),
         ("adpcm_ms", "s.wav", ".mkv", "encode the sound anew first, as AAC"),
     ],
 )

@@ -45,6 +45,31 @@ def test_joined_parts_are_one_playable_video(tmp_path: Path, ending: str, fps: i
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*(p.name for p in parts), f"out{ending}"])
 
 
+def test_a_video_has_the_colours_of_the_pictures(tmp_path: Path) -> None:
+    """In high definition too, where files that name no colours are taken for BT.709; and the same in every run."""
+    import av
+
+    from diffattn.video import read_frames
+
+    blocks = np.random.default_rng(0).integers(20, 236, (3, 4, 3))
+    want = np.kron(blocks, np.ones((240, 32, 1), int)).astype(np.uint8)
+    found = set()
+    for _ in range(2):
+        parts = [tmp_path / "part-0.mp4", tmp_path / "part-1.mp4"]
+        for part in parts:
+            write_part([want, want], part, 8)
+        join_parts(parts, (2, 2), tmp_path / "out.mp4", 8)
+        found.add((tmp_path / "out.mp4").read_bytes())
+    assert len(found) == 1
+    got = list(read_frames(tmp_path / "out.mp4"))
+    assert len(got) == 4
+    for frame in got:
+        assert np.abs(frame[120::240, 16::32].astype(int) - blocks).max() <= 3
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        raw = next(container.decode(video=0))
+    assert (raw.colorspace, raw.color_primaries, raw.color_trc, raw.color_range) == (1, 1, 1, 1)
+
+
 def test_pictures_are_numbered_in_the_whole_video(tmp_path: Path) -> None:
     write_pictures(frames(2), tmp_path / "frames", 7)
     names = sorted(file.name for file in (tmp_path / "frames").iterdir())

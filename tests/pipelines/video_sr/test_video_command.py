@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from diffattn.cli import app
-from diffattn.video import probe, read_frames
+from diffattn.video import VideoWriter, probe, read_frames
 
 ROOT = Path(__file__).resolve().parents[3]
 COUNT = 5
@@ -226,6 +226,14 @@ def test_uneven_frames_come_at_their_time_and_are_told_once(
     succeed(inputs, tmp_path / "out.mp4", "--steps", 1, source=path)
     assert sum("not evenly spaced" in message for message in caplog.messages) == 1
     assert probe(tmp_path / "out.mp4").frames == 5
+
+
+@pytest.mark.usefixtures("room")
+def test_pixels_that_are_not_square_stay_so(inputs: Path, tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "in.mp4", 10, aspect=Fraction(64, 45)) as video:
+        video.write(files.carphone(1, 36, 44)[0])
+    succeed(inputs, tmp_path / "out.mp4", "--steps", 1, "--guidance", 1, source=tmp_path / "in.mp4")
+    assert probe(tmp_path / "out.mp4").aspect == Fraction(64, 45)
 
 
 @pytest.mark.parametrize(("patch", "steps"), [(IN_A_STEP, 1), (IN_DECODING, 2)], ids=["in a step", "in decoding"])
