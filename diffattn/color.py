@@ -15,11 +15,12 @@ chroma by ITU-R BT.601.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _BITS = 14
 """Fraction bits of OpenCV's integer arithmetic for bytes, whose roundings `keep_luma` repeats."""
+_WEIGHT_BITS = 11
+"""Fraction bits of the weights in OpenCV's bilinear resizing of bytes."""
 
 
 def blur(pictures: Tensor, dilation: int) -> Tensor:
@@ -86,17 +87,15 @@ def keep_luma(gray: Tensor, coloured: Tensor) -> Tensor:
         Y = 0.299 R + 0.587 G + 0.114 B,    U = 0.492 (B - Y),    V = 0.877 (R - Y)
         R = Y + 1.140 V,    G = Y - 0.395 U - 0.581 V,    B = Y + 2.032 U
 
-    In bytes, U and V around 128 and cut off there, with the roundings of OpenCV's 8-bit conversion to YUV and back; the
-    result is in steps of 1/255.
+    In bytes, U and V around 128 and cut off there, with the roundings of OpenCV's 8-bit resizing and of its conversion
+    to YUV and back: what rounding leaves out of U comes back doubled in B. The result is in steps of 1/255.
     """
     _check(gray, coloured)
     if len(gray) != len(coloured):
         raise ValueError(
             f"expected as many coloured pictures as gray ones; got {len(coloured)} for {len(gray)}; pair them up"
         )
-    if gray.shape != coloured.shape:
-        coloured = F.interpolate(_wide(coloured), size=gray.shape[-2:], mode="bilinear", align_corners=False)
-    y, (u, v) = _luma(_integers(gray)), _chroma(_integers(coloured))
+    y, (u, v) = _luma(_integers(gray)), _chroma(_resized(_integers(coloured), gray.shape[-2], gray.shape[-1]))
     planes = [y + _sum((1.140, v)), y + _sum((-0.395, u), (-0.581, v)), y + _sum((2.032, u))]
     return torch.stack(planes, dim=1).clamp_(0, 255).div(255).to(gray.dtype)
 
@@ -132,6 +131,27 @@ def _deviation(pictures: Tensor, eps: float) -> Tensor:
 def _integers(pictures: Tensor) -> Tensor:
     """Bytes, in integers wide enough for sums of them with fractions."""
     return to_bytes(pictures, truncate=False).int()
+
+
+def _resized(pixels: Tensor, rows: int, columns: int) -> Tensor:
+    """Bytes at another size, bilinearly; of the sum along a row 4 bits are dropped before the weights of the rows."""
+    if pixels.shape[-2:] == (rows, columns):
+        return pixels
+    left, right, share = _neighbours(pixels.shape[-1], columns, pixels.device)
+    across = pixels[..., left] * (2**_WEIGHT_BITS - share) + pixels[..., right] * share >> 4
+    above, below, share = _neighbours(pixels.shape[-2], rows, pixels.device)
+    share = share[:, None]
+    upper, lower = across[..., above, :] * (2**_WEIGHT_BITS - share) >> 16, across[..., below, :] * share >> 16
+    return upper + lower + 2 >> 2
+
+
+def _neighbours(size: int, new: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each of `new` places on an axis of `size` pixels: the pixels around its centre, and the second one's share."""
+    places = ((torch.arange(new, dtype=torch.float64) + 0.5) * (size / new) - 0.5).float()
+    first = places.floor()
+    share = ((places - first) * 2**_WEIGHT_BITS).round().int()
+    low = first.long()
+    return low.clamp(0, size - 1).to(device), (low + 1).clamp(0, size - 1).to(device), share.to(device)
 
 
 def _luma(pixels: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ import torch
 from PIL import Image
 
 from .grid import TokenGrid
-from .mechanisms import ClearAttention, Mechanism
-from .mechanisms.clear import OFFICIAL_TRAIN_TOKENS
+from .mechanisms import ClearAttention, Mechanism, SoftmaxAttention
+from .mechanisms.softmax import OFFICIAL_TRAIN_TOKENS
 from .plan import resolve
 from .swap import Handle, apply, swaps_of
 
@@ -101,7 +101,7 @@ def generate_large(
         size: height and width in pixels, multiples of `vae_scale_factor * 2`.
         via: longer side of the first picture in pixels; take the size that the model was trained for.
         mechanism: attention of the stages, such as `ClearAttention(radius=16, ntk_factor=10, proportional=True)`, or a
-            function that swaps it. None: what `pipe` has. CLEAR's `train_tokens`, unless set, become those of the first
+            function that swaps it. None: what `pipe` has. Its `train_tokens`, unless set, become those of the first
             picture where the model is a transformer: its cells and `max_sequence_length` (or `prompt_embeds`) of text.
         apply_options: further arguments of `diffattn.apply`, such as `layers` or `backend`.
         strength: share of the steps that a stage makes, in (0, 1]; 1 forgets the picture before.
@@ -245,10 +245,10 @@ def _swap_of_stages(
 
 
 def with_train_tokens(mechanism: Mechanism, grid: TokenGrid | None) -> Mechanism:
-    """CLEAR's proportional attention with L0 = the tokens of `grid`, unless it says its own; others as they are."""
-    if grid is None or not isinstance(mechanism, ClearAttention) or not mechanism.proportional or mechanism.official:
+    """Proportional attention with L0 = the tokens of `grid`, unless it says its own; others as they are."""
+    if grid is None or not isinstance(mechanism, ClearAttention | SoftmaxAttention) or not mechanism.proportional:
         return mechanism
-    if mechanism.train_tokens != OFFICIAL_TRAIN_TOKENS:
+    if mechanism.train_tokens != OFFICIAL_TRAIN_TOKENS or getattr(mechanism, "official", False):
         return mechanism
     return dataclasses.replace(mechanism, train_tokens=grid.tokens)
 

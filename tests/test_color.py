@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffattn.color import _resized as resized
 from diffattn.color import adain_fix, blur, keep_luma, to_bytes, wavelet_fix, wavelet_split
 
 SIZES = [(1, 1), (1, 7), (9, 1), (5, 4), (23, 38)]
@@ -142,6 +143,16 @@ def test_the_coloured_picture_is_resized_bilinearly() -> None:
     red = keep_luma(gray, coloured)[0, 0, 0]
     assert float(red[1] - red[0]) == pytest.approx(float(red[3] - red[2]), abs=0.009)
     assert float(red[2] - red[1]) == pytest.approx(2 * float(red[1] - red[0]), abs=0.009)
+
+
+@pytest.mark.parametrize("size", [(50, 61), (13, 9), (40, 24), (20, 48), (1, 1)])
+def test_the_resizing_is_bilinear_within_a_level(size: tuple[int, int]) -> None:
+    coloured = to_bytes(pictures(40, 48), truncate=False)
+    want = torch.nn.functional.interpolate(coloured.double(), size=size, mode="bilinear")
+    got = resized(coloured.int(), *size)
+    assert got.dtype == torch.int32 and float((got - want).abs().max()) <= 1
+    flat = torch.full((1, 3, 7, 5), 201, dtype=torch.int32)
+    assert torch.equal(resized(flat, *size), flat[:, :, :1, :1].expand(-1, -1, *size))
 
 
 def test_bytes_are_clamped_and_cut_off_or_rounded() -> None:

@@ -17,7 +17,7 @@ import typer.testing
 from PIL import Image
 
 import diffattn
-from diffattn import ClearAttention, generate_large, tiny
+from diffattn import ClearAttention, SoftmaxAttention, generate_large, tiny
 from diffattn.cli import app
 from diffattn.highres import LargeResult, Stage, stage_sizes
 from diffattn.measure import psnr
@@ -196,10 +196,11 @@ def test_tiles_stay_as_they_were(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> 
         (ClearAttention(radius=4, proportional=True, train_tokens=999), 999),
         (ClearAttention(radius=4, proportional=True, official=True), 4608),
         (ClearAttention(radius=4), 4608),
+        (SoftmaxAttention(proportional=True), 5 * 8 + TEXT),
     ],
-    ids=["set", "said by the user", "official", "not proportional"],
+    ids=["set", "said by the user", "official", "not proportional", "full"],
 )
-def test_train_tokens_are_those_of_the_first_picture(pipe: Any, mechanism: ClearAttention, want: int) -> None:
+def test_train_tokens_are_those_of_the_first_picture(pipe: Any, mechanism: Any, want: int) -> None:
     watch = Watch(lambda: [swap.mechanism.train_tokens for swap in swaps_of(pipe)])
     large(pipe, size=(80, 128), mechanism=mechanism, progress=watch)
     assert watch.seen == [[], [want]]

@@ -47,8 +47,11 @@ class Mechanism:
     """Layers that `apply` gives it by default: "spatial" (pictures, and video cells seen at once) or "temporal"."""
     across_frames: ClassVar[bool] = False
     """Does it change nothing within a frame? Then models with layers along the frames keep the others by default."""
-    exact: ClassVar[bool] = False
-    """Is the result the model's own attention? Then a swapped layer hands the call to the model's own kernel."""
+
+    @property
+    def exact(self) -> bool:
+        """Is the result the model's own attention? Then a swapped layer hands the call to the model's own kernel."""
+        return False
 
     def __post_init__(self) -> None:
         options.check_fields(self, getattr(self, "type", type(self).__name__))

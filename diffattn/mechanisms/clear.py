@@ -32,9 +32,8 @@ from ..kernels.dense import combine_masks
 from ..kernels.pattern import Cells, dense_mask
 from ..options import POSITIVE, Must
 from .base import Context, Mechanism, default_scale
-from .softmax import softmax_reference
+from .softmax import ENOUGH_TOKENS, OFFICIAL_TRAIN_TOKENS, proportional_scale, softmax_reference
 
-OFFICIAL_TRAIN_TOKENS = 64**2 + 512
 OFFICIAL_POOLED_LENGTH_FACTOR = 10
 
 
@@ -105,17 +104,12 @@ class ClearAttention(Mechanism):
     """Side of the blocks that pooled keys stand for; None for no pooled keys."""
     proportional: bool = False
     """Scale the logits by sqrt(log_L0 L), for sequences longer than those of training."""
-    train_tokens: int = OFFICIAL_TRAIN_TOKENS
+    train_tokens: Annotated[int, ENOUGH_TOKENS] = OFFICIAL_TRAIN_TOKENS
     """L0: tokens of a sequence in training, text included."""
     ntk_factor: Annotated[float, POSITIVE] = 1.0
     """Multiplies the base (theta) of the model's rotary position embedding; 10 in the paper's high-resolution runs."""
     official: bool = False
     """Reproduce the constants of the released code."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.train_tokens < 2:
-            raise ValueError(f"clear: train_tokens must be at least 2, got {self.train_tokens}")
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -141,7 +135,7 @@ class ClearAttention(Mechanism):
         if self.official:
             train_tokens = OFFICIAL_TRAIN_TOKENS
             tokens *= OFFICIAL_POOLED_LENGTH_FACTOR if self.down_factor else 1
-        return scale * math.sqrt(math.log(tokens, train_tokens))
+        return proportional_scale(scale, tokens, train_tokens)
 
     def pooled(self, grid: TokenGrid) -> int:
         """Number of pooled keys."""

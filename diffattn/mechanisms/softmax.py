@@ -2,10 +2,14 @@
 
 Source: Vaswani et al., Attention Is All You Need, equation 1, https://arxiv.org/abs/1706.03762.
 Swapped into a model it hands the call to the kernel the model itself would have used.
+
+`proportional` and `ntk_factor` are CLEAR's two changes for pictures larger than those of training, without its window:
+the baseline that its released high-resolution code compares with (Liu et al., https://arxiv.org/abs/2412.16112).
 """
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +17,13 @@ from torch.nn import functional as F
 
 from ..config import register
 from ..grid import TokenGrid
+from ..options import POSITIVE, Must
 from .base import Context, Mechanism, default_scale
+
+OFFICIAL_TRAIN_TOKENS = 64**2 + 512
+"""Of FLUX.1 at 1024 pixels a side, text included."""
+ENOUGH_TOKENS = Must("at least 2", lambda tokens: tokens >= 2)
+"""For `train_tokens`, whose logarithm divides."""
 
 
 def softmax_reference(
@@ -32,13 +42,40 @@ def softmax_reference(
     return (weight / torch.where(total == 0, torch.ones_like(total), total)) @ v
 
 
+def proportional_scale(scale: float, tokens: int, train_tokens: int) -> float:
+    """`scale` times sqrt(log_L0 L), for a sequence of L tokens where training had L0.
+
+    It keeps the entropy of the weights about what it was in training; 1 at L = L0.
+    Source: Jin et al., https://arxiv.org/abs/2306.08645, section 3.2.
+    """
+    return scale * math.sqrt(math.log(tokens, train_tokens))
+
+
 @register("softmax")
 @dataclass(frozen=True, kw_only=True)
 class SoftmaxAttention(Mechanism):
-    """Exact attention over all tokens. Time O(n m d), memory O(n d)."""
+    """Attention over all tokens. Time O(n m d), memory O(n d).
+
+    As it is by default the model's own kernel computes it; with `proportional` or `ntk_factor`, torch's.
+    """
+
+    proportional: bool = False
+    """Scale the logits by sqrt(log_L0 L), for sequences longer than those of training."""
+    train_tokens: Annotated[int, ENOUGH_TOKENS] = OFFICIAL_TRAIN_TOKENS
+    """L0: tokens of a sequence in training, text included."""
+    ntk_factor: Annotated[float, POSITIVE] = 1.0
+    """Multiplies the base (theta) of the model's rotary position embedding."""
 
     kinds: ClassVar[frozenset[str]] = frozenset({"spatial", "temporal"})
-    exact: ClassVar[bool] = True
+
+    @property
+    def exact(self) -> bool:
+        return not self.proportional and self.ntk_factor == 1.0
+
+    def scale(self, q: Tensor, grid: TokenGrid, scale: float | None) -> float:
+        """`scale` (default 1/sqrt(d)), times sqrt(log_L0 L) if `proportional`."""
+        scale = default_scale(q) if scale is None else scale
+        return proportional_scale(scale, grid.tokens, self.train_tokens) if self.proportional else scale
 
     def attend(
         self,
@@ -53,7 +90,7 @@ class SoftmaxAttention(Mechanism):
     ) -> Tensor:
         self.check_backend(backend)
         grid.check(q, k)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, scale=self.scale(q, grid, scale))
 
     def reference(
         self,
@@ -65,7 +102,7 @@ class SoftmaxAttention(Mechanism):
         scale: float | None = None,
         context: Context = Context(),
     ) -> Tensor:
-        return softmax_reference(q, k, v, scale=scale, mask=context.mask)
+        return softmax_reference(q, k, v, scale=self.scale(q, grid, scale), mask=context.mask)
 
     def mask(self, grid: TokenGrid) -> Tensor:
         return torch.ones(grid.tokens, grid.tokens, dtype=torch.bool)

@@ -17,7 +17,7 @@ from diffattn import TokenGrid, config
 from diffattn.mechanisms.base import Context, Mechanism
 
 EXAMPLES: dict[str, list[dict[str, Any]]] = {
-    "softmax": [{}],
+    "softmax": [{}, {"proportional": True, "train_tokens": 64}, {"ntk_factor": 10}],
     "clear": [
         {"radius": 1},
         {"radius": 3},
