@@ -1,8 +1,8 @@
 """What the recorded cases of Video-Infinity have in common: their settings, and the projections of an attention."""
 
 from collections.abc import Mapping
-from typing import Any
 
+from golden_record import Record
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -12,11 +12,8 @@ from diffattn.mechanisms.scopes import Phase
 Tensors = Mapping[str, Tensor]
 
 
-def take(config: dict[str, Any], *known: str, optional: tuple[str, ...] = ()) -> list[Any]:
-    """The values of `known` keys, then of `optional` ones; a key that is missing or that nobody asked for fails."""
-    unknown = (set(config) ^ set(known)) - set(optional)
-    assert not unknown, f"config keys this test does not handle, or misses: {sorted(unknown)}"
-    return [config[key] for key in known] + [config.get(key) for key in optional]
+RECORDING = ("weight_seed", "input_seed", "gain")
+"""What weights and inputs were drawn by; they are recorded themselves."""
 
 
 def project(tensors: Tensors, heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,44 +29,45 @@ def project_out(tensors: Tensors, out: Tensor) -> Tensor:
     return F.linear(tokens, tensors["weights.to_out.0.weight"], tensors.get("weights.to_out.0.bias"))
 
 
-def phase(values: dict[str, Any] | None) -> Phase | None:
-    return None if values is None else Phase(*take(values, "t", "local_biase", "global_biase"))
+def phase(values: Record | None) -> Phase | None:
+    return None if values is None else Phase(values["t"], values["local_biase"], values["global_biase"])
 
 
-def official_mechanism(plugin: dict[str, Any], clips: int) -> DualScopeAttention:
-    padding, top_k, _, attn_scale, by_number, dynamic, local, global_ = take(
-        plugin,
-        *("padding", "top_k", "top_k_chunk_size", "attn_scale", "token_num_scale", "dynamic_scale"),
-        optional=("local_phase", "global_phase"),
-    )
-    assert not dynamic or (local and global_)
+def official_mechanism(plugin: Record, clips: int) -> DualScopeAttention:
+    """Of the plugin `attn`; the released code reads its phases only where `dynamic_scale` is on."""
+    plugin.told("top_k_chunk_size")  # read by nothing in the released code
+    dynamic = plugin["dynamic_scale"]
+    if not dynamic:
+        plugin.told("local_phase", "global_phase")
     return DualScopeAttention(
-        padding=padding,
-        top_k=top_k,
-        attn_scale=attn_scale,
-        token_num_scale=by_number,
-        local_phase=phase(local) if dynamic else None,
-        global_phase=phase(global_) if dynamic else None,
+        padding=plugin["padding"],
+        top_k=plugin["top_k"],
+        attn_scale=plugin["attn_scale"],
+        token_num_scale=plugin["token_num_scale"],
+        local_phase=phase(plugin["local_phase"]) if dynamic else None,
+        global_phase=phase(plugin["global_phase"]) if dynamic else None,
         official=True,
         clips=clips,
     )
 
 
-def clean_mechanism(config: dict[str, Any]) -> tuple[DualScopeAttention, int, int, int]:
-    """Of a case that is not official: mechanism, width of the layer, heads and their dimension."""
-    _, dim, heads, head_dim, padding, top_k, local_bias, global_bias, attn_scale, by_number, once = take(
-        config,
-        *("kind", "dim", "heads", "dim_head", "padding", "top_k", "local_bias", "global_bias", "attn_scale"),
-        *("token_num_scale", "dedup_global_in_window"),
-    )
+def clean_mechanism(config: Record) -> DualScopeAttention:
+    """Of a case that is not official."""
+    once, local_bias, global_bias = (config[name] for name in ("dedup_global_in_window", "local_bias", "global_bias"))
     assert not once or local_bias >= global_bias, "a frame seen once keeps the larger bias: this is another rule"
-    mechanism = DualScopeAttention(
-        padding=padding,
-        top_k=top_k,
-        attn_scale=attn_scale,
-        token_num_scale=by_number,
+    return DualScopeAttention(
+        padding=config["padding"],
+        top_k=config["top_k"],
+        attn_scale=config["attn_scale"],
+        token_num_scale=config["token_num_scale"],
         local_phase=Phase(None, local_bias, global_bias),
         global_phase=None,
         duplicates=not once,
     )
-    return mechanism, dim, heads, head_dim
+
+
+def projected(config: Record, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of the layer that a case of attention describes."""
+    heads, head_dim = config["heads"], config["dim_head"]
+    assert tensors["in.x"].shape[-1] == config["dim"]
+    return project(tensors, heads, head_dim)

@@ -6,7 +6,9 @@
         tensors = case.tensors()
         assert_golden("out", attention(tensors["q"], ...), tensors["out"], case.tolerance)
 
-The cases are read from `tests/golden/<system>`, or from `$DIFFATTN_GOLDEN/<system>` for a further set.
+The cases are read from `tests/golden/<system>`, or from `$DIFFATTN_GOLDEN/<system>` for a further set. A test computes
+with all that a case says: what it did not ask for, of the config or of the tensors, fails it (`check_used`, which
+`conftest.py` calls after each golden test).
 """
 
 import fnmatch
@@ -21,6 +23,8 @@ from typing import Any
 
 import pytest
 import torch
+from golden_record import Path as Asked
+from golden_record import Record
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,6 +32,18 @@ OWN_SET = Path(__file__).parent / "golden"
 
 NOT_CASES = ("index.json", "*config.json", "*_weights.json", "*.index.json")
 """JSON files that belong to a set without being cases."""
+
+BOOKKEEPING = (
+    "tolerance",
+    "tensors",
+    "files",
+    "omit",
+    "bytes",
+    "collectives",
+    "world_size_invariant",
+    "*max_abs_diff*",
+)
+"""What a case says of its recording, beside words: not what was computed. Patterns of keys of the whole JSON."""
 
 LATER: dict[tuple[str, str], str] = {}
 """(system, kind) of cases whose subject is still to come, and the reason they are skipped with."""
@@ -47,14 +63,23 @@ class GoldenCase:
     def name(self) -> str:
         return self.path.stem
 
+    def __reduce__(self) -> Any:
+        """A copy in another process asks anew."""
+        return GoldenCase, (self.path,)
+
     @functools.cached_property
-    def spec(self) -> dict[str, Any]:
+    def asked(self) -> set[Asked]:
+        """Paths of all that was asked for, of the JSON and (under "tensor") of the tensors."""
+        return set()
+
+    @functools.cached_property
+    def spec(self) -> Record:
         """The whole JSON."""
-        return dict(json.loads(self.path.read_text()))
+        return Record(json.loads(self.path.read_text()), self.asked)
 
     @property
-    def config(self) -> dict[str, Any]:
-        return dict(self.spec.get("config") or {})
+    def config(self) -> Record:
+        return self.spec.get("config") or Record({})
 
     @property
     def kind(self) -> str | None:
@@ -62,15 +87,31 @@ class GoldenCase:
 
     @property
     def tolerance(self) -> dict[str, Any]:
-        return dict(self.spec.get("tolerance") or {})
+        return self.spec["tolerance"].plain() if "tolerance" in self.spec else {}
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Record:
         """The tensors of `<name>.safetensors`, or of its parts `<name>-0.safetensors`, `<name>-1.safetensors`, ..."""
+        if not self._tensors:
+            raise FileNotFoundError(f"{self.path} has no tensors beside it")
+        return self._tensors
+
+    @functools.cached_property
+    def _tensors(self) -> Record:
         part = re.compile(re.escape(self.name) + r"(-\d+)?\.safetensors")
         files = [file for file in sorted(self.path.parent.iterdir()) if part.fullmatch(file.name)]
-        if not files:
-            raise FileNotFoundError(f"{self.path} has no tensors beside it")
-        return {key: tensor for file in files for key, tensor in load_file(file).items()}
+        found = {key: tensor for file in files for key, tensor in load_file(file).items()}
+        return Record(found, self.asked, ("tensor",))
+
+    def check_used(self) -> None:
+        """Fail for keys of the JSON and for tensors that nobody asked for."""
+        spec = self.spec
+        spec.told(*(key for key in spec if spec.is_text(key) or any(fnmatch.fnmatch(key, own) for own in BOOKKEEPING)))
+        check_nothing_left(self.path.name, spec, self._tensors)
+
+
+def check_nothing_left(name: str, *records: Record) -> None:
+    left = [key for record in records for key in record.left()]
+    assert not left, f"{name} says what this test does not use: {left}"
 
 
 def golden_cases(system: str) -> list[Any]:
@@ -111,6 +152,11 @@ def list_cases(folder: Path) -> list[GoldenCase]:
 def later(case: GoldenCase) -> list[pytest.MarkDecorator]:
     reasons = [reason for (system, kind), reason in LATER.items() if (system, kind) == (case.system, case.kind)]
     return [pytest.mark.skip(reason=reason) for reason in reasons]
+
+
+def of_float32(tolerance: Mapping[str, Any]) -> dict[str, Any]:
+    """For schedules that were recorded from a chain of float32 operations: its error on another CPU, 1e-5, at least."""
+    return {**tolerance, "atol": max(1e-5, float(tolerance.get("atol", 0.0)))}
 
 
 def assert_golden(name: str, got: Tensor, want: Tensor, tolerance: Mapping[str, Any]) -> None:

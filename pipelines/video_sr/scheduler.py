@@ -37,15 +37,28 @@ def logsnr_sigmas(
 ) -> Tensor:
     """sigma(t) for t = 0 .. timesteps - 1, float32.
 
-    float32 throughout: near sigma = 1 its rounding shows in alpha, and the networks were trained with these values.
+    Every operation is worked out in float64 and rounded to float32. So this is the chain of float32 operations that the
+    networks were trained with, where near sigma = 1 rounding is all that is left of alpha, and yet the same on every
+    CPU: in float32 itself their tan, log and exp differ in the last bit. What follows the root is rounded alike by all.
     """
     angle_min, angle_max = (math.atan(math.exp(-0.5 * logsnr)) for logsnr in (logsnr_max, logsnr_min))
-    share = torch.linspace(1, 0, timesteps)
-    cosine = -2 * torch.log(torch.tan(angle_max + share * (angle_min - angle_max)))
-    near, far = (cosine + 2 * math.log(1 / scale) for scale in (scale_min, scale_max))
-    sigmas = torch.sigmoid(-(share * near + (1 - share) * far)).sqrt()
+    share = _rounded(torch.linspace(1, 0, timesteps, dtype=torch.float64))
+    angle = _rounded(_float32(angle_max) + _rounded(share * _float32(angle_min - angle_max)))
+    cosine = -2 * _rounded(_rounded(angle.tan()).log())
+    near, far = (_rounded(cosine + _float32(2 * math.log(1 / scale))) for scale in (scale_min, scale_max))
+    logsnr = _rounded(_rounded(share * near) + _rounded(_rounded(1 - share) * far))
+    sigmas = _rounded(1 / _rounded(1 + _rounded(logsnr.exp()))).sqrt().float()
     first, last = sigmas[0], sigmas[-1]
     return first + (sigmas - first) * ((1 - first) / (last - first))
+
+
+def _rounded(values: Tensor) -> Tensor:
+    """float64 numbers that float32 has."""
+    return values.float().double()
+
+
+def _float32(value: float) -> float:
+    return float(_rounded(torch.tensor(value, dtype=torch.float64)))
 
 
 def trailing_times(start: int, count: int) -> list[float]:
@@ -116,7 +129,7 @@ class STARScheduler(DPMSolverMultistepScheduler):  # type: ignore[misc]
         self.alphas_cumprod = self.alpha_t**2
         self.alphas = self.alphas_cumprod / torch.cat([torch.ones(1), self.alphas_cumprod[:-1]])
         self.betas = 1 - self.alphas
-        self.lambda_t = torch.log(self.alpha_t) - torch.log(self.sigma_t)
+        self.lambda_t = torch.log(self.alpha_t.double() / self.sigma_t.double()).float()
         self.sigmas = self.sigma_t / self.alpha_t
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:

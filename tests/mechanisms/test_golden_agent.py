@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from golden_record import Record
 from golden_vectors import GoldenCase, assert_golden, golden_cases
 from torch import Tensor
 from torch.nn import functional as F
@@ -43,32 +44,26 @@ def project(tensors: Tensors, name: str, query: Tensor, key: Tensor, heads: int)
     return q, k, v
 
 
-def take(config: dict[str, Any], *known: str) -> list[Any]:
-    """The values of all keys; a key that is missing or that nobody asked for is a failure."""
-    assert set(config) == set(known), f"config keys this test does not handle: {sorted(set(config) ^ set(known))}"
-    return [config[key] for key in known]
-
-
 def check_precision(precision: str | None) -> None:
     # "fp32" computes the logits in float32, which float32 inputs do anyway
     assert precision in (None, "fp32"), f"attn_precision {precision!r} is not handled"
 
 
-def run_attention(case: GoldenCase, tensors: Tensors) -> None:
-    _, n, m, heads, head_dim, k_scale2, k_shortcut, precision, batch, used = take(
-        case.config,
-        *("kind", "tokens", "agents", "heads", "head_dim", "k_scale2", "k_shortcut", "attn_precision", "batch"),
-        "agent_path_used",
-    )
-    check_precision(precision)
-    assert tensors["x"].shape == (batch, n, heads * head_dim)
-    assert worthwhile(m, n) == used
+def run_attention(case: GoldenCase, tensors: Record) -> None:
+    """Without agents, or with too many of them, the released code attends plainly."""
+    config = case.config
+    n, heads, agents, used = config["tokens"], config["heads"], config["agents"], config["agent_path_used"]
+    check_precision(config["attn_precision"])
+    assert tensors["x"].shape == (config["batch"], n, heads * config["head_dim"])
+    assert used == (agents is not None and worthwhile(agents, n))
     q, k, v = project(tensors, "attn", tensors["x"], tensors["x"], heads)
+    scale = default_scale(q)
+    scales = {"scale": scale, "scale2": scale ** config["k_scale2"], "shortcut": config["k_shortcut"]}
+    if agents is not None:
+        assert tensors["agent"].shape[1] == agents
     if used:
-        agents = to_heads(linear(tensors, "attn.to_q", tensors["agent"]), heads)
-        scale = default_scale(q)
-        scales = {"scale": scale, "scale2": scale**k_scale2, "shortcut": k_shortcut}
-        out = agent_attention(q, k, v, agents, TokenGrid(1, n), **scales)
+        queries = to_heads(linear(tensors, "attn.to_q", tensors["agent"]), heads)
+        out = agent_attention(q, k, v, queries, TokenGrid(1, n), **scales)
     else:
         out = F.scaled_dot_product_attention(q, k, v)
     assert_golden("output", linear(tensors, "attn.to_out.0", from_heads(out)), tensors["output"], case.tolerance)
@@ -92,32 +87,29 @@ def in_their_order(tokens: Tensor, dst: Tensor, their_dst: Tensor) -> Tensor:
     return tokens[..., order, :]
 
 
-def run_merge(case: GoldenCase, tensors: Tensors) -> None:
-    config = case.config
-    _, height, width, sx, sy, ratio, agent_ratio, *_, batch, random, seed, features, agents = take(
-        config,
-        *("kind", "height", "width", "sx", "sy", "ratio", "agent_ratio", "r", "agent_r", "effective_r"),
-        *("effective_agent_r", "batch", "random", "generator_seed", "num_features", "num_agents"),
-    )
-    grid, tolerance = TokenGrid(height, width), case.tolerance
-    assert len(tensors["metric"]) == batch
-    assert int(grid.cells * ratio) == config["r"]
-    assert int(grid.cells * agent_ratio) == config["agent_r"]
-    count, agent_count = (count_merged(grid, sx, sy, share) for share in (ratio, agent_ratio))
+def run_merge(case: GoldenCase, tensors: Record) -> None:
+    config, tolerance = case.config, case.tolerance
+    grid, sx, sy = TokenGrid(config["height"], config["width"]), config["sx"], config["sy"]
+    assert len(tensors["metric"]) == config["batch"]
+    assert [int(grid.cells * config[share]) for share in ("ratio", "agent_ratio")] == [config["r"], config["agent_r"]]
+    count, agent_count = (count_merged(grid, sx, sy, config[share]) for share in ("ratio", "agent_ratio"))
     assert (count, agent_count) == (config["effective_r"], config["effective_agent_r"])
 
-    dst = destinations(grid, sx, sy, torch.Generator().manual_seed(seed) if random else None)
+    seed = config["generator_seed"]
+    generator = torch.Generator().manual_seed(seed) if config["random"] else None
+    dst = destinations(grid, sx, sy, generator)
     assert torch.equal(dst, tensors["dst_index"].sort().values)
     pairs = match(tensors["metric"], dst)
     assert torch.equal(pairs.src, tensors["src_index"].sort().values)
     merging = pairs.first(count)
     check_merging("tokens", merging, (pairs.src, pairs.dst), tensors)
     merged = merging.merge(tensors["values"])
-    assert merged.shape[1] == features
+    assert merged.shape[1] == config["num_features"]
     assert_golden("merged", in_their_order(merged, dst, tensors["dst_index"]), tensors["merged"], tolerance)
     assert_golden("unmerged", merging.unmerge(merged), tensors["unmerged"], tolerance)
 
-    assert worthwhile(grid.cells - agent_count, features) == (agents is not None)
+    agents = config["num_agents"]
+    assert worthwhile(grid.cells - agent_count, config["num_features"]) == (agents is not None)
     if agents is None:
         assert "agents" not in tensors
         return
@@ -146,7 +138,7 @@ class Recorded(AgentAttention):
 
 
 def run_block(
-    tensors: Tensors, name: str, x: Tensor, config: dict[str, Any], attend: Callable[..., Tensor], context: Tensor
+    tensors: Tensors, name: str, x: Tensor, config: Record, attend: Callable[..., Tensor], context: Tensor
 ) -> Tensor:
     """An LDM transformer block on `(b, n, c)`; `attend(q, k, v, features)` is its self-attention."""
     heads, eps = config["heads"], config["ln_eps"]
@@ -161,20 +153,15 @@ def run_block(
     return x + linear(tensors, f"{name}ff.net.2", hidden * F.gelu(gate))
 
 
-def make_mechanism(patch: dict[str, Any]) -> AgentAttention:
-    ratio, max_downsample, sx, sy, agent_ratio, k_scale2, k_shortcut, precision, use_rand, *merges = take(
-        patch,
-        *("ratio", "max_downsample", "sx", "sy", "agent_ratio", "k_scale2", "k_shortcut", "attn_precision"),
-        *("use_rand", "merge_attn", "merge_crossattn", "merge_mlp"),
-    )
-    check_precision(precision)
+def make_mechanism(patch: Record) -> AgentAttention:
+    check_precision(patch["attn_precision"])
+    merges = [patch[name] for name in ("merge_attn", "merge_crossattn", "merge_mlp")]
     assert merges == [True, False, False], f"merging elsewhere than in self-attention is not handled: {merges}"
-    blocks = {"ratio": ratio, "agent_ratio": agent_ratio, "sx": sx, "sy": sy, "max_downsample": max_downsample}
-    scales = {"k_scale2": k_scale2, "k_shortcut": k_shortcut}
-    return Recorded(agents="merge", official=True, use_rand=use_rand, **blocks, **scales)
+    options = ("ratio", "agent_ratio", "sx", "sy", "max_downsample", "k_scale2", "k_shortcut", "use_rand")
+    return Recorded(agents="merge", official=True, **{name: patch[name] for name in options})
 
 
-def run_network(case: GoldenCase, tensors: Tensors, mechanism: AgentAttention, progress: float | None = None) -> Tensor:
+def run_network(case: GoldenCase, tensors: Record, mechanism: AgentAttention, progress: float | None = None) -> Tensor:
     """The block, or the two blocks, with `mechanism` as their self-attention."""
     config, x, text = case.config, tensors["x"], tensors["context"]
     height, width = config["height"], config["width"]
@@ -201,12 +188,15 @@ def run_network(case: GoldenCase, tensors: Tensors, mechanism: AgentAttention, p
     return fine + F.interpolate(coarse, scale_factor=2, mode="nearest")
 
 
-def run_net(case: GoldenCase, tensors: Tensors) -> None:
-    known = {"kind", "height", "width", "heads", "head_dim", "batch", "context_dim", "ff_mult", "ln_eps", "stage"}
-    known |= {"torch_seed_before_forward", "patch_args", "blocks"}
-    unknown = set(case.config) - known
-    assert not unknown, f"config keys this test does not handle: {sorted(unknown)}"
-    assert len(tensors["x"]) == case.config["batch"]
+def run_net(case: GoldenCase, tensors: Record) -> None:
+    config = case.config
+    config.told("stage", "blocks")  # words: when the released schedule has these options, and what a net is
+    (block,) = {key.removesuffix("norm1.weight") for key in tensors if key.endswith("norm1.weight")} - {"net.b1."}
+    width = config["heads"] * config["head_dim"]
+    assert tensors[f"{block}attn1.to_q.weight"].shape == (width, width)
+    assert tensors[f"{block}ff.net.2.weight"].shape == (width, config["ff_mult"] * width)
+    assert tensors["context"].shape[-1] == config["context_dim"]
+    assert len(tensors["x"]) == config["batch"]
 
     mechanism: Any = make_mechanism(case.config["patch_args"])
     output = run_network(case, tensors, mechanism)
@@ -227,19 +217,15 @@ def run_net(case: GoldenCase, tensors: Tensors) -> None:
         assert_golden("preset", run_network(case, tensors, preset, progress), tensors["output"], case.tolerance)
 
 
-def run_trained(case: GoldenCase, tensors: Tensors) -> None:
-    _, dim, heads, agent_num, window, batch = take(case.config, "kind", "dim", "heads", "agent_num", "window", "batch")
-    assert tensors["x"].shape == (batch, 1 + window**2, dim)
+def run_trained(case: GoldenCase, tensors: Record) -> None:
+    dim, heads, agent_num, window = (case.config[name] for name in ("dim", "heads", "agent_num", "window"))
+    assert tensors["x"].shape == (case.config["batch"], 1 + window**2, dim)
     side = math.isqrt(agent_num)
     assert side**2 == agent_num
     mechanism = AgentAttention.published((side, side), window)
     weights = mechanism.weights(heads, dim // heads)
     assert isinstance(weights, AgentWeights)
-    own = {
-        name.removeprefix("attn."): tensor
-        for name, tensor in tensors.items()
-        if name.startswith("attn.") and not name.startswith(("attn.qkv.", "attn.proj."))
-    }
+    own = {name: tensor for name, tensor in tensors.under("attn.").items() if not name.startswith(("qkv.", "proj."))}
     assert own["an_bias"].shape[-1] == BIAS_SIZE
     weights.load_state_dict(own, strict=True)
     q, k, v = (to_heads(tokens, heads) for tokens in linear(tensors, "attn.qkv", tensors["x"]).chunk(3, dim=-1))

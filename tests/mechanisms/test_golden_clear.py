@@ -5,24 +5,18 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from diffusers.models.transformers.transformer_flux import FluxAttention
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxPosEmbed
+from golden_clear import grid_of, ids_of, mechanism_of
+from golden_record import Record
 from golden_vectors import GoldenCase, assert_golden, golden_cases
 from torch import Tensor
 
 import diffattn
-from diffattn import ClearAttention, SoftmaxAttention, TokenGrid
+from diffattn import TokenGrid
 from diffattn.intercept import processor_class
 from diffattn.mechanisms.base import Context, Mechanism
 
 ATTENTION, MASKS, MODELS = {"local", "full", "down"}, {"mask"}, {"model_local", "model_full", "model_down"}
-KNOWN = {
-    "kind", "stream", "height", "width", "text_length", "window_size", "down_factor", "proportional_attention",
-    "ntk_factor", "heads", "head_dim", "dim", "batch", "qk_norm_eps", "rope_axes", "train_seq_len", "allowed", "axes",
-    "theta", "num_layers", "num_single_layers", "in_channels", "joint_attention_dim", "pooled_projection_dim",
-    "guidance_embeds", "axes_dims_rope", "processor_order",
-}  # fmt: skip
-
-
 CASES = [case for case in golden_cases("clear") if case.values[0] is None or case.values[0].kind != "distill_loss"]
 """`tests/distill/test_golden_distill.py` takes the others."""
 
@@ -30,8 +24,6 @@ CASES = [case for case in golden_cases("clear") if case.values[0] is None or cas
 @pytest.mark.golden
 @pytest.mark.parametrize("case", CASES)
 def test_recorded_numbers(case: GoldenCase) -> None:
-    unknown = set(case.config) - KNOWN
-    assert not unknown, f"{case.path.name} has config keys this test does not understand: {sorted(unknown)}"
     if case.kind in MASKS:
         check_mask(case)
     elif case.kind == "rope":
@@ -44,20 +36,10 @@ def test_recorded_numbers(case: GoldenCase) -> None:
         pytest.fail(f"{case.path.name} is of a kind this test does not understand: {case.kind!r}")
 
 
-def mechanism_of(config: dict[str, Any]) -> Mechanism:
-    if config["window_size"] is None:
-        return SoftmaxAttention()
-    return ClearAttention(
-        radius=config["window_size"],
-        down_factor=config.get("down_factor"),
-        proportional=config.get("proportional_attention", False),
-        ntk_factor=config.get("ntk_factor", 1.0),
-        official=True,
-    )
-
-
-def grid_of(config: dict[str, Any]) -> TokenGrid:
-    return TokenGrid(config["height"], config["width"], before=config["text_length"])
+def check_kind(kind: str, config: Record) -> None:
+    """A kind says again what window and pooled keys do."""
+    window = "full" if config["window_size"] is None else "local" if config.get("down_factor") is None else "down"
+    assert kind.removeprefix("model_") == window, f"{kind!r} with a window of another kind, {window!r}"
 
 
 def check_mask(case: GoldenCase) -> None:
@@ -71,6 +53,7 @@ def check_rope(case: GoldenCase) -> None:
     config, tensors = case.config, case.tensors()
     model = tiny_flux(config["axes"], heads=1, layers=(0, 1))
     assert model.pos_embed.theta == config["theta"]
+    assert torch.equal(tensors["ids"], ids_of(grid_of(config)))
     with diffattn.apply(model, "clear", radius=2, ntk_factor=config["ntk_factor"]):
         cos, sin = model.pos_embed(tensors["ids"])
     assert_golden("cos", cos, tensors["rope_cos"], case.tolerance)
@@ -80,7 +63,12 @@ def check_rope(case: GoldenCase) -> None:
 
 def check_attention(case: GoldenCase) -> None:
     config, tensors = case.config, case.tensors()
-    mechanism, double = mechanism_of(config), config["stream"] == "double"
+    mechanism, double = mechanism_of(config), {"double": True, "single": False}[config["stream"]]
+    check_kind(str(case.kind), config)
+    assert tensors["hidden_states"].shape[0] == config["batch"]
+    rope = FluxPosEmbed(10_000 * config["ntk_factor"], config["rope_axes"])(ids_of(grid_of(config)))
+    for name, got in zip(("rope_cos", "rope_sin"), rope, strict=True):
+        assert_golden(name, got, tensors[name], case.tolerance)
     attention = FluxAttention(
         query_dim=config["dim"],
         heads=config["heads"],
@@ -92,7 +80,7 @@ def check_attention(case: GoldenCase) -> None:
         pre_only=not double,
         eps=config["qk_norm_eps"],
     )
-    attention.load_state_dict({key[5:]: value for key, value in tensors.items() if key.startswith("attn.")})
+    attention.load_state_dict(tensors.under("attn."))
     processor = processor_class(type(attention.processor), "Golden", {})()
     processor.layer = FixedLayer(mechanism, grid_of(config), tensors.get("processor.spatial_weight"))
     attention.set_processor(processor)
@@ -140,6 +128,10 @@ class FixedLayer:
 
 def check_model(case: GoldenCase) -> None:
     config, tensors = case.config, case.tensors()
+    check_kind(str(case.kind), config)
+    grid = grid_of(config)
+    assert sum(config["axes_dims_rope"]) == config["head_dim"]
+    assert torch.equal(torch.cat([tensors["txt_ids"], tensors["img_ids"]]), ids_of(grid))
     model = tiny_flux(
         config["axes_dims_rope"],
         heads=config["heads"],
@@ -149,19 +141,11 @@ def check_model(case: GoldenCase) -> None:
         pooled_projection_dim=config["pooled_projection_dim"],
         guidance_embeds=config["guidance_embeds"],
     )
-    weights = {key[6:]: value for key, value in tensors.items() if key.startswith("model.")}
+    weights = tensors.under("model.")
     pooling = {key: weights.pop(key) for key in list(weights) if key.endswith(".processor.spatial_weight")}
     model.load_state_dict(weights)
-    names = (
-        "hidden_states",
-        "encoder_hidden_states",
-        "pooled_projections",
-        "timestep",
-        "guidance",
-        "img_ids",
-        "txt_ids",
-    )
-    inputs = {name: tensors[name] for name in names if name in tensors}
+    names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids")
+    inputs = {name: tensors[name] for name in (*names, *(["guidance"] if config["guidance_embeds"] else []))}
     with torch.no_grad():
         teacher = model(**inputs, return_dict=False)[0]
         handle = diffattn.apply(model, mechanism_of(config))

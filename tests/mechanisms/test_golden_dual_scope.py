@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from golden_clips import Tensors, clean_mechanism, official_mechanism, project, project_out, take
+from golden_clips import RECORDING, clean_mechanism, official_mechanism, project_out, projected
+from golden_record import Record
 from golden_vectors import GoldenCase, assert_golden, golden_cases
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,22 +14,23 @@ from diffattn.mechanisms.dual_scope import DualScopeAttention
 from diffattn.mechanisms.scope_attention import Keys, attend_scopes
 
 
-def run_official(case: GoldenCase, tensors: Tensors) -> None:
-    _, dim, heads, head_dim, _, _, _, plugins, timestep, worlds, shape = take(
-        case.config,
-        *("kind", "dim", "heads", "dim_head", "weight_seed", "input_seed", "gain", "plugin_configs", "timestep"),
-        *("Ws", "x"),
-    )
-    (plugin,) = take(plugins, "attn")
-    assert list(tensors["in.x"].shape) == shape and shape[-1] == dim
+def check_vanilla(case: GoldenCase, tensors: Record, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Full attention of the same layer, where it was recorded too."""
+    if "vanilla.full" in tensors:
+        out = project_out(tensors, F.scaled_dot_product_attention(q, k, v))
+        assert_golden("vanilla", out, tensors["vanilla.full"], case.tolerance)
+
+
+def run_official(case: GoldenCase, tensors: Record) -> None:
+    config = case.config
+    config.told(*RECORDING)
+    assert list(tensors["in.x"].shape) == config["x"]
     assert case.spec["frame_dim"] == 1 and case.spec["layout"] == "(B*H*W,F,C)"
-    q, k, v = project(tensors, heads, head_dim)
-    grid, context = TokenGrid(1, 1, frames=shape[1]), Context(timestep=timestep)
-    assert_golden("vanilla", project_out(tensors, F.scaled_dot_product_attention(q, k, v)), tensors["vanilla.full"],
-                  case.tolerance)  # fmt: skip
-    assert {f"out.w{world}" for world in worlds} == {name for name in tensors if name.startswith("out.")}
-    for world in worlds:
-        mechanism = official_mechanism(plugin, world)
+    q, k, v = projected(config, tensors)
+    grid, context = TokenGrid(1, 1, frames=q.shape[2]), Context(timestep=config["timestep"])
+    check_vanilla(case, tensors, q, k, v)
+    for world in config["Ws"]:
+        mechanism = official_mechanism(config["plugin_configs"]["attn"], world)
         for name, attend in (("attend", mechanism.attend), ("reference", mechanism.reference)):
             out = project_out(tensors, attend(q, k, v, grid, context=context))
             assert_golden(f"{name} on {world} ranks", out, tensors[f"out.w{world}"], case.tolerance)
@@ -61,10 +63,11 @@ def in_clips(
     return torch.cat(parts, dim=2)
 
 
-def run_clean(case: GoldenCase, tensors: Tensors) -> None:
-    mechanism, dim, heads, head_dim = clean_mechanism(case.config)
-    q, k, v = project(tensors, heads, head_dim)
-    assert tensors["in.x"].shape[-1] == dim
+def run_clean(case: GoldenCase, tensors: Record) -> None:
+    mechanism = clean_mechanism(case.config)
+    assert case.spec["frame_dim"] == 1
+    q, k, v = projected(case.config, tensors)
+    check_vanilla(case, tensors, q, k, v)
     grid, context = TokenGrid(1, 1, frames=q.shape[2]), Context()
     want = tensors["out.any_world_size"]
     for name, attend in (("attend", mechanism.attend), ("reference", mechanism.reference)):

@@ -12,7 +12,9 @@ from clip_splits import clip_of, plan_of
 from diffusers import UNet3DConditionModel
 from diffusers.models.resnet import TemporalConvLayer
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
-from golden_clips import Tensors, clean_mechanism, official_mechanism, project, project_out, take
+from golden_clips import RECORDING, clean_mechanism, official_mechanism, project_out, projected
+from golden_record import Path as Asked
+from golden_record import Record
 from golden_vectors import GoldenCase, assert_golden, golden_cases
 from parallel_ranks import on_ranks
 from torch import Tensor, nn
@@ -20,10 +22,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from diffattn.grid import TokenGrid
 from diffattn.mechanisms.base import Context
-from diffattn.mechanisms.dual_scope import DualScopeAttention
 from diffattn.parallel.attention import ClipAttention
+from diffattn.parallel.conv import LAYER_HALO
 from diffattn.parallel.frames import apply_on_clips
 from diffattn.parallel.group_norm import distributed_group_norm
+from diffattn.parallel.hooks import PaddedConvLayer, attach
 from diffattn.parallel.plan import FramePlan
 from diffattn.parallel.unet3d import attach_unet3d
 
@@ -44,9 +47,8 @@ class Layer(nn.Module):
 Layer.__name__ = "UNet3DConditionModel"  # what its layers are found by
 
 
-def load(module: nn.Module, tensors: Tensors) -> nn.Module:
-    weights = {name.removeprefix("weights."): x for name, x in tensors.items() if name.startswith("weights.")}
-    module.load_state_dict(weights, strict=True)
+def load(module: nn.Module, tensors: Record) -> nn.Module:
+    module.load_state_dict(tensors.under("weights."))
     return module.eval()
 
 
@@ -66,59 +68,75 @@ def check_traffic(case: GoldenCase, plan: FramePlan) -> None:
     assert traffic_of(plan, "gather") <= theirs.get("all_gather_world", 0)
 
 
-def group_norm(case: GoldenCase, plan: FramePlan, tensors: Tensors) -> tuple[Tensor, int]:
-    _, channels, groups, eps, _, _, _, shape = take(
-        case.config, "kind", "channels", "groups", "eps", "weight_seed", "input_seed", "Ws", "x"
-    )
-    x = tensors["in.x"]
-    assert list(x.shape) == shape and shape[1] == channels
+def group_norm(case: GoldenCase, plan: FramePlan, tensors: Record) -> tuple[Tensor, int]:
+    x, config = tensors["in.x"], case.config
+    config.told("plugin_configs")  # a norm has no options
+    assert x.shape[1] == config["channels"]
     weight, bias = tensors["weights.weight"], tensors["weights.bias"]
-    return distributed_group_norm(clip_of(x, plan, 2), groups, weight, bias, eps, plan), 2
+    return distributed_group_norm(clip_of(x, plan, 2), config["groups"], weight, bias, config["eps"], plan), 2
 
 
-def conv_layer(case: GoldenCase, plan: FramePlan, tensors: Tensors) -> tuple[Tensor, int]:
-    official = ("weight_seed", "input_seed", "Ws", "x")
-    _, channels, groups, *rest = take(case.config, "kind", "channels", "groups", optional=official)
-    assert (None in rest) == (case.kind == "temporal_conv_clean")
-    layer = Layer(temp_conv=load(TemporalConvLayer(channels, norm_num_groups=groups), tensors))
+def conv_layer(case: GoldenCase, plan: FramePlan, tensors: Record) -> tuple[Tensor, int]:
+    config, mode = case.config, MODES[str(case.kind)]
+    module = load(TemporalConvLayer(config["channels"], norm_num_groups=config["groups"]), tensors)
+    plugins = config.get("plugin_configs") or Record({})
+    plugins.told("attn")  # a convolution attends to nothing
+    layer, (plugin, options) = Layer(temp_conv=module), conv_plugin(plugins, mode)
     with ExitStack() as stack:
-        attach_unet3d(layer, plan, "official" if case.kind == "temporal_conv" else "clean", stack)
+        if plugin == "conv_layer":
+            attach(stack, module, PaddedConvLayer(plan, **options))
+        else:
+            attach_unet3d(layer, plan, "clean", stack)
         return layer(clip_of(tensors["in.x"], plan, 1), 0), 1
 
 
-def transformer(case: GoldenCase, plan: FramePlan, tensors: Tensors) -> tuple[Tensor, int]:
-    _, heads, head_dim, channels, groups, synced, _, _, plugins, timestep, _, _ = take(
-        case.config,
-        *("kind", "heads", "dim_head", "channels", "groups", "distribute_group_norm", "weight_seed", "input_seed"),
-        *("plugin_configs", "timestep", "Ws", "x"),
+MODES = {"temporal_conv": "default", "temporal_conv_exact": "exact", "temporal_conv_clean": "exact"}
+
+
+def conv_plugin(plugins: Record, mode: str) -> tuple[str, dict[str, int]]:
+    """The plugin of temporal convolutions that a mode mounts, and its options; the other one may be named, unmounted.
+
+    `conv_layer` pads a whole layer, by 4 frames unless told otherwise. `conv_3d` pads every convolution: by the frame
+    that its kernel reaches, for more is cut off again.
+    """
+    mounted, other = ("conv_layer", "conv_3d") if mode == "default" else ("conv_3d", "conv_layer")
+    plugins.told(other, "group_norm")  # which has no options
+    options = plugins.get(mounted, Record({}))
+    if mounted == "conv_3d":
+        assert options.get("padding", 1) >= 1, "a convolution that misses frames: another rule"
+        return mounted, {}
+    return mounted, {"halo": options["padding"]} if "padding" in options else {}
+
+
+def transformer(case: GoldenCase, plan: FramePlan, tensors: Record) -> tuple[Tensor, int]:
+    config = case.config
+    module = TransformerTemporalModel(
+        config["heads"], config["dim_head"], in_channels=config["channels"], norm_num_groups=config["groups"]
     )
-    (plugin,) = take(plugins, "attn")
-    module = TransformerTemporalModel(heads, head_dim, in_channels=channels, norm_num_groups=groups)
     layer = Layer(transformer_in=load(module, tensors))
-    mechanism = official_mechanism(plugin, plan.ranks)
-    with apply_on_clips(layer, plan, mechanism, mode="clean" if synced else "official"):
-        return layer(clip_of(tensors["in.x"], plan, 1), torch.tensor(timestep)), 1
+    plugins = config["plugin_configs"]
+    plugins.told("conv_layer", "conv_3d", "group_norm")  # a temporal transformer has no convolution
+    mechanism = official_mechanism(plugins["attn"], plan.ranks)
+    with apply_on_clips(layer, plan, mechanism, mode="clean" if config["distribute_group_norm"] else "official"):
+        return layer(clip_of(tensors["in.x"], plan, 1), torch.tensor(config["timestep"])), 1
 
 
-def unet(case: GoldenCase, plan: FramePlan, tensors: Tensors) -> tuple[Tensor, int]:
-    _, mode, config, _, _, timestep, _, _, prompts, plugins = take(
-        case.config,
-        *("kind", "mode", "unet_config", "weight_seed", "input_seed", "timestep", "Ws", "x", "ehs", "plugin_configs"),
-    )
-    plugin, conv_3d, conv_layer = take(plugins, "attn", optional=("conv_3d", "conv_layer"))
-    assert conv_3d in ({"padding": 1}, {}, None) and conv_layer in ({"padding": 4}, {}, None)
-    assert (conv_layer is not None) == (mode == "default") and mode in ("default", "exact")
+def unet(case: GoldenCase, plan: FramePlan, tensors: Record) -> tuple[Tensor, int]:
+    config = case.config
+    mode, prompts, timestep = config["mode"], config["ehs"], config["timestep"]
+    assert mode in ("default", "exact") and prompts in ("shared", "per_rank")
+    _, options = conv_plugin(config["plugin_configs"], mode)
+    assert options in ({}, {"halo": LAYER_HALO}), f"the released U-Net pads its convolutions by {LAYER_HALO}: {options}"
     text = tensors["in.encoder_hidden_states"]
-    assert prompts in ("shared", "per_rank")
     if prompts == "per_rank":
         assert len(text) == plan.ranks
         of_frames = torch.cat(
             [part[:, None].expand(-1, n, -1, -1) for part, n in zip(text, plan.lengths, strict=True)], 1
         )
         text = text[plan.rank]
-    model = load(UNet3DConditionModel(**config), tensors)
+    model = load(UNet3DConditionModel(**config["unet_config"].plain()), tensors)
     clip = clip_of(tensors["in.x"], plan, 2)
-    mechanism = official_mechanism(plugin, plan.ranks)
+    mechanism = official_mechanism(config["plugin_configs"]["attn"], plan.ranks)
     with apply_on_clips(model, plan, mechanism, mode="official" if mode == "default" else "clean"):
         out = model(clip, timestep, text).sample
         check_traffic(case, plan)
@@ -129,27 +147,17 @@ def unet(case: GoldenCase, plan: FramePlan, tensors: Tensors) -> tuple[Tensor, i
     return out, 2
 
 
-def attention(case: GoldenCase, plan: FramePlan, tensors: Tensors) -> tuple[Tensor, int]:
+def attention(case: GoldenCase, plan: FramePlan, tensors: Record) -> tuple[Tensor, int]:
+    config = case.config
     if case.kind == "temporal_attention_clean":
-        mechanism, _, heads, head_dim = clean_mechanism(case.config)
-        context = Context()
+        mechanism, context = clean_mechanism(config), Context()
     else:
-        _, _, heads, head_dim, _, _, _, plugins, timestep, _, _ = take(
-            case.config,
-            *("kind", "dim", "heads", "dim_head", "weight_seed", "input_seed", "gain", "plugin_configs", "timestep"),
-            *("Ws", "x"),
-        )
-        (plugin,) = take(plugins, "attn")
-        mechanism, context = official_mechanism(plugin, plan.ranks), Context(timestep=timestep)
-    return project_out(tensors, attend(mechanism, plan, tensors, heads, head_dim, context)), 1
-
-
-def attend(
-    mechanism: DualScopeAttention, plan: FramePlan, tensors: Tensors, heads: int, head_dim: int, context: Context
-) -> Tensor:
-    q, k, v = (clip_of(x, plan, 2) for x in project(tensors, heads, head_dim))
+        mechanism = official_mechanism(config["plugin_configs"]["attn"], plan.ranks)
+        context = Context(timestep=config["timestep"])
+    q, k, v = (clip_of(x, plan, 2) for x in projected(config, tensors))
     clips = ClipAttention(mechanism=mechanism, plan=plan)
-    return clips.attend(q, k, v, TokenGrid(1, 1, frames=plan.length), context=context)
+    out = clips.attend(q, k, v, TokenGrid(1, 1, frames=plan.length), context=context)
+    return project_out(tensors, out), 1
 
 
 RUNNERS = {
@@ -165,19 +173,21 @@ RUNNERS = {
 
 
 @torch.no_grad()
-def run(mesh: DeviceMesh, case: GoldenCase, lengths: list[int]) -> tuple[Tensor, int]:
+def run(mesh: DeviceMesh, case: GoldenCase, lengths: list[int]) -> tuple[Tensor, int, set[Asked]]:
+    """This rank's frames, their axis, and what of the case was used."""
     plan = plan_of(mesh, lengths)
     out, dim = RUNNERS[str(case.kind)](case, plan, case.tensors())
     check_traffic(case, plan)
-    return out, dim
+    return out, dim, case.asked
 
 
 def wanted(case: GoldenCase) -> list[tuple[list[int], str]]:
     """Every split to run, and the tensor it gives."""
     if "shard_lengths_to_test" in case.spec:
         return [(lengths, "out.any_world_size") for lengths in case.spec["shard_lengths_to_test"]]
-    frames, worlds = case.config["x"][case.spec["frame_dim"]], case.config["Ws"]
-    assert {f"out.w{world}" for world in worlds} == {name for name in case.tensors() if name.startswith("out.")}
+    shape, worlds = case.config["x"], case.config["Ws"]
+    assert list(case.tensors()["in.x"].shape) == shape
+    frames = shape[case.spec["frame_dim"]]
     return [([frames // world] * world, f"out.w{world}") for world in worlds]
 
 
@@ -187,11 +197,18 @@ def wanted(case: GoldenCase) -> list[tuple[list[int], str]]:
 def test_golden(case: GoldenCase) -> None:
     assert case.kind in RUNNERS, f"no runner for the kind {case.kind!r}; there are {', '.join(RUNNERS)}"
     tensors = case.tensors()
+    case.config.told(*RECORDING)
+    tensors.told("vanilla.full")  # the whole video without clips: of use where the result is the same
     for lengths, name in wanted(case):
         parts = on_ranks(len(lengths), run, case, lengths)
         dim = parts[0][1]
         assert dim == case.spec["frame_dim"]
-        out = torch.cat([part for part, _ in parts], dim)
+        out = torch.cat([part for part, _, _ in parts], dim)
+        case.asked.update(*(asked for _, _, asked in parts))
         assert_golden(f"{name} in clips of {lengths} frames", out, tensors[name], case.tolerance)
-        if case.spec.get("world_size_invariant") and "vanilla.full" in tensors and "attn" not in str(case.config):
+        if (
+            case.spec.get("world_size_invariant")
+            and "vanilla.full" in tensors
+            and "attn" not in (case.config.get("plugin_configs") or ())
+        ):
             assert_golden("vanilla", out, tensors["vanilla.full"], case.tolerance)

@@ -2,11 +2,11 @@
 
 import json
 import re
-from typing import Any
 
 import pytest
 import torch
 from diffattn.pipelines.video_sr.losses import DynamicFrequencyLoss, star_loss
+from golden_record import Record
 from golden_star import group_of, star_cases
 from golden_vectors import GoldenCase, assert_golden
 from safetensors.torch import save_file
@@ -25,10 +25,8 @@ RECORDED = {"pred_x0_video", "gt_video", "v_pred", "v_target", "low_pred", "high
 def test_losses(case: GoldenCase) -> None:
     assert group_of(case.name) == "losses", f"a file that no test knows: {case.path.name}"
     tensors = case.tensors()
-    seen = set()
     for one in case.spec["cases"]:
-        own = part(tensors, one["id"])
-        seen |= {f"{one['id']}/{name}" for name in own}
+        own = tensors.under(f"{one['id']}/")
         if set(own) == RECORDED:
             check_clip(one, own, case)
         elif set(own) == {"x", "low_abs_mean", "high_abs_mean"}:
@@ -36,17 +34,12 @@ def test_losses(case: GoldenCase) -> None:
         else:
             raise AssertionError(f"a kind of case that no test knows: {one['id']} with {sorted(own)}")
     if "balance" in case.spec:
-        check_balance(case.spec["balance"], part(tensors, "balance"), case)
-        seen |= {name for name in tensors if name.startswith("balance/")}
-    assert seen == set(tensors), f"tensors that no test knows: {sorted(set(tensors) - seen)}"
+        check_balance(case.spec["balance"], tensors.under("balance/"), case)
 
 
-def part(tensors: Tensors, name: object) -> Tensors:
-    return {key.removeprefix(f"{name}/"): tensor for key, tensor in tensors.items() if key.startswith(f"{name}/")}
-
-
-def check_clip(one: dict[str, Any], own: Tensors, case: GoldenCase) -> None:
+def check_clip(one: Record, own: Tensors, case: GoldenCase) -> None:
     prediction, target = own["pred_x0_video"], own["gt_video"]
+    assert list(prediction.shape) == one["shape"]
     low, high = RELEASED.split(prediction[0].transpose(0, 1))
     assert_golden("low_pred", torch.view_as_real(low), own["low_pred"], case.tolerance)
     assert_golden("high_pred", torch.view_as_real(high), own["high_pred"], case.tolerance)
@@ -55,7 +48,7 @@ def check_clip(one: dict[str, Any], own: Tensors, case: GoldenCase) -> None:
         check_result(want, own, prediction, target, case)
 
 
-def check_result(want: dict[str, Any], own: Tensors, prediction: Tensor, target: Tensor, case: GoldenCase) -> None:
+def check_result(want: Record, own: Tensors, prediction: Tensor, target: Tensor, case: GoldenCase) -> None:
     timestep = torch.tensor([want["t"]])
     coarse, weight = RELEASED.weights(timestep)
     low, high = RELEASED.bands(prediction, target)
@@ -76,7 +69,7 @@ def check_result(want: dict[str, Any], own: Tensors, prediction: Tensor, target:
     assert_golden(f"t={want['t']} frequency", got.frequency, frequency, {**case.tolerance, "atol": 1e-8})
 
 
-def check_means(one: dict[str, Any], own: Tensors, case: GoldenCase) -> None:
+def check_means(one: Record, own: Tensors, case: GoldenCase) -> None:
     """Of a clip whose quantile may be that of a sample: exact where it is not, by the tolerance noted where it is."""
     torch.manual_seed(one["manual_seed"])
     bands = RELEASED.split(own["x"][0].transpose(0, 1))

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D, TemporalConvLayer
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
 from diffusers.models.upsampling import Upsample2D
+from golden_record import Record
 from golden_star import star_cases
 from golden_vectors import GoldenCase, assert_golden
 from torch import Tensor, nn
 
 Tensors = dict[str, Tensor]
-Spec = dict[str, Any]
+Spec = Mapping[str, Any]
 
 
 @pytest.mark.golden
@@ -66,7 +67,8 @@ def check_blocks(case: GoldenCase) -> None:
     assert cases
     assert {name.partition("/")[0] for name in tensors} == {spec["id"] for spec in cases}
     for spec in cases:
-        given = {k.partition("/")[2]: tensor for k, tensor in tensors.items() if k.startswith(f"{spec['id']}/")}
+        spec.told("x")  # names of the axes
+        given = tensors.under(f"{spec['id']}/")
         weights = {k.removeprefix("w/"): tensor for k, tensor in given.items() if k.startswith("w/")}
         assert_golden(spec["id"], block_output(spec, given, weights), given["y"], case.tolerance)
 
@@ -181,9 +183,14 @@ def up_output(spec: Spec, given: Tensors, weights: Tensors) -> Tensor:
 # ---- whole networks
 
 
-def sizes_of(config: Spec) -> STARSizes:
+def sizes_of(config: Record) -> STARSizes:
     """Sizes of the official configuration; the scale of the b-th level is 1 / 2^b."""
-    levels = config["dim_mult"]
+    levels, channels = config["dim_mult"], config.get("in_dim", 4)
+    config.told("dropout", "use_checkpoint")  # of training
+    assert (
+        config.get("out_dim", channels) == channels
+        and config.get("y_dim", config["context_dim"]) == config["context_dim"]
+    )
     return STARSizes(
         channels=tuple(config["dim"] * factor for factor in levels),
         attention=tuple(0.5**b in config["attn_scales"] for b in range(len(levels))),
@@ -191,14 +198,14 @@ def sizes_of(config: Spec) -> STARSizes:
         head_width=config["head_dim"],
         first_heads=config["num_heads"],
         text_width=config["context_dim"],
-        latent_channels=config.get("in_dim", 4),
+        latent_channels=channels,
     )
 
 
 def check_names(case: GoldenCase) -> None:
     """Every weight of the full size has a place of its own, of its shape."""
     spec = case.spec
-    want = {name: tuple(shape) for name, shape in spec["state_dict"].items()}
+    want = {name: tuple(shape) for name, shape in spec["state_dict"].plain().items()}
     with torch.device("meta"):
         networks = build_networks(sizes_of(spec["config"]))
     places = official_places(networks)

@@ -1,3 +1,4 @@
+import hashlib
 import math
 
 import pytest
@@ -34,6 +35,18 @@ def test_table_runs_from_the_scale_of_little_noise_to_pure_noise() -> None:
     assert sigmas[[0, 500, 899]].tolist() == pytest.approx([0.0011, 0.9430, 0.9991], abs=5e-5)
     logsnr = ((1 - sigmas[0] ** 2) / sigmas[0] ** 2).log()
     assert float(logsnr) == pytest.approx(15 + 2 * math.log(1 / 2.0), abs=1e-2)
+
+
+def test_tables_are_the_same_on_every_cpu() -> None:
+    """Their bytes, as found with torch's kernels for AVX-512, for AVX2 and for neither (`ATEN_CPU_CAPABILITY`)."""
+    scheduler = scheduler_with(15)
+    tables = (scheduler.sigma_t, scheduler.alpha_t, scheduler.sigmas, scheduler.lambda_t)
+    assert [hashlib.sha256(table.numpy().tobytes()).hexdigest()[:16] for table in tables] == [
+        "99b6dfa56f12f97d",
+        "0a6b5b8a25dc8854",
+        "a9f0b42a22d4ede2",
+        "08b6c0f24697ddb8",
+    ]
 
 
 def test_tables_of_the_scheduler_agree_with_each_other() -> None:
