@@ -16,7 +16,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import pytest
 import torch
 from golden_record import Path as Asked
 from golden_record import Record
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 OWN_SET = Path(__file__).parent / "golden"
@@ -112,6 +112,35 @@ class GoldenCase:
 def check_nothing_left(name: str, *records: Record) -> None:
     left = [key for record in records for key in record.left()]
     assert not left, f"{name} says what this test does not use: {left}"
+
+
+def run_golden(test: Callable[[Any], None], case: Any) -> None:
+    """A golden test as pytest runs it: it fails too where the case says more than the test used."""
+    test(case)
+    case.check_used()
+
+
+def write_case(folder: Path, name: str, spec: dict[str, Any], tensors: Mapping[str, Tensor]) -> GoldenCase:
+    """A case of one's own; its folder is named as its system."""
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {key: [list(tensor.shape), str(tensor.dtype)] for key, tensor in tensors.items()}
+    (folder / f"{name}.json").write_text(json.dumps({"tolerance": OWN_TOLERANCE, **spec, "tensors": described}))
+    if tensors:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+    return GoldenCase(folder / f"{name}.json")
+
+
+def with_a_key_more(system: str, name: str, folder: Path, *inside: str) -> GoldenCase:
+    """A copy of an own case whose config, or the object `inside` it, has a key that no test knows."""
+    case = GoldenCase(OWN_SET / system / f"{name}.json")
+    spec = json.loads(case.path.read_text())
+    place = functools.reduce(lambda value, key: value[key], inside, spec.get("config", spec))
+    place["surprise"] = 1
+    return write_case(folder / system, name, spec, case._tensors.plain())
+
+
+OWN_TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
+"""Of cases whose results come from float64 and are compared with float32."""
 
 
 def golden_cases(system: str) -> list[Any]:

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from golden_record import Record
 from golden_vectors import LATER, OWN_SET, GoldenCase, assert_golden, golden_cases
 from safetensors.torch import load_file, save_file
 from tolerances import assert_close
@@ -37,7 +39,7 @@ def test_every_own_case_names_its_source_and_tolerance_and_has_its_tensors() -> 
             assert {"atol", "u8_atol"} & case.tolerance.keys() and all(
                 case.tolerance.get(name, 1) > 0 for name in ("atol", "u8_atol")
             )
-            described = {name: shape_of(entry) for name, entry in case.spec["tensors"].items()}
+            described = {name: shape_of(entry) for name, entry in case.spec["tensors"].plain().items()}
             shapes = {name: list(tensor.shape) for name, tensor in case.tensors().items()}
             undescribed = shapes.keys() - described.keys()
             assert all(name.startswith(("weights.", "w/")) for name in undescribed)  # as in video_infinity and star
@@ -123,6 +125,7 @@ def test_tensors_may_lie_in_parts(tmp_path: Path) -> None:
     case = GoldenCase(write_case(tmp_path / "star", "unet"))
     with pytest.raises(FileNotFoundError, match="no tensors"):
         case.tensors()
+    case = GoldenCase(case.path)
     save_file({"a": torch.ones(2)}, tmp_path / "star" / "unet-0.safetensors")
     save_file({"b": torch.ones(3)}, tmp_path / "star" / "unet-1.safetensors")
     save_file({"c": torch.ones(4)}, tmp_path / "star" / "unet_other.safetensors")
@@ -158,3 +161,39 @@ def test_poisoned_memory_shows(poisoned_memory: None) -> None:
     assert torch.empty(8).isnan().all()
     assert torch.zeros(8).new_empty(8).isnan().all()
     assert torch.empty_like(torch.zeros(8, dtype=torch.bfloat16)).isnan().all()
+
+
+def test_a_record_notes_what_was_asked_for() -> None:
+    record = Record({"a": 1, "b": {"c": 2, "d": [{"e": 3, "f": 4}, {"e": 5}]}, "g": [1, 2], "note": "words"})
+    assert record.left() == ["a", "b", "g", "note"]
+    assert "a" in record and len(record) == 4 and record.get("absent") is None
+    assert record.left() == ["a", "b", "g", "note"]
+    assert record["a"] == 1 and record["g"] == [1, 2]
+    assert record.left() == ["b", "note"]
+    inner = record["b"]
+    assert record.left() == ["b.c", "b.d", "note"]
+    assert [part["e"] for part in inner["d"]] == [3, 5]
+    record.told("note", "absent")
+    assert record.left() == ["b.c", "b.d.0.f"]
+    assert inner.plain() == {"c": 2, "d": [{"e": 3, "f": 4}, {"e": 5}]}
+    assert record.left() == []
+
+
+def test_tensors_under_a_prefix_are_asked_for() -> None:
+    record = Record({"w.a": torch.ones(1), "w.b": torch.ones(2), "x": torch.ones(3)}, path=("tensor",))
+    assert sorted(record.under("w.")) == ["a", "b"]
+    assert record.left() == ["tensor.x"]
+
+
+def test_a_case_with_more_than_its_test_uses_fails(tmp_path: Path) -> None:
+    path = write_case(
+        tmp_path / "star", "new", source="there", tolerance={"atol": 1}, config={"a": 1, "b": 2}, steps=4, tensors={}
+    )
+    save_file({"x": torch.ones(1), "y": torch.ones(1)}, path.with_suffix(".safetensors"))
+    case = GoldenCase(path)
+    assert case.config["a"] == 1 and case.tensors()["y"] == 1
+    with pytest.raises(AssertionError, match=r"new.json .*\['config.b', 'steps', 'tensor.x'\]"):
+        case.check_used()
+    assert pickle.loads(pickle.dumps(case)).asked == set()
+    assert [case.config["b"], case.spec["steps"], float(case.tensors()["x"])] == [2, 4, 1]
+    case.check_used()

@@ -46,7 +46,7 @@ def proportional_scale(scale: float, tokens: int, train_tokens: int) -> float:
     """`scale` times sqrt(log_L0 L), for a sequence of L tokens where training had L0.
 
     It keeps the entropy of the weights about what it was in training; 1 at L = L0.
-    Source: Jin et al., https://arxiv.org/abs/2306.08645, section 3.2.
+    Source: Jin et al., https://arxiv.org/abs/2306.08645.
     """
     return scale * math.sqrt(math.log(tokens, train_tokens))
 

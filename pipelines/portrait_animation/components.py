@@ -28,7 +28,9 @@ class Sizes:
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
     """Of each level of the U-Nets and ControlNets."""
     heads: int = 8
-    """Attention heads, of the motion modules too."""
+    """Attention heads."""
+    motion_heads: int | None = None
+    """Those of the motion modules; None for as many as `heads`."""
     text_tokens: int = 77
     text_width: int = 768
     text_layers: int = 12
@@ -55,7 +57,7 @@ def unet_config(sizes: Sizes) -> dict[str, Any]:
         **spatial_config(sizes),
         "sample_size": sizes.latent_side,
         "num_attention_heads": sizes.heads,
-        "motion_num_attention_heads": sizes.heads,
+        "motion_num_attention_heads": sizes.heads if sizes.motion_heads is None else sizes.motion_heads,
         "motion_max_seq_length": sizes.positions,
         "use_motion_mid_block": False,
     }

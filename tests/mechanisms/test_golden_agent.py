@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from golden_record import Record
-from golden_vectors import GoldenCase, assert_golden, golden_cases
+from golden_vectors import GoldenCase, assert_golden, golden_cases, run_golden, with_a_key_more, write_case
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -248,3 +249,33 @@ RUNNERS = {
 def test_golden(case: GoldenCase) -> None:
     assert case.kind in RUNNERS, f"no runner for the kind {case.kind!r}; there are {', '.join(RUNNERS)}"
     RUNNERS[case.kind](case, case.tensors())
+
+
+# ---- cases of our own
+
+
+@pytest.mark.parametrize("inside", [(), ("patch_args",)])
+def test_a_key_that_is_not_used_fails(tmp_path: Path, inside: tuple[str, ...]) -> None:
+    name = "net_8x8_early_b1" if inside else "attn_n40_none_h2"
+    with pytest.raises(AssertionError, match=rf"\['{'.'.join(['config', *inside, 'surprise'])}'\]"):
+        run_golden(test_golden, with_a_key_more("agent", name, tmp_path, *inside))
+
+
+@pytest.mark.parametrize("agents", [None, 5, 11])
+def test_other_sizes(tmp_path: Path, agents: int | None) -> None:
+    """A layer worked out in float64: without agents, with few enough, and with too many for 21 tokens."""
+    used = agents == 5
+    config = {"kind": "attention", "tokens": 21, "agents": agents, "heads": 3, "head_dim": 4, "k_scale2": 0.7,
+              "k_shortcut": 0.2, "attn_precision": "fp32", "batch": 2, "agent_path_used": used}  # fmt: skip
+    x = torch.randn(2, 21, 12)
+    tensors = {"x": x} | ({} if agents is None else {"agent": torch.randn(2, agents, 12)})
+    tensors |= {f"attn.to_{name}.weight": torch.randn(12, 12) * 0.4 for name in "qkv"}
+    tensors |= {"attn.to_out.0.weight": torch.randn(12, 12), "attn.to_out.0.bias": torch.randn(12)}
+    double = {name: tensor.double() for name, tensor in tensors.items()}
+    q, k, v = project(double, "attn", double["x"], double["x"], 3)
+    out = (q @ k.mT / 2).softmax(-1) @ v
+    if used:
+        a = to_heads(linear(double, "attn.to_q", double["agent"]), 3)
+        out = (4**-0.35 * q @ a.mT).softmax(-1) @ ((a @ k.mT / 2).softmax(-1) @ v) + 0.2 * v
+    tensors["output"] = linear(double, "attn.to_out.0", from_heads(out)).float()
+    run_golden(test_golden, write_case(tmp_path / "agent", "own", {"config": config}, tensors))

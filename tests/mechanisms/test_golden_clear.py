@@ -1,5 +1,7 @@
 """CLEAR against numbers recorded from the released code: masks, rotary tables, attention layers, whole models."""
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +10,16 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxPosEmbed
 from golden_clear import grid_of, ids_of, mechanism_of
 from golden_record import Record
-from golden_vectors import GoldenCase, assert_golden, golden_cases
+from golden_vectors import (
+    GoldenCase,
+    assert_golden,
+    golden_cases,
+    run_golden,
+    with_a_key_more,
+    write_case,
+)
 from torch import Tensor
+from torch.nn import functional
 
 import diffattn
 from diffattn import TokenGrid
@@ -170,3 +180,66 @@ def tiny_flux(axes: list[int], heads: int, layers: tuple[int, int], **options: A
         axes_dims_rope=tuple(axes),
         **sizes,
     ).eval()
+
+
+# ---- cases of our own
+
+
+def test_a_key_that_is_not_used_fails(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"full_single_5x8_t20_prop.json says .*\['config.surprise'\]"):
+        run_golden(test_recorded_numbers, with_a_key_more("clear", "full_single_5x8_t20_prop", tmp_path))
+
+
+@pytest.mark.parametrize("window", [None, 2.5])
+@pytest.mark.parametrize("proportional", [False, True])
+def test_other_sizes(tmp_path: Path, window: float | None, proportional: bool) -> None:
+    """A layer worked out in float64 by its formula: another grid, L0, base of positions, batch and widths."""
+    config = {
+        "kind": "full" if window is None else "local", "stream": "single", "height": 7, "width": 3, "text_length": 5,
+        "window_size": window, "down_factor": None, "proportional_attention": proportional, "ntk_factor": 4.0,
+        "heads": 3, "head_dim": 8, "dim": 24, "batch": 2, "qk_norm_eps": 1e-5, "rope_axes": [2, 2, 4],
+        "train_seq_len": 99,
+    }  # fmt: skip
+    x, angles = torch.randn(2, 26, 24), rotary_angles(config)
+    weights = {f"to_{name}.{part}": torch.randn(*([24, 24] if part == "weight" else [24])) * 0.3
+               for name in "qkv" for part in ("weight", "bias")}  # fmt: skip
+    weights |= {f"norm_{name}.weight": torch.rand(8) + 0.5 for name in "qk"}
+    double = {name: weight.double() for name, weight in weights.items()}
+    q, k, v = (
+        functional.linear(x.double(), double[f"to_{name}.weight"], double[f"to_{name}.bias"])
+        .unflatten(-1, (3, 8))
+        .transpose(1, 2)
+        for name in "qkv"
+    )
+    q, k = (rotated(t / (t.square().mean(-1, keepdim=True) + 1e-5).sqrt() * double[f"norm_{name}.weight"], angles)
+            for t, name in ((q, "q"), (k, "k")))  # fmt: skip
+    scale = math.sqrt((math.log(26) / math.log(99) if proportional else 1) / 8)
+    logits = scale * q @ k.transpose(-1, -2)
+    if window is not None:
+        logits = logits.masked_fill(~near(config), -torch.inf)
+    tensors = {f"attn.{name}": weight for name, weight in weights.items()}
+    tensors |= {"hidden_states": x, "output": (logits.softmax(-1) @ v).transpose(1, 2).flatten(2).float()}
+    tensors |= {f"rope_{name}": getattr(angles, name)().repeat_interleave(2, -1).float() for name in ("cos", "sin")}
+    run_golden(test_recorded_numbers, write_case(tmp_path / "clear", "own", {"config": config}, tensors))
+
+
+def rotary_angles(config: dict[str, Any]) -> Tensor:
+    """(tokens, head_dim / 2): 1 / base^(2 i / n) a place, for the i-th pair of an axis of n channels."""
+    places = [(0, 0, 0)] * 5 + [(0, row, column) for row in range(7) for column in range(3)]
+    frequencies = [(axis, 40_000 ** (-2 * i / n)) for axis, n in enumerate(config["rope_axes"]) for i in range(n // 2)]
+    return torch.tensor([[place[axis] * of for axis, of in frequencies] for place in places], dtype=torch.float64)
+
+
+def rotated(x: Tensor, angles: Tensor) -> Tensor:
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angles), angles)
+    return torch.view_as_real(turned).flatten(-2)
+
+
+def near(config: dict[str, Any]) -> Tensor:
+    """May a query (row) see a key? Text always; cells within the circle."""
+    cells = [(i // 3, i % 3) for i in range(21)]
+    seen = torch.ones(26, 26, dtype=torch.bool)
+    for i, (y, x) in enumerate(cells):
+        for j, (v, u) in enumerate(cells):
+            seen[5 + i, 5 + j] = (y - v) ** 2 + (x - u) ** 2 < config["window_size"] ** 2
+    return seen

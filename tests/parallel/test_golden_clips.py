@@ -3,7 +3,9 @@
 The cases `*_clean` are not official: they hold for every split.
 """
 
+from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +17,11 @@ from diffusers.models.transformers.transformer_temporal import TransformerTempor
 from golden_clips import RECORDING, clean_mechanism, official_mechanism, project_out, projected
 from golden_record import Path as Asked
 from golden_record import Record
-from golden_vectors import GoldenCase, assert_golden, golden_cases
+from golden_vectors import GoldenCase, assert_golden, golden_cases, run_golden, with_a_key_more, write_case
 from parallel_ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional
 
 from diffattn.grid import TokenGrid
 from diffattn.mechanisms.base import Context
@@ -212,3 +215,48 @@ def test_golden(case: GoldenCase) -> None:
             and "attn" not in (case.config.get("plugin_configs") or ())
         ):
             assert_golden("vanilla", out, tensors["vanilla.full"], case.tolerance)
+
+
+# ---- cases of our own
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("inside", [(), ("plugin_configs", "attn")])
+def test_a_key_that_is_not_used_fails(tmp_path: Path, inside: tuple[str, ...]) -> None:
+    name = "attn_phase_gap" if inside else "group_norm_a"
+    with pytest.raises(AssertionError, match=rf"\['{'.'.join(['config', *inside, 'surprise'])}'\]"):
+        run_golden(test_golden, with_a_key_more("video_infinity", name, tmp_path, *inside))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("padding", [2, None])
+def test_other_sizes(tmp_path: Path, padding: int | None) -> None:
+    """A temporal convolution worked out in float64: clips with the frames around them, zeros beyond the video."""
+    channels, groups, frames, halo = 6, 3, 10, 4 if padding is None else padding
+    config = {"kind": "temporal_conv", "channels": channels, "groups": groups, "weight_seed": 0, "input_seed": 0,
+              "Ws": [1, 2], "x": [1, frames, channels, 3, 2],
+              "plugin_configs": {"conv_layer": {} if padding is None else {"padding": padding}}}  # fmt: skip
+    layer = TemporalConvLayer(channels, norm_num_groups=groups).eval()
+    weights = {name: torch.randn_like(tensor) * 0.5 for name, tensor in layer.state_dict().items()}
+    x = torch.randn(config["x"])
+    tensors = {"in.x": x} | {f"weights.{name}": weight for name, weight in weights.items()}
+    for world in config["Ws"]:
+        parts = []
+        for clip in range(world):
+            first, length = clip * frames // world, frames // world
+            whole = functional.pad(x.double().transpose(1, 2), (0, 0, 0, 0, halo, halo))[:, :, first:]
+            window = convolved(whole[:, :, : length + 2 * halo], weights, groups)
+            parts.append(x[:, first : first + length] + window[:, :, halo:-halo].transpose(1, 2))
+        tensors[f"out.w{world}"] = torch.cat(parts, 1).float()
+    spec = {"config": config, "frame_dim": 1}
+    run_golden(test_golden, write_case(tmp_path / "video_infinity", "own", spec, tensors))
+
+
+def convolved(x: Tensor, weights: Mapping[str, Tensor], groups: int) -> Tensor:
+    """Four times group norm, SiLU and a convolution along the frames, which is the last of each `conv<i>`."""
+    for i in (1, 2, 3, 4):
+        own = {name.split(".", 1)[1]: w.double() for name, w in weights.items() if name.startswith(f"conv{i}.")}
+        last = max(own)[0]
+        x = functional.silu(functional.group_norm(x, groups, own["0.weight"], own["0.bias"]))
+        x = functional.conv3d(x, own[f"{last}.weight"], own[f"{last}.bias"], padding=(1, 0, 0))
+    return x

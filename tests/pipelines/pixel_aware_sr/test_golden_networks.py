@@ -1,6 +1,7 @@
 """Networks, whole steps and starts of PASD against recorded numbers; pictures are in `test_golden_pictures.py`."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -15,7 +16,7 @@ from diffattn.pipelines.pixel_aware_sr.paca import PixelAttention, add_pixel_att
 from diffattn.pipelines.pixel_aware_sr.starting import XL_SHARE, add_noise_twice, mix
 from diffusers.models.unets import unet_2d_blocks
 from golden_record import Record
-from golden_vectors import GoldenCase, assert_golden, golden_cases
+from golden_vectors import GoldenCase, assert_golden, golden_cases, run_golden, with_a_key_more
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -274,3 +275,8 @@ def check_xl_start(case: GoldenCase) -> None:
     z, noise = config["scaling_factor"] * tensors["z_sampled"], tensors["noise"]
     assert_golden("picture", mix(z, noise) * sigma, tensors["out_with_image_branch"], case.tolerance)
     assert_golden("noise", noise * sigma, tensors["out_default_pure_noise"], case.tolerance)
+
+
+def test_a_key_that_is_not_used_fails(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"\['config.surprise'\]"):
+        run_golden(test_networks, with_a_key_more("pasd", "init_steps20_level900", tmp_path))

@@ -1,6 +1,7 @@
 """Colours, weights of tiles and preprocessing against numbers recorded from the official PASD."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from diffattn.pipelines.pixel_aware_sr.preprocess import prepare, restore_size, target_size
 from diffattn.pipelines.pixel_aware_sr.vae_tiles import DECODER_MARGIN, ENCODER_MARGIN, padded_tiles
-from golden_vectors import GoldenCase, assert_golden, golden_cases
+from golden_vectors import GoldenCase, assert_golden, golden_cases, run_golden, with_a_key_more, write_case
 from PIL import Image
 from torch import Tensor
 
@@ -116,3 +117,50 @@ CASES = [case for case in golden_cases("pasd") if case.values[0] is None or case
 @pytest.mark.parametrize("case", CASES)
 def test_pictures(case: GoldenCase) -> None:
     CHECKS[case.kind](case)
+
+
+# ---- cases of our own
+
+
+def test_a_key_that_is_not_used_fails(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"\['config.surprise'\]"):
+        run_golden(test_pictures, with_a_key_more("pasd", "colorization_merge_111", tmp_path))
+    with pytest.raises(AssertionError, match=r"\['cases.0.surprise'\]"):
+        run_golden(test_pictures, with_a_key_more("pasd", "preprocess_sizes_public", tmp_path, "cases", 0))
+
+
+def test_other_sizes(tmp_path: Path) -> None:
+    """Three pictures, three levels, another eps: worked out in float64 tap by tap, bytes of the first picture alone."""
+    config = {"levels": 3, "adain_eps": 1e-3, "unbiased_var": True}
+    content, style = torch.rand(2, 3, 3, 11, 7).unbind()
+
+    def low(x: Tensor) -> Tensor:
+        for apart in (1, 2, 4):
+            x = taps(x, apart)
+        return x
+
+    wide, other = content.double(), style.double()
+    mean, deviation = zip(*((x.mean((2, 3), keepdim=True), (x.var((2, 3), keepdim=True) + 1e-3).sqrt())
+                            for x in (wide, other)), strict=True)  # fmt: skip
+    results = {
+        "content_low": low(wide),
+        "content_high": wide - low(wide),
+        "blur_r4": taps(wide, 4),
+        "wavelet": wide - low(wide) + low(other),
+        "adain": (wide - mean[0]) / deviation[0] * deviation[1] + mean[1],
+    }
+    tensors = {"content": content, "style": style} | {name: result.float() for name, result in results.items()}
+    tensors["adain_u8"] = (results["adain"][:1].clamp(0, 1) * 255).to(torch.uint8)
+    spec = {"kind": "color_fix", "config": config, "tolerance": {"atol": 1e-5, "rtol": 1e-5, "u8_atol": 1}}
+    run_golden(test_pictures, write_case(tmp_path / "pasd", "own", spec, tensors))
+
+
+def taps(x: Tensor, apart: int) -> Tensor:
+    """The binomial filter of 3 x 3 taps, with the picture's edges repeated."""
+    padded = torch.nn.functional.pad(x, (apart,) * 4, mode="replicate")
+    rows, columns = x.shape[-2:]
+    return sum(
+        a * b / 16 * padded[..., i * apart : i * apart + rows, j * apart : j * apart + columns]
+        for i, a in enumerate((1, 2, 1))
+        for j, b in enumerate((1, 2, 1))
+    )

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffattn.pipelines.portrait_animation.alignment import align_faces, best_frame, resize
+from diffattn.pipelines.portrait_animation.alignment import Alignment, align_faces, best_frame, resize
 from diffattn.pipelines.portrait_animation.face import scale_points
 from diffattn.pipelines.portrait_animation.patches import local_control, patch_boxes
 from golden_portrait import FACES, SYSTEM, PortraitCase, read_json
@@ -37,6 +37,7 @@ def close(case: PortraitCase, name: str, got: np.ndarray, want: np.ndarray) -> N
 
 def patches(case: PortraitCase, tensors: Arrays) -> None:
     config, size = case.config(), case.config()["target_res"]
+    config.told("note")
     repeat = size // len(tensors["image64_uint8"])
     picture = (tensors["image64_uint8"].repeat(repeat, 0).repeat(repeat, 1) / 255).astype(np.float32)
     points = scale_points(tensors["landmarks256"].astype(np.float64), (256, 256), (size, size))
@@ -53,17 +54,47 @@ def patches(case: PortraitCase, tensors: Arrays) -> None:
 
 
 def alignment(case: PortraitCase, tensors: Arrays) -> None:
+    """Of all frames by one of them; by none, as where a face is missing, they are resized alone."""
     config, size = case.config(), 512
-    source, driving = (tensors[f"{name}_landmarks256"].astype(np.float64) for name in ("source", "driving"))
-    number = best_frame(source, list(driving)) if config["best_frame_arg"] == -1 else config["best_frame_arg"]
+    config.told("sub", "note")
+    number = chosen_frame(config["best_frame_arg"], tensors)
     assert number == config["best_frame_used"]
-    for side in (256, size):
-        found = align_faces(*(scale_points(face, (256, 256), (side, side)) for face in (source, driving[number])))
-        matrix = np.column_stack([np.diag(found.scale), found.shift])
-        close(case, f"affine{side}", matrix, tensors[f"affine{side}_drv_to_src"])
-    aligned = np.stack([found.warp(resize(frame, size, size))[5::16, 5::16] for frame in tensors["driving_uint8"]])
+    frames = [resize(frame, size, size) for frame in tensors["driving_uint8"]]
+    for name in [name for name in tensors if name.startswith("affine")]:
+        side = int(name.removeprefix("affine").removesuffix("_drv_to_src"))
+        found = alignment_of(tensors, number, side)
+        matrix = np.eye(2, 3) if found is None else np.column_stack([np.diag(found.scale), found.shift])
+        close(case, name, matrix, tensors[name])
+    found = alignment_of(tensors, number, size)
+    frames = [frame if found is None else found.warp(frame) for frame in frames]
+    aligned = np.stack([frame[5::16, 5::16] for frame in frames])
     error = np.abs(aligned - tensors["aligned512_sub16"]).max()
     assert aligned.dtype == np.float32 and error <= config["tolerance_pixels"]
+
+
+def faces_of(tensors: Arrays, name: str) -> list[np.ndarray | None]:
+    """Points of each face; None for one that was not found."""
+    given = tensors.get(f"{name}_landmarks256")
+    if given is None or given.size == 0:
+        return []
+    faces = given.astype(np.float64).reshape(-1, 68, 2)
+    return [None if np.isnan(face).any() else face for face in faces]
+
+
+def chosen_frame(asked: int | None, tensors: Arrays) -> int | None:
+    """-1 searches, -2 aligns nothing; so it is without a face in the source or in the frame that was asked for."""
+    source, driving = (faces_of(tensors, name) for name in ("source", "driving"))
+    if asked is None or asked < -1 or not source or source[0] is None or not any(face is not None for face in driving):
+        return None
+    number = best_frame(source[0], driving) if asked == -1 else asked
+    return None if driving[number] is None else number
+
+
+def alignment_of(tensors: Arrays, number: int | None, side: int) -> Alignment | None:
+    if number is None:
+        return None
+    source, driving = faces_of(tensors, "source")[0], faces_of(tensors, "driving")[number]
+    return align_faces(*(scale_points(face, (256, 256), (side, side)) for face in (source, driving)))
 
 
 RUNNERS: dict[str, Callable[[PortraitCase, Arrays], None]] = {"centers_xy_512": patches, "best_frame_arg": alignment}

@@ -25,7 +25,7 @@ from diffusers.models.transformers.transformer_temporal import TransformerTempor
 from diffusers.models.upsampling import Upsample2D
 from golden_record import Record
 from golden_star import star_cases
-from golden_vectors import GoldenCase, assert_golden
+from golden_vectors import GoldenCase, assert_golden, run_golden, with_a_key_more, write_case
 from torch import Tensor, nn
 
 Tensors = dict[str, Tensor]
@@ -45,6 +45,30 @@ def test_what_no_test_knows_fails(tmp_path: Path) -> None:
         check_of(GoldenCase(tmp_path / "liem_motion.json"))
     with pytest.raises(AssertionError, match="a case that no test knows: {'id': 'gaze'}"):
         block_output({"id": "gaze"}, {"x": torch.zeros(1)}, {"gaze.weight": torch.zeros(1)})
+
+
+def test_a_key_that_is_not_used_fails(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"\['cases.5.surprise'\]"):
+        run_golden(test_networks, with_a_key_more("star", "liem_blocks", tmp_path, "cases", 5))
+
+
+def test_other_sizes(tmp_path: Path) -> None:
+    """LIEMs worked out in float64: maximum and mean of the channels, weighed, through a sigmoid, times the input."""
+    pictures, tokens = torch.randn(3, 5, 9, 4), torch.randn(2, 7, 6)
+    spatial, temporal = torch.randn(1, 2, 7, 7), torch.randn(1, 2)
+    both = torch.stack([pictures.double().amax(1), pictures.double().mean(1)], 1)
+    gate = nn.functional.conv2d(both, spatial.double(), padding=3).sigmoid()
+    weighed = temporal[0, 0].double() * tokens.double().amax(-1) + temporal[0, 1].double() * tokens.double().mean(-1)
+    tensors = {
+        "a/x": pictures,
+        "a/conv1.weight": spatial,
+        "a/y": (gate * pictures.double()).float(),
+        "b/x": tokens,
+        "b/conv1.weight": temporal,
+        "b/y": (weighed.sigmoid()[..., None] * tokens.double()).float(),
+    }
+    spec = {"cases": [{"id": "a", "kind": "spatial", "x": "b c h w"}, {"id": "b", "kind": "temporal", "x": "b t c"}]}
+    run_golden(test_networks, write_case(tmp_path / "star", "liem_own", spec, tensors))
 
 
 def check_of(case: GoldenCase) -> Callable[[GoldenCase], None]:

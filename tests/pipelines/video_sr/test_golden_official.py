@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from diffattn.pipelines.video_sr.padding import official_padding, official_targe
 from diffattn.pipelines.video_sr.scheduler import FAST_STEPS, STARScheduler
 from golden_record import Record
 from golden_star import star_cases
-from golden_vectors import GoldenCase, assert_golden, of_float32
+from golden_vectors import GoldenCase, assert_golden, of_float32, run_golden, with_a_key_more, write_case
 from torch import Tensor
 
 from diffattn.color import adain_fix, to_bytes, wavelet_fix, wavelet_split
@@ -213,3 +214,27 @@ def check_bytes(x: Tensor, y: Tensor, case: GoldenCase) -> None:
     assert_golden("tensor2vid/y", pictures.clamp(0, 1).movedim(1, -1) * 255, y, case.tolerance)
     got, slack = to_bytes(pictures).movedim(1, -1), 1e-3
     assert ((got >= (y - slack).floor()) & (got <= (y + slack).floor())).all()
+
+
+# ---- cases of our own
+
+
+def test_a_key_that_is_not_used_fails(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"\['chunks.0.surprise'\]"):
+        run_golden(test_official, with_a_key_more("star", "chunks_padding", tmp_path, "chunks", 0))
+
+
+def test_a_clip_without_a_target(tmp_path: Path) -> None:
+    """Bands of the only clip that there is, of whatever name, which sum to it."""
+    clip = torch.rand(2, 3, 9, 14) * 2 - 1
+    high, low = wavelet_split((clip.double() + 1) / 2)
+    for name in ("source_tchw_m1_1", "x"):
+        tensors = {f"0/{name}": clip, "0/wavelet_high": high.float(), "0/wavelet_low": low.float()}
+        case = write_case(tmp_path / "star", f"color_{name}", {}, tensors)
+        run_golden(test_official, case)
+    tensors = {"0/source_tchw_m1_1": clip, "0/adain": clip.clone()}
+    run_golden(
+        test_official, write_case(tmp_path / "star", "color_self", {"tolerance": {"atol": 1e-4, "rtol": 0}}, tensors)
+    )
+    with pytest.raises(AssertionError, match="expected one or two clips and a result in group 0"):
+        test_official(write_case(tmp_path / "star", "color_none", {}, {"0/source_tchw_m1_1": clip}))
