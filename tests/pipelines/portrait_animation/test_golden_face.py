@@ -1,6 +1,7 @@
 """Alignment and patches of X-Portrait's faces against recorded numbers."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ from diffattn.pipelines.portrait_animation.alignment import Alignment, align_fac
 from diffattn.pipelines.portrait_animation.face import scale_points
 from diffattn.pipelines.portrait_animation.patches import local_control, patch_boxes
 from golden_portrait import FACES, SYSTEM, PortraitCase, read_json
-from golden_vectors import golden_root
+from golden_vectors import golden_root, run_golden
+from safetensors.torch import save_file
 
 Arrays = dict[str, np.ndarray]
 
@@ -107,3 +109,19 @@ def test_golden(case: PortraitCase) -> None:
     runners = [run for key, run in RUNNERS.items() if key in case.config()]
     assert len(runners) == 1, f"no runner for a case of {sorted(case.config())}; there are those with {list(RUNNERS)}"
     runners[0](case, {name: tensor.numpy() for name, tensor in case.tensors().items()})
+
+
+@pytest.mark.parametrize(
+    ("asked", "missing"), [(None, None), (-2, None), (-1, "driving"), (1, "driving"), (0, "source")]
+)
+def test_without_a_best_frame_frames_are_resized_alone(tmp_path: Path, asked: int | None, missing: str | None) -> None:
+    driving = torch.randint(0, 256, (2, 40, 30, 3), dtype=torch.uint8)
+    tensors = {"driving_uint8": driving, "aligned512_sub16": torch.from_numpy(
+        np.stack([resize(frame, 512, 512)[5::16, 5::16] for frame in driving.numpy()]))}  # fmt: skip
+    for name, faces in (("source", ()), ("driving", (2,))):
+        points = torch.rand(*faces, 68, 2, dtype=torch.float64) * 256
+        tensors[f"{name}_landmarks256"] = points.fill_(torch.nan) if name == missing else points
+    config = {"best_frame_arg": asked, "best_frame_used": None, "sub": "words", "tolerance_pixels": 1e-6}
+    entry = {"kind": FACES, "tolerance": {"atol": 1e-6}, "cases": {"none": config}}
+    save_file({f"none.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "faces.safetensors")
+    run_golden(test_golden, PortraitCase(tmp_path / "faces.safetensors", "none", entry))

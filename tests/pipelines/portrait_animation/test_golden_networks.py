@@ -1,5 +1,6 @@
 """X-Portrait's networks, conversion, sampling and selection of frames against recorded numbers."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -32,12 +33,15 @@ from golden_portrait import (
     PortraitCase,
     full_size,
     portrait_cases,
+    read_json,
     read_tensors,
     tiny_frames,
     tiny_sizes,
     tiny_weights,
 )
 from golden_record import Record
+from golden_vectors import OWN_SET, run_golden
+from safetensors.torch import save_file
 from torch import Tensor
 
 from diffattn.windows import blend_windows
@@ -192,8 +196,8 @@ def options_of(case: PortraitCase) -> dict[str, Any]:
 def check_prediction(case: PortraitCase) -> None:
     given = read_tensors(case.file.parent / "tiny_inputs.safetensors")
     timestep, want = torch.tensor(case.entry["timestep"]), case.tensors()[case.name]
-    frames = case.entry["video_length"]
-    assert frames == len(given["latents"]) and frames % tiny_frames(case.file.parent) == 0
+    frames, at_once = len(given["latents"]), tiny_frames(case.file.parent)
+    assert case.entry["video_length"] in (frames, at_once) and frames % at_once == 0
     noised = add_noise(given["reference"], given["reference_noise"], timestep)
     if case.name == "reference_noisy":
         case.entry.told("guidance")
@@ -208,7 +212,7 @@ def check_prediction(case: PortraitCase) -> None:
     texts = given["context"], given["uncond_context"]
     parts, nets = networks(case), options.pop("nets", 2)
     condition = Condition(torch.stack(references), features_of(parts, *controls), *texts)
-    windows = plain_windows(frames, tiny_frames(case.file.parent), 0)
+    windows = plain_windows(frames, at_once, 0)
     if options.pop("plain", False):
         got = unconditional(Denoiser(parts, condition, guidance_scale=1.0), given["latents"], timestep, windows)
         case.close(case.name, got, want)
@@ -419,6 +423,66 @@ def test_a_selection_without_the_last_frames(tmp_path: Path, start: int, skip: i
     """Python's slices: a stop of start - skip, counted from the end where it is below 0."""
     asked = {"start_idx": start, "out_frames": -1, "skip": skip, "video_len": 11, "selected": want}
     (tmp_path / "frame_selection.json").write_text(json.dumps({"cases": [asked]}))
-    case = PortraitCase(tmp_path / "frame_selection.json", "all", {"kind": "json"})
-    test_networks(case)
-    case.check_used()
+    run_golden(test_networks, PortraitCase(tmp_path / "frame_selection.json", "all", {"kind": "json"}))
+
+
+# ---- cases of our own
+
+
+def portrait_case(folder: Path, file: str, name: str, entry: dict[str, Any], tensors: Tensors) -> PortraitCase:
+    folder.mkdir(exist_ok=True)
+    if tensors:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / file)
+    return PortraitCase(folder / file, name, entry)
+
+
+def test_motion_modules_of_other_heads_that_see_fewer_frames(tmp_path: Path) -> None:
+    """The recorded weights as networks with 2 heads there, and 8 frames at once, against themselves in float64."""
+    own, folder = OWN_SET / "xportrait", tmp_path / "xportrait"
+    folder.mkdir()
+    for file in (*own.glob("tiny_weights_*"), own / "tiny_inputs.safetensors"):
+        (folder / file.name).symlink_to(file)
+    spec = json.loads((own / "tiny_config.json").read_text())
+    spec["variant"] |= {"mm_heads": 2, "video_length": 8}
+    motion = spec["ldm_params"]["unet_config"]["params"]["unet_additional_kwargs"]["motion_module_kwargs"]
+    motion["num_attention_heads"] = 2
+    (folder / "tiny_config.json").write_text(json.dumps(spec))
+    unet = tiny_networks(folder)["unet"]
+    assert unet.config.motion_num_attention_heads == 2 and unet.config.num_attention_heads == 4
+
+    given = read_tensors(own / "tiny_inputs.safetensors")
+    text = given["uncond_context"].double().expand(8, -1, -1)
+    with torch.no_grad():
+        wide = copy.deepcopy(unet).double()
+        parts = [wide(clip.double().movedim(0, 1)[None], torch.tensor(521), text).sample[0].movedim(1, 0)
+                 for clip in given["latents"].split(8)]  # fmt: skip
+    want = torch.cat(parts).float()
+    recorded = read_tensors(own / "tiny_outputs.safetensors")["eps_uncond"]
+    assert float((want - recorded).norm() / recorded.norm()) > 1e-2
+    entry = {"kind": "model", "timestep": 521, "video_length": 8, "guidance": 5.0, "tolerance": {"rel_l2": 3e-5}}
+    case = portrait_case(folder, "tiny_outputs.safetensors", "eps_uncond", entry, {"eps_uncond": want})
+    run_golden(test_networks, case)
+
+
+def test_a_map_of_some_networks_only(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        wanted = official_names(build_networks(Sizes()))
+    name = next(name for name in wanted if name.startswith(PREFIXES["controlnet.nets.1"]))
+    key = wanted[name].key.removeprefix("nets.1.")
+    (tmp_path / "key_map.json").write_text(json.dumps({"note": "words", "local": {name: key}}))
+    case = PortraitCase(tmp_path / "key_map.json", "all", {"kind": "json"})
+    run_golden(test_networks, case)
+    (tmp_path / "wrong").mkdir()
+    (tmp_path / "wrong" / "key_map.json").write_text(json.dumps({"gaze": {name: key}}))
+    with pytest.raises(AssertionError, match=r"sections that no test knows: \['gaze'\]"):
+        test_networks(PortraitCase(tmp_path / "wrong" / "key_map.json", "all", {"kind": "json"}))
+
+
+@pytest.mark.parametrize("place", ["entry", "case"])
+def test_a_key_that_is_not_used_fails(tmp_path: Path, place: str) -> None:
+    index = read_json(OWN_SET / "xportrait" / "index.json")["files"]["window_fusion_cases.safetensors"]
+    entry = json.loads(json.dumps(index))
+    (entry if place == "entry" else entry["cases"]["c"])["surprise"] = 1
+    case = PortraitCase(OWN_SET / "xportrait" / "window_fusion_cases.safetensors", "c", entry)
+    with pytest.raises(AssertionError, match="::c says what this test does not use: .*surprise"):
+        run_golden(test_networks, case)
