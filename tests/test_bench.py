@@ -62,6 +62,8 @@ def test_mechanisms_that_are_no_windows_meet_their_own_reference() -> None:
     assert reduced(TokenGrid(32, 32, frames=64, before=512)) == TokenGrid(8, 8, frames=16, before=64)
     q, k, v = SMALL.tensors(TokenGrid(4, 4))
     assert error_of(AgentAttention(num_agents=16), q, grid, q, k, v) < 1e-5
+    for scaled in (ClearAttention(radius=2, proportional=True), SoftmaxAttention(proportional=True)):
+        assert error_of(scaled, q, grid, q, k, v) < 1e-5
 
 
 def test_ratios_are_over_full_attention_and_the_official_order() -> None:

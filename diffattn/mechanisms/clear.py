@@ -32,7 +32,7 @@ from ..kernels.dense import combine_masks
 from ..kernels.pattern import Cells, dense_mask
 from ..options import POSITIVE, Must
 from .base import Context, Mechanism, default_scale
-from .softmax import ENOUGH_TOKENS, OFFICIAL_TRAIN_TOKENS, proportional_scale, softmax_reference
+from .softmax import OFFICIAL_TRAIN_TOKENS, check_train_tokens, proportional_scale, softmax_reference
 
 OFFICIAL_POOLED_LENGTH_FACTOR = 10
 
@@ -104,12 +104,16 @@ class ClearAttention(Mechanism):
     """Side of the blocks that pooled keys stand for; None for no pooled keys."""
     proportional: bool = False
     """Scale the logits by sqrt(log_L0 L), for sequences longer than those of training."""
-    train_tokens: Annotated[int, ENOUGH_TOKENS] = OFFICIAL_TRAIN_TOKENS
+    train_tokens: int = OFFICIAL_TRAIN_TOKENS
     """L0: tokens of a sequence in training, text included."""
     ntk_factor: Annotated[float, POSITIVE] = 1.0
     """Multiplies the base (theta) of the model's rotary position embedding; 10 in the paper's high-resolution runs."""
     official: bool = False
     """Reproduce the constants of the released code."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_train_tokens(self.type, self.train_tokens)
 
     @property
     def backends(self) -> tuple[str, ...]:

@@ -17,13 +17,11 @@ from torch.nn import functional as F
 
 from ..config import register
 from ..grid import TokenGrid
-from ..options import POSITIVE, Must
+from ..options import POSITIVE
 from .base import Context, Mechanism, default_scale
 
 OFFICIAL_TRAIN_TOKENS = 64**2 + 512
 """Of FLUX.1 at 1024 pixels a side, text included."""
-ENOUGH_TOKENS = Must("at least 2", lambda tokens: tokens >= 2)
-"""For `train_tokens`, whose logarithm divides."""
 
 
 def softmax_reference(
@@ -51,6 +49,12 @@ def proportional_scale(scale: float, tokens: int, train_tokens: int) -> float:
     return scale * math.sqrt(math.log(tokens, train_tokens))
 
 
+def check_train_tokens(name: str, train_tokens: int) -> None:
+    """Raise `ValueError` for an L0 whose logarithm nothing can be divided by."""
+    if train_tokens < 2:
+        raise ValueError(f"{name}: train_tokens must be at least 2, got {train_tokens}")
+
+
 @register("softmax")
 @dataclass(frozen=True, kw_only=True)
 class SoftmaxAttention(Mechanism):
@@ -61,12 +65,16 @@ class SoftmaxAttention(Mechanism):
 
     proportional: bool = False
     """Scale the logits by sqrt(log_L0 L), for sequences longer than those of training."""
-    train_tokens: Annotated[int, ENOUGH_TOKENS] = OFFICIAL_TRAIN_TOKENS
+    train_tokens: int = OFFICIAL_TRAIN_TOKENS
     """L0: tokens of a sequence in training, text included."""
     ntk_factor: Annotated[float, POSITIVE] = 1.0
     """Multiplies the base (theta) of the model's rotary position embedding."""
 
     kinds: ClassVar[frozenset[str]] = frozenset({"spatial", "temporal"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_train_tokens(self.type, self.train_tokens)
 
     @property
     def exact(self) -> bool:
