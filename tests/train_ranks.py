@@ -47,10 +47,15 @@ def main(rank: int, ranks: int, folder: Path, cases: Cases) -> None:
         # accelerate asks for all that torchrun sets; the group is there already, so the port is not used
         named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": 29500}
         os.environ.update({name: str(value) for name, value in named.items()}, MASTER_ADDR="127.0.0.1")
-    found = {name: train(ranks, folder / name, **changes) for name, changes in cases.items()}
+    found = train_all(ranks, folder, cases)
     (folder / f"{rank}.json").write_text(json.dumps(found))
     if ranks > 1:
         dist.destroy_process_group()
+
+
+def train_all(ranks: int, folder: Path, cases: Cases) -> Cases:
+    """What this process found in every case."""
+    return {name: train(ranks, folder / name, **changes) for name, changes in cases.items()}
 
 
 def train(

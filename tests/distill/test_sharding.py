@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import DistributedType
 from diffattn.distill.sharding import average_gradients, blocks_of, check_processes, clip_gradients
 from toys import config, flux_model
-from train_ranks import Cases, run_ranks
+from train_ranks import Cases, run_ranks, train_all
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -30,13 +30,13 @@ CUT = {"ema": 0.9}
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Cases]]:
-    """One process, then two, then one again; the case "cut" goes from hand to hand."""
+    """One process (this one), then two, then one again; the case "cut" goes from hand to hand."""
     folder = tmp_path_factory.mktemp("ranks")
-    alone = run_ranks(folder, 1, {**CASES, "cut": {**CUT, "until": 6}})
+    alone = [train_all(1, folder, {**CASES, "cut": {**CUT, "until": 6}})]
     cut = {**CUT, "resume": True}
     shards = {f"{name} in shards": {**changes, "sharded": True} for name, changes in CASES.items()}
     both = run_ranks(folder, 2, {**CASES, **shards, "cut": {**cut, "until": 12, "sharded": True}})
-    return {"one": alone, "two": both, "again": run_ranks(folder, 1, {"cut": cut})}
+    return {"one": alone, "two": both, "again": [train_all(1, folder, {"cut": cut})]}
 
 
 @pytest.mark.dist
@@ -148,7 +148,7 @@ from diffattn.distill.trainer import Trainer
 
 torch.manual_seed(0)
 model = FluxTransformer2DModel(
-    patch_size=1, in_channels=16, num_layers=4, num_single_layers=8, attention_head_dim=64, num_attention_heads=16,
+    patch_size=1, in_channels=16, num_layers=2, num_single_layers=4, attention_head_dim=64, num_attention_heads=16,
     joint_attention_dim=WIDTH, pooled_projection_dim=POOLED, axes_dims_rope=(16, 24, 24),
 )
 chosen = config(steps=2, batch_size=1, save_every=1000)
@@ -173,7 +173,7 @@ print(json.dumps({"peak": peak, "model": sum(p.nbytes for p in model.parameters(
 
 @pytest.mark.slow
 def test_the_shared_teacher_saves_what_the_weights_predict(tmp_path: Path) -> None:
-    """Peak memory of two real runs of a model of 1 GB: one with a copy as teacher, one with the shared weights."""
+    """Peak memory of two real runs of a model of half a GB: one with a copy as teacher, one with the shared weights."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
 
     def peak(kind: str) -> dict[str, int]:
@@ -184,5 +184,5 @@ def test_the_shared_teacher_saves_what_the_weights_predict(tmp_path: Path) -> No
 
     shared, copies = peak("shared"), peak("copies")
     predicted = copies["model"] - shared["originals"]
-    assert predicted > 6e8
+    assert predicted > 3e8
     assert copies["peak"] - shared["peak"] == pytest.approx(predicted, rel=0.1)
