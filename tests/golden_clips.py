@@ -34,18 +34,20 @@ def phase(values: Record | None) -> Phase | None:
 
 
 def official_mechanism(plugin: Record, clips: int) -> DualScopeAttention:
-    """Of the plugin `attn`; the released code reads its phases only where `dynamic_scale` is on."""
+    """Of the plugin `attn`; the released code has phases only where `dynamic_scale` is on and both are there."""
     plugin.told("top_k_chunk_size")  # read by nothing in the released code
-    dynamic = plugin["dynamic_scale"]
+    names = ("local_phase", "global_phase")
+    dynamic = plugin.get("dynamic_scale", False) and all(name in plugin for name in names)
+    local, shared = (phase(plugin[name]) if dynamic else None for name in names)
     if not dynamic:
-        plugin.told("local_phase", "global_phase")
+        plugin.told(*names)
     return DualScopeAttention(
         padding=plugin["padding"],
         top_k=plugin["top_k"],
-        attn_scale=plugin["attn_scale"],
-        token_num_scale=plugin["token_num_scale"],
-        local_phase=phase(plugin["local_phase"]) if dynamic else None,
-        global_phase=phase(plugin["global_phase"]) if dynamic else None,
+        attn_scale=plugin.get("attn_scale", 1.0),
+        token_num_scale=plugin.get("token_num_scale", False),
+        local_phase=local,
+        global_phase=shared,
         official=True,
         clips=clips,
     )

@@ -10,6 +10,9 @@ from typing import Any
 
 Path = tuple[Any, ...]
 
+WORDS = ("note", "notes")
+"""Keys that hold words for readers, wherever they are."""
+
 
 class Record(Mapping[str, Any]):
     """A JSON object, or tensors by name, that notes which of its keys were asked for; so do the objects inside it."""
@@ -79,6 +82,8 @@ def _paths_in(value: Any, path: Path) -> Iterator[Path]:
 def _unasked(value: Any, asked: set[Path], path: Path) -> Iterator[Path]:
     for key, part in _children(value):
         here = (*path, key)
+        if key in WORDS:
+            continue
         if isinstance(value, Mapping) and here not in asked:
             yield here
         else:

@@ -164,16 +164,16 @@ def test_poisoned_memory_shows(poisoned_memory: None) -> None:
 
 
 def test_a_record_notes_what_was_asked_for() -> None:
-    record = Record({"a": 1, "b": {"c": 2, "d": [{"e": 3, "f": 4}, {"e": 5}]}, "g": [1, 2], "note": "words"})
-    assert record.left() == ["a", "b", "g", "note"]
-    assert "a" in record and len(record) == 4 and record.get("absent") is None
-    assert record.left() == ["a", "b", "g", "note"]
+    record = Record({"a": 1, "b": {"c": 2, "d": [{"e": 3, "f": 4}, {"e": 5}]}, "g": [1, 2], "seed": 7, "note": "words"})
+    assert record.left() == ["a", "b", "g", "seed"]
+    assert "a" in record and len(record) == 5 and record.get("absent") is None
+    assert record.left() == ["a", "b", "g", "seed"]
     assert record["a"] == 1 and record["g"] == [1, 2]
-    assert record.left() == ["b", "note"]
+    assert record.left() == ["b", "seed"]
     inner = record["b"]
-    assert record.left() == ["b.c", "b.d", "note"]
+    assert record.left() == ["b.c", "b.d", "seed"]
     assert [part["e"] for part in inner["d"]] == [3, 5]
-    record.told("note", "absent")
+    record.told("seed", "absent")
     assert record.left() == ["b.c", "b.d.0.f"]
     assert inner.plain() == {"c": 2, "d": [{"e": 3, "f": 4}, {"e": 5}]}
     assert record.left() == []

@@ -182,14 +182,13 @@ GUIDED: dict[str, dict[str, Any]] = {
 
 
 def options_of(case: PortraitCase) -> dict[str, Any]:
-    entry, guided = case.entry, re.fullmatch(r"eps_cfg([\d.]+)_(\w+)", case.name)
+    entry, guided = case.entry, re.fullmatch(r"eps_cfg[\d.]+_(\w+)", case.name)
     if guided is None:
         entry.told("guidance")
         assert case.name in EPS, f"a prediction that no test knows: {case.name}"
         return {"guidance_scale": 1.0, **EPS[case.name]}
-    assert guided[2] in GUIDED, f"a prediction that no test knows: {case.name}"
-    assert float(guided[1]) == entry["guidance"]
-    return {"guidance_scale": entry["guidance"], **GUIDED[guided[2]]}
+    assert guided[1] in GUIDED, f"a prediction that no test knows: {case.name}"
+    return {"guidance_scale": entry["guidance"], **GUIDED[guided[1]]}
 
 
 @checks("model")
