@@ -74,9 +74,13 @@ def check_numbers(dtypes: Mapping[str, Any], source: object, allowed: Collection
 
 def check_finite(weights: Iterable[tuple[str, Tensor]], source: object) -> None:
     """Raise `ValueError` where any of the weights is NaN or infinite; one after the other, none is kept."""
-    broken = [name for name, tensor in weights if tensor.is_floating_point() and not tensor.isfinite().all()]
+    broken = [name for name, tensor in weights if _has_numbers(tensor) and not tensor.isfinite().all()]
     if broken:
         raise ValueError(f"expected finite weights in {source}; got NaN or infinity in {_first(broken)}; make it anew")
+
+
+def _has_numbers(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not tensor.is_meta
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
