@@ -89,7 +89,7 @@ class DistillConfig:
     """Their prompts; of the bundled world's own where there are none."""
     trackers: Annotated[tuple[Tracker, ...], Must("among tensorboard, wandb, trackio")] = ()
     """Where losses and sheets are reported beside `log.csv`: tensorboard, wandb, trackio."""
-    seed: Annotated[int, _whole(0)] = 0
+    seed: Annotated[int, Must("an integer of at least 0 and below 2**32", lambda seed: 0 <= seed < 2**32)] = 0
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -17,9 +17,11 @@ from tqdm import tqdm
 
 from diffattn.files import write_json, written
 from diffattn.options import shown
+from diffattn.plan import models_of
 
+from .encoders import multiple_of
 from .fingerprints import of_parts
-from .pictures import Counts, share
+from .pictures import Counts, check_output, share
 
 
 def read_prompts(file: str | os.PathLike[str]) -> list[str]:
@@ -65,6 +67,8 @@ def make_pictures(
     if batch_size < 1:
         raise ValueError(f"expected a batch_size of 1 or more, got {batch_size}")
     root = Path(folder)
+    check_output(root)
+    _check_size(pipe, call or {})
     common = {"call": _plain(call or {}), "model": of_parts(getattr(pipe, "components", {}).values())}
     wanted = {
         index: {"prompt": prompts[index], "seed": seed + index, **common}
@@ -77,6 +81,19 @@ def make_pictures(
             _draw(pipe, batch, call or {})
             bar.update(len(batch))
     return Counts(done=len(lacking), skipped=len(wanted) - len(lacking))
+
+
+def _check_size(pipe: Any, call: Mapping[str, Any]) -> None:
+    """Raise for a size that the pipeline would round; where it is not known how, `_draw` sees it."""
+    try:
+        token = multiple_of(pipe, models_of(pipe)[0])[1]
+    except (TypeError, ValueError, AttributeError):
+        return
+    wrong = [side for side in ("height", "width") if side in call and (call[side] < 1 or call[side] % token)]
+    if wrong:
+        raise ValueError(
+            f"expected a height and width in multiples of {token} pixels, got {wrong[0]}={call[wrong[0]]}; round it"
+        )
 
 
 def _made(picture: Path, said: dict[str, Any]) -> bool:

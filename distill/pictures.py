@@ -91,6 +91,19 @@ def find_pictures(folder: str | os.PathLike[str]) -> list[Captioned]:
     return [Captioned(name, root / pictures[name], caption) for name, caption in captions.items()]
 
 
+def check_output(folder: str | os.PathLike[str]) -> None:
+    """Raise `ValueError` where no files can be written to a folder, which need not be there yet; nothing is made."""
+    place = Path(folder)
+    if not str(folder):
+        raise ValueError("expected a folder for the output; got an empty name; give one")
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(f"expected a folder for the output; {place} is a file; give another name")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"expected a folder that can be written to; {place} cannot; give another one")
+
+
 def list_files(folder: Path) -> list[str]:
     """Paths of the files below a folder, relative and sorted.
 

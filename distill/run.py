@@ -32,7 +32,7 @@ from .export import FIGURES, export
 from .loading import SHAPES, TINY, encoding_parts, is_cached, open_pipeline, vae_facts_of
 from .make_pictures import draw
 from .picture_metrics import Metric
-from .pictures import list_files
+from .pictures import check_output, list_files
 from .shapes_data import Shapes, held_out
 from .sharding import check_processes
 from .sheets import Sheets
@@ -137,6 +137,7 @@ def train(
 
     The first process gets the student, which a sharded run opens anew from its last checkpoint; others get None.
     """
+    check_output(folder)
     if not resume and checkpoints.find(folder):
         raise ValueError(f"{folder} holds a run already: go on by --resume auto, or choose another folder")
     accelerator = make_accelerator(config, folder)
@@ -166,6 +167,7 @@ def export_run(folder: Path, output: Path, **hub: Any) -> Path:
 
     `hub` are the options `push_to_hub` and `repo_id`. The data of the training need not be there any more.
     """
+    check_output(output)
     options = []
     if checkpoints.find(folder):
         data = checkpoints.read_config(folder).data
@@ -237,6 +239,7 @@ def evaluate_run(
 
     `metrics` and `rounds` as in `evaluate`.
     """
+    check_output(folder)
     if prompts is None:
         prompts = held_out(24) if setting.config.data == SHAPES else []
     if prompts:

@@ -59,6 +59,11 @@ def run(
             setting, outcome = running.train(chosen, output, resume=resume == "auto", progress=True)
         except FloatingPointError as error:  # one line, as all that settings are to blame for
             raise ValueError(str(error)) from error
+        except RuntimeError as error:  # torch's class for this as well
+            if "memory" not in str(error):
+                raise
+            why = str(error).splitlines()[0]
+            raise MemoryError(f"this run does not fit into memory: {why}; use a smaller batch or more parts") from error
     if setting is None and not is_first():
         return  # the first process says and judges
     if not outcome.finished:

@@ -81,6 +81,8 @@ def test_the_rate_rises_stays_and_falls() -> None:
         ("mechanism=softmax", "nothing is to be distilled"),
         ("loss.colour=1", "unknown loss 'colour'"),
         ("steps", "an override is NAME=VALUE"),
+        ("seed=-1", "seed must be an integer of at least 0"),
+        ("seed=99999999999999999999999", r"seed must be an integer of at least 0 and below 2\*\*32"),
         ("rate=abc", "rate must be positive, got 'abc'"),
         ("rate=nan", "rate must be positive, got 'nan'"),
         ("betas=(0.9,)", r"betas must be two numbers from 0 to below 1, .* got \(0.9,\)"),

@@ -78,18 +78,31 @@ def test_only_what_is_missing_is_drawn(lost, pipe, tmp_path):
 
 def test_a_stopped_run_leaves_whole_pictures_only(tmp_path):
     class Broken:
+        width, height = size = (96, 64)
+
         def save(self, path: Path) -> None:
             path.write_bytes(b"half")
             raise OSError("disk full")
 
     class Teacher:
         def __call__(self, prompt: list[str], **call: Any) -> Any:
-            self.images = [Image.new("RGB", (8, 8)), Broken()]
+            self.images = [Image.new("RGB", (96, 64)), Broken()]
             return self
 
     with pytest.raises(OSError, match="disk full"):
         make(Teacher(), tmp_path, batch_size=2)
     assert sorted(times(tmp_path)) == ["000000.json", "000000.png"]
+
+
+def test_a_size_that_an_unknown_pipeline_rounds_is_not_kept(tmp_path):
+    class Teacher:
+        def __call__(self, prompt: list[str], **call: Any) -> Any:
+            self.images = [Image.new("RGB", (88, 64))]
+            return self
+
+    with pytest.raises(ValueError, match="expected pictures of height 64 and width 96, the pipeline draws 64 and 88"):
+        make(Teacher(), tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_two_processes_cover_everything_once(pipe, tmp_path):
@@ -125,6 +138,20 @@ def test_pictures_of_another_size_or_call_are_refused(change, message, pipe, tmp
         make(pipe, tmp_path, call={**CALL, **change})
     assert times(tmp_path) == before
     assert make(pipe, tmp_path) == Counts(skipped=3)
+
+
+@pytest.mark.parametrize(("change", "message"), [({"height": 7}, "height=7; round it"), ({"width": 66}, "width=66")])
+def test_a_size_that_the_pipeline_would_round_is_refused(change, message, pipe, tmp_path):
+    with pytest.raises(ValueError, match=f"multiples of 8 pixels, got {message}"):
+        make(pipe, tmp_path / "new", call={**CALL, **change})
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_output_that_is_a_file_is_refused_before_anything_is_drawn(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="expected a folder for the output; .*file is a file"):
+            make(None, output)
 
 
 def test_pictures_of_another_model_are_refused(pipe, tmp_path):

@@ -176,6 +176,31 @@ def test_a_refused_command_changes_nothing(
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FloatingPointError("the loss of step 3 is nan"), "the loss of step 3 is nan"),
+        (
+            RuntimeError("can't allocate memory: 80 GB\nstack"),
+            "does not fit into memory: can't allocate memory: 80 GB;",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory"), "does not fit into memory: CUDA out of memory"),
+    ],
+    ids=str,
+)
+def test_what_settings_are_to_blame_for_is_one_line(
+    error: Exception, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("diffattn.distill.run.train", fail)
+    with pytest.raises(SystemExit) as end:
+        main(["distill", "run", "--preset", "tiny", "--output", str(tmp_path / "run")])
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and said in told and told.count("\n") == 1
+
+
 def test_the_command_goes_on_and_evaluates(
     folder: Path, trained: Setting, capsys: pytest.CaptureFixture[str], few: None
 ) -> None:
