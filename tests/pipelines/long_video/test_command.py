@@ -108,10 +108,10 @@ def test_every_rank_says_why_nothing_was_made(model: Path, tmp_path: Path) -> No
 def test_the_bundled_model_shows_what_was_said_on_two_ranks(tmp_path: Path) -> None:
     """Longer than in its training, without any option but prompt, length and output."""
     prompt = "a white triangle moving sideways on a blue background"
-    result = tiny_video.call("--prompt", prompt, "--frames", 40, "--output", tmp_path / "out.mp4", ranks=2)
+    result = tiny_video.call("--prompt", prompt, "--frames", 28, "--output", tmp_path / "out.mp4", ranks=2)
     assert result.returncode == 0, result.stderr
     frames = list(read_frames(tmp_path / "out.mp4"))
-    assert len(frames) == 40
+    assert len(frames) == 28
     seen = follow(np.stack(frames))
     assert majority([sighting.colour for sighting in seen]) == "white"
     assert majority([sighting.background for sighting in seen]) == "blue"
