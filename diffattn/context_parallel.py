@@ -18,7 +18,7 @@ tokens. A mechanism has to treat its heads alike and apart, or it gives another 
 Source of the method: Jacobs et al., DeepSpeed Ulysses, https://arxiv.org/abs/2309.14509.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -33,11 +33,12 @@ JOINT_STREAM = "encoder_hidden_states"
 """The argument that a plan splits beside the picture's tokens where text is a stream of its own."""
 
 
-class Reader(Protocol):
-    """What tells the layout of the call: `diffattn.layer.GridReader`."""
+class Reading(Protocol):
+    """What tells where a forward's tokens lie: `diffattn.calls.Reading`."""
 
-    def layouts_of(self, tokens: int) -> Sequence[Layout]:
-        """The layouts of the forward that a call with this many tokens belongs to."""
+    @property
+    def layouts(self) -> Sequence[Layout]:
+        """One for the whole batch, or one per sample."""
         ...
 
     def splits_text(self) -> bool:
@@ -106,13 +107,17 @@ class Shards:
         return [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
 
 
-def shards(parallel_config: Any, query: Tensor, reader: Reader) -> Shards:
-    """How the `(b, heads, own tokens, d)` call lies on the ranks; raises for what can't be undone."""
+def shards(parallel_config: Any, query: Tensor, reading_of: Callable[[int], Reading]) -> Shards:
+    """How the `(b, heads, own tokens, d)` call lies on the ranks; raises for what can't be undone.
+
+    `reading_of` gives the forward that a call with so many tokens belongs to.
+    """
     config = _ulysses(parallel_config)
     group, ranks = config._ulysses_mesh.get_group(), config.ulysses_degree
     heads = _heads_of_ranks(query.shape[1], ranks, config.ulysses_anything)
     counts = _tokens_of_ranks(query, ranks, group, config.ulysses_anything)
-    streams = streams_of(reader.layouts_of(sum(counts)), sum(counts), reader.splits_text())
+    reading = reading_of(sum(counts))
+    streams = streams_of(reading.layouts, sum(counts), reading.splits_text())
     tokens = tuple(zip(*(split_evenly(stream, ranks) for stream in streams), strict=True))
     if [sum(own) for own in tokens] != counts:
         raise ValueError(

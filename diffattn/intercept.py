@@ -3,7 +3,8 @@
 Every diffusers processor ends in one of two calls, `dispatch_attention_fn(q, k, v, ...)` in (b, n, h, d) or
 `F.scaled_dot_product_attention(q, k, v, ...)` in (b, h, n, d). We run the family's own `__call__`, byte code and all,
 with those two names bound to an `Exit`. Projections, norms, rotary embeddings, fused QKV and whatever a later release
-adds stay the family's business, and no other model, class or module is touched.
+adds stay the family's business, and no other model, class or module is touched. There is one class for each class of
+processors and prefix, however many models are swapped; which layer is computed is a context variable.
 
 What it takes to make that work, also under `torch.compile(fullgraph=True)`:
 
@@ -12,15 +13,20 @@ What it takes to make that work, also under `torch.compile(fullgraph=True)`:
 - `F` becomes a copy of the module `torch.nn.functional` with one function replaced;
 - keyword defaults and closure are copied, and the new `__call__` carries the signature of the old one, because
   diffusers drops every keyword that `inspect.signature(processor.__call__)` does not name;
-- the class subclasses the family's own and ends in its name: diffusers tests both;
-- processors that diffusers looks up by class get a copy of their base's metadata.
+- the class subclasses the family's own, ends in its name and is equal to it: diffusers tests the first two, and looks
+  classes up in lists and tables; built anew by its class, a processor is the model's own attention;
+- under torch.compile, which knows no context variables, the layer is an attribute of the exit: a graph holds it only
+  while it is traced.
 """
 
+import copy
 import functools
 import itertools
+import pickle
 import sys
 import types
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch.nn.functional
@@ -35,7 +41,7 @@ class Layer(Protocol):
     """What an exit hands its call to: `diffattn.layer.SwappedLayer`."""
 
     def wants(self, query: Tensor, key: Tensor, parallel_config: Any = None) -> bool:
-        """Does the mechanism compute this call, or the model's own attention? Both tensors are (b, h, n, d)."""
+        """Is this call the mechanism's, or the model's own attention? Both tensors are (b, h, n, d)."""
         ...
 
     def attend(
@@ -51,17 +57,27 @@ class Layer(Protocol):
         ...
 
 
+_computed: ContextVar[Layer | None] = ContextVar("diffattn layer", default=None)
+"""The layer whose processor is running."""
+
+
 class Exit:
-    """Stands for the two attention functions inside one rebound `__call__`; `layer` is the layer being computed.
+    """Stands for the two attention functions inside one rebound `__call__`.
 
     With `prompts` the processor is an IP-Adapter's: what follows the layer's own attention goes to picture prompts.
     """
 
-    def __init__(self, dispatch: Callable[..., Tensor] | None, prompts: bool = False) -> None:
-        self._dispatch = dispatch
+    def __init__(self, names: dict[str, Any], prompts: bool = False) -> None:
+        self._names = names
+        """The globals of the family's own `__call__`."""
         self._prompts = prompts
         # an attribute of the object from the start: torch.compile would compile anew once it appears
-        self.layer: Layer | None = None
+        self.traced: Layer | None = None
+
+    @property
+    def layer(self) -> Layer | None:
+        """The layer being computed."""
+        return self.traced if torch.compiler.is_compiling() else _computed.get() or self.traced
 
     def dispatch_attention_fn(
         self,
@@ -80,9 +96,10 @@ class Exit:
     ) -> Tensor:
         """diffusers' dispatcher, tensors (b, n, h, d)."""
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        if self.layer is None or not self.layer.wants(q, k, parallel_config):
-            assert self._dispatch is not None
-            return self._dispatch(
+        layer = self.layer
+        if layer is None or not layer.wants(q, k, parallel_config):
+            own: Callable[..., Tensor] = self._names[DISPATCH]
+            return own(
                 query,
                 key,
                 value,
@@ -97,7 +114,8 @@ class Exit:
             )
         _refuse(dropout_p, is_causal)
         k, v = repeat_heads(k, v, q.shape[1]) if enable_gqa else (k, v)
-        return self._take().attend(q, k, v, attn_mask, scale, parallel_config).transpose(1, 2)
+        self._leave_prompts()
+        return layer.attend(q, k, v, attn_mask, scale, parallel_config).transpose(1, 2)
 
     def scaled_dot_product_attention(
         self,
@@ -111,21 +129,24 @@ class Exit:
         enable_gqa: bool = False,
     ) -> Tensor:
         """torch's function, tensors (b, h, n, d)."""
-        if self.layer is None or not self.layer.wants(query, key):
+        layer = self.layer
+        if layer is None or not layer.wants(query, key):
             return torch.nn.functional.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         _refuse(dropout_p, is_causal)
         key, value = repeat_heads(key, value, query.shape[1]) if enable_gqa else (key, value)
-        return self._take().attend(query, key, value, attn_mask, scale)
+        self._leave_prompts()
+        return layer.attend(query, key, value, attn_mask, scale)
 
-    def _take(self) -> Layer:
-        """The layer, for one call: further ones, for picture prompts, stay with the model whatever their keys."""
-        assert self.layer is not None
-        layer = self.layer
-        if self._prompts:
-            self.layer = None
-        return layer
+    def _leave_prompts(self) -> None:
+        """Further calls, for picture prompts, stay with the model whatever their keys."""
+        if not self._prompts:
+            return
+        if torch.compiler.is_compiling():
+            self.traced = None
+        else:
+            _computed.set(None)
 
 
 def _refuse(dropout_p: float, is_causal: bool) -> None:
@@ -152,78 +173,146 @@ def has_exit(processor: object) -> bool:
     return by_dispatch or by_sdpa
 
 
-def processor_class(base: type, prefix: str, attributes: dict[str, Any]) -> type:
+@functools.cache
+def processor_class(base: type, prefix: str) -> type:
     """A subclass of the processor class `base` whose attention calls go to `self.layer` (None: the model's own).
 
-    Named `<prefix><base's name>` and built by `cls()` like its base. `release` forgets it.
+    Named `<prefix><base's name>` and built by `cls()` like its base.
     """
-    exit_ = Exit(base.__call__.__globals__.get(DISPATCH), prompts="IPAdapter" in base.__name__)
-    inner, module = _rebind(base.__call__, exit_)
+    exit_ = Exit(base.__call__.__globals__, prompts="IPAdapter" in base.__name__)
+    inner, refresh = _rebind(base.__call__, exit_)
 
     @functools.wraps(base.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        former, exit_.layer = exit_.layer, self.layer
+        if torch.compiler.is_compiling():
+            former, exit_.traced = exit_.traced, self.layer
+            try:
+                return inner(self, *args, **kwargs)
+            finally:
+                exit_.traced = former
+        token = _computed.set(self.layer)
         try:
             return inner(self, *args, **kwargs)
         finally:
-            exit_.layer = former
+            _computed.reset(token)
 
-    name = f"{prefix}{base.__name__}"
-    own = {"__call__": call, "layer": None, "__module__": base.__module__, "__globals_name__": module.__name__}
-    cls = type(name, (base,), {**own, **attributes})
-    _copy_metadata(base, cls)
-    return cls
+    attributes = {
+        "__call__": call,
+        "__copy__": shallow_copy,
+        "__deepcopy__": deep_copy,
+        "__reduce_ex__": refuse_to_pickle,
+        "__module__": base.__module__,
+        "layer": None,
+        "refresh": staticmethod(refresh),
+        "mechanism": property(lambda self: None if self.layer is None else self.layer.mechanism),
+    }
+    return _PassesForBase(f"{prefix}{base.__name__}", (base,), attributes)
 
 
-def _rebind(function: Any, exit_: Exit) -> tuple[Callable[..., Any], types.ModuleType]:
-    """`function` with its attention calls bound to `exit_`, and the module that holds its globals."""
+class _PassesForBase(type):
+    """Makes a class equal to its base: diffusers looks classes of processors up in lists and tables."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__bases__[0]
+
+    def __hash__(cls) -> int:
+        return hash(cls.__bases__[0])
+
+
+def swapped_processor(processor: Any, prefix: str, layer: Layer) -> Any:
+    """A copy of a family's processor whose attention goes to `layer`."""
+    base: Any = type(processor)
+    own: Any = object.__new__(processor_class(base, prefix))
+    own.refresh()  # somebody may have patched the family's module since the class was made
+    own.__dict__.update(processor.__dict__)
+    own.__dict__["layer"] = layer
+    return own
+
+
+def layer_of(processor: Any) -> Any:
+    """The layer that a processor of ours belongs to; None for all others."""
+    return processor.__dict__.get("layer") if is_ours(processor) else None
+
+
+def is_ours(processor: Any) -> bool:
+    """Was it made by `processor_class`?"""
+    return isinstance(type(processor), _PassesForBase)
+
+
+def deep_copy(self: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy that does not ask for pickling."""
+    new: Any = object.__new__(type(self))
+    memo[id(self)] = new
+    new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    return new
+
+
+def shallow_copy(self: Any) -> Any:
+    """A copy that does not ask for pickling."""
+    new: Any = object.__new__(type(self))
+    new.__dict__.update(self.__dict__)
+    return new
+
+
+def refuse_to_pickle(self: Any, protocol: Any) -> Any:
+    """Swapped processors and what hangs on them hold classes made at run time and functions of families."""
+    raise pickle.PicklingError(
+        "a model with swapped attention cannot be pickled: call diffattn.restore first, and diffattn.apply where it is "
+        "loaded; diffattn.save writes trained weights, save_pretrained the model"
+    )
+
+
+def _rebind(function: Any, exit_: Exit) -> tuple[Callable[..., Any], Callable[[], None]]:
+    """`function` with its attention calls bound to `exit_`, and what gives it the names its module has by then."""
     module = types.ModuleType(f"diffattn._intercepted_{next(_serial)}")
-    name = module.__name__
-    module.__dict__.update(function.__globals__)
-    module.__dict__["__name__"] = name
+    sys.modules[module.__name__] = module
+    ours: dict[str, Any] = {"__name__": module.__name__}
     if DISPATCH in function.__globals__:
-        module.__dict__[DISPATCH] = exit_.dispatch_attention_fn
+        ours[DISPATCH] = exit_.dispatch_attention_fn
     if function.__globals__.get("F") is torch.nn.functional:
         functional = types.ModuleType(torch.nn.functional.__name__)
         functional.__dict__.update(torch.nn.functional.__dict__)
         functional.__dict__[SDPA] = exit_.scaled_dot_product_attention
-        module.__dict__["F"] = functional
-    sys.modules[name] = module
+        ours["F"] = functional
+
+    def refresh() -> None:
+        module.__dict__.update({**function.__globals__, **ours})
+
+    refresh()
     bound = types.FunctionType(
         function.__code__, module.__dict__, function.__name__, function.__defaults__, function.__closure__
     )
     bound.__kwdefaults__ = function.__kwdefaults__
-    return bound, module
+    return bound, refresh
+
+
+def own_attention(
+    processor: Any, settings: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """What a family's processor would compute for (b, h, n, d), by the backend that `settings` names."""
+    if DISPATCH not in type(processor).__call__.__code__.co_names:
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    out = dispatch_attention_fn(
+        *(tensor.transpose(1, 2) for tensor in (query, key, value)),
+        attn_mask=mask,
+        scale=scale,
+        backend=getattr(settings, "_attention_backend", None),
+        parallel_config=getattr(settings, "_parallel_config", None),
+    )
+    return out.transpose(1, 2)
 
 
 def without_swap(processor: Any) -> Any:
-    """The processor as its family makes it: diffusers builds processors anew by their class, and that may be ours."""
-    cls = type(processor)
-    if "__globals_name__" not in vars(cls):
+    """The processor as its family makes it, with what was set on ours since, such as a backend or scales."""
+    if not is_ours(processor):
         return processor
-    own: Any = object.__new__(cls.__bases__[0])
+    own: Any = object.__new__(type(processor).__bases__[0])
     own.__dict__.update(settings_of(processor))
     return own
 
 
 def settings_of(processor: Any) -> dict[str, Any]:
-    """What a swapped processor's attributes say beside its layer: also what was set since, such as scales."""
+    """What a swapped processor's attributes say beside its layer."""
     return {name: value for name, value in processor.__dict__.items() if name != "layer"}
-
-
-def release(cls: type) -> None:
-    """Forget a class made by `processor_class`."""
-    from diffusers.hooks._helpers import AttentionProcessorRegistry
-
-    AttentionProcessorRegistry._registry.pop(cls, None)
-    sys.modules.pop(cls.__globals_name__, None)  # type: ignore[attr-defined]
-
-
-def _copy_metadata(base: type, cls: type) -> None:
-    from diffusers.hooks._helpers import AttentionProcessorRegistry
-
-    try:
-        metadata = AttentionProcessorRegistry.get(base)
-    except ValueError:
-        return
-    AttentionProcessorRegistry.register(cls, metadata)

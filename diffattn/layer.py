@@ -1,126 +1,63 @@
-"""What one swapped layer knows when its attention is computed: mechanism, weights, grid, step."""
+"""One swapped layer: takes the queries, keys and values of its attention call to the mechanism.
 
-import contextlib
-from dataclasses import dataclass, field
+What is true of one call (grid, step, the block's input) is looked up when the call comes (`diffattn.calls`), and put
+into a `Situation`; nothing of it stays on the layer. Under `torch.compile` the lookup and the mechanism are one custom
+operator (`diffattn.compiled`), so that a graph knows neither sizes nor steps.
+"""
+
+import copy
+import math
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import context_parallel
-from .families import Layout, Read, arguments
+from . import compiled, context_parallel, intercept
+from .calls import Call, Frame, Reading, Recall, Ref, Scope, find, in_backward
 from .grid import TokenGrid
 from .mechanisms.base import Context, Mechanism
-from .steps import StepCounter
+from .situation import Situation
+from .steps import Runs
 
-_NO_BACKWARD = -1
+SWAPPED, EXACT = "swapped", "exact by the model's own kernel"
+DENSE_STEP = "dense in steps that steps= leaves out"
+TOO_FEW = "dense with fewer tokens than min_tokens"
+PERTURBED = "dense in guidance that replaces attention by its values"
+PAUSED = "dense in a pause"
 
-
-class GridReader:
-    """A forward pre-hook that reads the layout of every forward of one module and hands it to the layers inside.
-
-    Gradient checkpointing computes blocks again in the backward pass, when another forward may have come between. A
-    recomputed layer therefore takes the layout that its number of tokens had in the forward pass, and refuses where
-    two grids of equal size are under way at once. Where the module itself is computed again, it is read again.
-    """
-
-    def __init__(self, read: Read) -> None:
-        self._read = read
-        self.layouts: tuple[Layout, ...] | None = None
-        self._module: nn.Module | None = None
-        self._splits_text: bool | None = None
-        self._forwards: dict[int, _Forward] = {}
-        self._recording = False
-        self._backward = _NO_BACKWARD
-        """The backward pass in which the layout was read last."""
-
-    @torch.compiler.disable
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.layouts = self._read(module, arguments(module, args, kwargs))
-        self._module, self._splits_text = module, None
-        if context_parallel.is_parallel(module):
-            with contextlib.suppress(NotImplementedError):  # for the layers to raise, if they are wanted
-                self.splits_text()
-        self._recording = torch.is_grad_enabled()
-        self._backward = torch._C._current_graph_task_id()
-
-    def grids(self, tokens: int) -> tuple[TokenGrid, ...]:
-        """One grid for the whole batch, or one per sample where they differ."""
-        first, *others = (layout.grid(tokens) for layout in self.layouts_of(tokens))
-        return (first, *others) if any(grid != first for grid in others) else (first,)
-
-    def layouts_of(self, tokens: int) -> tuple[Layout, ...]:
-        """The layouts of the forward that a call with this many tokens belongs to."""
-        layouts = self.layouts if torch.compiler.is_compiling() else self._recall(tokens)
-        if layouts is None:
-            raise RuntimeError(
-                "a swapped layer was called outside its model, so its token grid is unknown; restore first"
-            )
-        return layouts
-
-    def splits_text(self) -> bool:
-        """Does context parallelism split text as a stream of its own? Looked up once a forward, if possible eagerly."""
-        if self._splits_text is None:
-            assert self._module is not None
-            self._splits_text = context_parallel.splits_text(self._module)
-        return self._splits_text
-
-    def _recall(self, tokens: int) -> tuple[Layout, ...] | None:
-        last = self._forwards.get(tokens)
-        backward = torch._C._current_graph_task_id()
-        if backward == _NO_BACKWARD:
-            if self._recording:
-                pending = None if last is None or last.recomputed else last
-                ambiguous = pending is not None and (pending.ambiguous or pending.layouts != self.layouts)
-                self._forwards[tokens] = _Forward(self.layouts, ambiguous)
-            return self.layouts
-        if last is None or backward == self._backward:
-            return self.layouts
-        if last.ambiguous:
-            del self._forwards[tokens]
-            raise RuntimeError(
-                f"two grids of {tokens} tokens went forward before this backward pass, and gradient checkpointing "
-                f"cannot tell them apart; run backward after each forward"
-            )
-        last.recomputed = True
-        return last.layouts
+_paused: ContextVar[frozenset["State"]] = ContextVar("diffattn paused", default=frozenset())
 
 
-@dataclass
-class _Forward:
-    layouts: tuple[Layout, ...] | None
-    ambiguous: bool
-    recomputed: bool = False
+@dataclass(eq=False)
+class State:
+    """What all swapped layers of one model share, the same in all calls."""
 
+    runs: Runs = field(default_factory=Runs)
+    chosen: Any = None
+    """Predicate on step and number of steps, given by `steps=`; None: every step."""
+    needs: frozenset[str] = frozenset()
+    """`Mechanism.needs`: what is not needed is not looked up."""
+    recall: Recall = field(default_factory=Recall)
 
-class LatentReader:
-    """A forward pre-hook on a UNet that notes the size of its latent picture."""
+    @property
+    def counts_steps(self) -> bool:
+        """Does anything depend on the step of the pipeline?"""
+        return self.chosen is not None or bool(self.needs & {"progress", "sigma", "memory"})
 
-    def __init__(self, argument: str) -> None:
-        self._argument = argument
-        self.pixels = 0
+    @property
+    def paused(self) -> bool:
+        """Is it the model's own attention for now, in this thread?"""
+        return self in _paused.get()
 
-    @torch.compiler.disable
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        height, width = arguments(module, args, kwargs)[self._argument].shape[-2:]
-        self.pixels = int(height * width)
+    def pause(self) -> Any:
+        """Begin a pause, in this thread; returns what ends it."""
+        return _paused.set(_paused.get() | {self})
 
-    def downsample(self, grid: TokenGrid) -> int:
-        """How many times coarser `grid` is along a side, rounded up."""
-        ratio = self.pixels // (grid.height * grid.width)
-        return max(1, int(-(-(ratio**0.5) // 1)))
-
-
-class Features:
-    """A forward pre-hook on a block that keeps its input until the layer has used it; dense steps need none."""
-
-    def __init__(self, layer: "SwappedLayer") -> None:
-        self._layer = layer
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        block_input = args[0] if args else kwargs["hidden_states"]
-        state = self._layer.state
-        self._layer.features = None if state.dense or state.paused else block_input
+    def go_on(self, token: Any) -> None:
+        """End the pause."""
+        _paused.reset(token)
 
 
 @dataclass(eq=False)
@@ -128,39 +65,75 @@ class SwappedLayer:
     """One attention module whose exit is ours."""
 
     name: str
-    module: nn.Module
+    ref: Ref[nn.Module]
     kind: str
     mechanism: Mechanism
     backend: str
-    reader: GridReader
-    state: "State"
+    scope: Scope
+    state: State
     index: int
     original: Any
     min_tokens: int = 0
-    latent: LatentReader | None = None
     weights: nn.Module | None = None
-    processor: Any = None
-    features: Tensor | None = field(default=None, repr=False)
+    active: bool = True
+    """False after `restore`: diffusers may set the processor again, which is then the model's own attention."""
     reached: bool = False
-    """Has the model's forward come to this layer's exit?"""
-    grid: TokenGrid | None = None
-    """Grid of the last call."""
-    shapes: tuple[Tensor, Tensor | None] | None = field(default=None, repr=False)
-    """Query and mask of the last call, without their data."""
+    """Has a forward ever come to this layer's exit?"""
+    traced: bool = False
+    """Has torch.compile gone through this layer's own attention, where nobody counts calls?"""
+    traced_features: Tensor | None = field(default=None, repr=False)
+    """The block's input while torch.compile traces the block; the graph holds it, not the layer."""
+    last: "Record | None" = field(default=None, repr=False)
+    """What the last call was, for `diffattn.summary`."""
+    key: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.key = compiled.enter(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SwappedLayer":
+        new = object.__new__(SwappedLayer)
+        memo[id(self)] = new
+        own = {name: value for name, value in self.__dict__.items() if name not in ("key", "last")}
+        new.__dict__.update(copy.deepcopy(own, memo), last=None)
+        new.key = compiled.enter(new)
+        return new
+
+    @property
+    def module(self) -> nn.Module:
+        """The attention module."""
+        module = self.ref()
+        if module is None:
+            raise ReferenceError(f"the model of layer {self.name} is gone")
+        return module
+
+    @property
+    def grid(self) -> TokenGrid | None:
+        """Grid of the last call."""
+        return None if self.last is None else self.last.situation.grids[0]
 
     def wants(self, query: Tensor, key: Tensor, parallel_config: Any = None) -> bool:
-        """False for exact mechanisms, outside the chosen steps and below `min_tokens`: the model's own attention.
+        """Is this call the mechanism's, or the model's own attention for now?
 
-        So it is where the keys are not the queries' own tokens, as those of picture prompts (IP-Adapter) are not.
+        A call with other keys than the queries' own tokens stays dense where it would anyway, and is refused else;
+        those of picture prompts (IP-Adapter) follow the layer's own and do not come here. Under torch.compile the
+        operator decides.
         """
+        if not self.active:
+            return False
         if query.shape[2] != key.shape[2]:
+            self._refuse_other_keys(query, key, parallel_config)
             return False
-        self.reached = True
-        if self.mechanism.exact or self.state.dense or self.state.paused or values_replace_attention():
+        if self.mechanism.exact:
+            if torch.compiler.is_compiling():
+                self.traced = self.reached = True
+            else:
+                self._count(EXACT, query, find(self.scope))
             return False
-        if parallel_config is None or not self.min_tokens:
-            return query.shape[2] >= self.min_tokens
-        return context_parallel.count_tokens(parallel_config, query) >= self.min_tokens
+        if values_replace_attention():
+            if not torch.compiler.is_compiling():
+                self._count(PERTURBED, query, find(self.scope))
+            return False
+        return _opaque() or self._outcome(query, parallel_config) == SWAPPED
 
     def attend(
         self,
@@ -171,82 +144,289 @@ class SwappedLayer:
         scale: float | None,
         parallel_config: Any = None,
     ) -> Tensor:
-        """The mechanism on (b, h, n, d), where the tokens may be those of one rank among several."""
+        """The layer's output for (b, h, n, d), where the tokens may be those of one rank among several."""
+        if _opaque():
+            return compiled.attend(query, key, value, mask, self._take_traced_features(query), scale, self)
+        return self._swapped(query, key, value, mask, None, scale, parallel_config)[0]
+
+    def compute(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        features: Tensor | None,
+        scale: float | None,
+        situation: Situation | None = None,
+    ) -> tuple[Tensor, Situation]:
+        """As `wants` and `attend`, for the operator; `situation` is what an earlier pass found."""
+        processor: Any = self.module.processor
+        parallel_config = getattr(processor, "_parallel_config", None)
+        dense = situation.dense if situation else self._outcome(query, parallel_config) != SWAPPED
+        if dense:
+            out = intercept.own_attention(self.original, processor, query, key, value, mask, scale)
+            return out, situation or Situation(dense=True)
+        return self._swapped(query, key, value, mask, features, scale, parallel_config, situation)
+
+    def _outcome(self, query: Tensor, parallel_config: Any) -> str:
+        """`SWAPPED`, or why the call stays dense; noted in the running call."""
+        frame = self._frame(query.shape[2])
+        outcome = self._outcome_in(frame, query, parallel_config)
+        if outcome != SWAPPED:  # which is counted with its grid
+            self._count(outcome, query, frame)
+        return outcome
+
+    def _outcome_in(self, frame: Frame | None, query: Tensor, parallel_config: Any) -> str:
+        if self.state.paused:
+            return PAUSED
+        if frame is not None and frame.call.dense:
+            return DENSE_STEP
+        if self.min_tokens and self._tokens(query, parallel_config) < self.min_tokens:
+            return TOO_FEW
+        return SWAPPED
+
+    def _refuse_other_keys(self, query: Tensor, key: Tensor, parallel_config: Any) -> None:
+        """Raise for a call with other keys than the queries' own tokens, unless it is dense anyway."""
+        if torch.compiler.is_compiling() and (self.mechanism.exact or values_replace_attention()):
+            self.traced = self.reached = True
+            return
+        frame = None if _opaque() else self._frame(query.shape[2])
+        if self.mechanism.exact:
+            outcome = EXACT
+        elif values_replace_attention():
+            outcome = PERTURBED
+        else:
+            outcome = SWAPPED if _opaque() else self._outcome_in(frame, query, parallel_config)
+        if outcome == SWAPPED:
+            raise ValueError(
+                f"{self.name} attends from {query.shape[2]} queries to {key.shape[2]} keys, as with a cache of keys or "
+                f"a reference among them: {self.mechanism} takes calls with as many keys as queries alone; leave this "
+                f"layer out by layers=, or call diffattn.restore first"
+            )
+        if frame is not None and not any(layer == id(self) for layer, *_ in frame.call.done):
+            self._count(outcome, query, frame)  # what follows a call of the layer's own are picture prompts
+
+    def _tokens(self, query: Tensor, parallel_config: Any) -> int:
+        return query.shape[2] if parallel_config is None else context_parallel.count_tokens(parallel_config, query)
+
+    def _frame(self, tokens: int) -> Frame | None:
+        """The forward that a call with this many tokens belongs to."""
+        frame = find(self.scope)
+        if frame is None:
+            return self.state.recall.find(self.scope, tokens) if in_backward() else None
+        if torch.is_grad_enabled() and not in_backward():
+            self.state.recall.note(self.scope, tokens, frame)
+        return frame
+
+    def _swapped(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        features: Tensor | None,
+        scale: float | None,
+        parallel_config: Any,
+        situation: Situation | None = None,
+    ) -> tuple[Tensor, Situation]:
+        """The mechanism's output, over all ranks, and what the call was."""
+        mask = as_four_axes(mask)
         if parallel_config is None:
-            return self._attend_all(query, key, value, as_four_axes(mask), scale)
-        shards = context_parallel.shards(parallel_config, query, self.reader)
+            return self._attend_all(query, key, value, mask, features, scale, situation)
+        if situation is not None:
+            raise NotImplementedError(
+                "a compiled model has no backward pass under context parallelism with swapped attention; train it "
+                "without torch.compile"
+            )
+        shards = context_parallel.shards(parallel_config, query, self._reading)
         context_parallel.check_mechanism(self.mechanism, self.weights, query, shards.heads[shards.rank])
-        mask = shards.gather_mask(as_four_axes(mask))
+        mask = shards.gather_mask(mask)
         q, k, v = (shards.gather(tensor) for tensor in (query, key, value))
-        return shards.scatter(self._attend_all(q, k, v, mask, scale))
+        out, found = self._attend_all(q, k, v, mask, features, scale, situation)
+        return shards.scatter(out), found
+
+    def _reading(self, tokens: int) -> Reading:
+        frame = self._frame(tokens)
+        if frame is None:
+            raise RuntimeError(
+                f"the swapped layer {self.name} was called outside its model, so its token grid is unknown; call the "
+                f"model or pipeline that was given to diffattn.apply, or diffattn.restore first"
+            )
+        return frame.readings[self.scope]
 
     def _attend_all(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
-    ) -> Tensor:
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        features: Tensor | None,
+        scale: float | None,
+        situation: Situation | None,
+    ) -> tuple[Tensor, Situation]:
         """The mechanism on all tokens; sample by sample where their grids differ."""
-        grids = self.reader.grids(query.shape[2])
-        features = self._take_features(len(query))
-        self.grid = grids[0]
-        if not torch.compiler.is_compiling():
-            self.shapes = without_data(query), None if mask is None else without_data(mask)
-        if len(grids) == 1:
-            return self._attend(query, key, value, grids[0], mask, features, scale)
+        call = Call()
+        if situation is None:
+            situation, call = self._look_up(query)
+            features = self._take_features(call, len(query)) if features is None else features
+            self.last = Record(situation, without_data(query), None if mask is None else without_data(mask))
+            if not in_backward():
+                note(call, self, SWAPPED, self.last)
+        if len(situation.grids) == 1:
+            return self._attend(query, key, value, mask, features, scale, situation, 0, call), situation
         samples = []
-        for i, grid in enumerate(grids):
+        for i in range(len(situation.grids)):
             one = slice(i, i + 1)
             own_mask = mask if mask is None or mask.shape[0] == 1 else mask[one]
             own_features = None if features is None else features[one]
-            samples.append(self._attend(query[one], key[one], value[one], grid, own_mask, own_features, scale))
-        return torch.cat(samples)
+            q, k, v = query[one], key[one], value[one]
+            samples.append(self._attend(q, k, v, own_mask, own_features, scale, situation, i, call))
+        return torch.cat(samples), situation
 
-    def _take_features(self, samples: int) -> Tensor | None:
-        """The block's input for the next samples of the batch; some families (Mochi) call sample by sample."""
-        if self.features is None:
+    def _look_up(self, query: Tensor) -> tuple[Situation, Call]:
+        """The situation of a call of this thread, and its forward."""
+        tokens, needs = query.shape[2], self.mechanism.needs
+        reading, frame = self._reading(tokens), self._frame(tokens)
+        assert frame is not None
+        call, grids = frame.call, reading.grids(tokens)
+        moment = call.moment
+        return Situation(
+            grids,
+            downsample=downsample(call.pixels, grids[0]) if call.pixels and "downsample" in needs else 1,
+            progress=moment.progress if moment and "progress" in needs else None,
+            timestep=call.timestep if "timestep" in needs else None,
+            sigma=moment.sigma if moment and "sigma" in needs else None,
+        ), call
+
+    def keep_features(self, block_input: Tensor) -> None:
+        """Note the block's input until the layer has used it; dense steps need none."""
+        if _opaque():
+            self.traced_features = block_input
+            return
+        frame = find(self.scope)
+        if frame is not None and not frame.call.dense and not self.state.paused:
+            frame.call.features[self.index] = block_input
+
+    def _take_traced_features(self, query: Tensor) -> Tensor | None:
+        features = self.traced_features
+        if features is None:
             return None
-        features, rest = self.features[:samples], self.features[samples:]
-        self.features = rest if len(rest) else None
-        return features
+        samples = query.shape[0]
+        self.traced_features = features[samples:] if features.shape[0] > samples else None
+        return features[:samples]
+
+    def _take_features(self, call: Call, samples: int) -> Tensor | None:
+        """The block's input for the next samples of the batch; some families (Mochi) call sample by sample."""
+        features = call.features.pop(self.index, None)
+        if features is None:
+            return None
+        if len(features) > samples:
+            call.features[self.index] = features[samples:]
+        return features[:samples]
 
     def _attend(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        grid: TokenGrid,
         mask: Tensor | None,
         features: Tensor | None,
         scale: float | None,
+        situation: Situation,
+        sample: int,
+        call: Call,
     ) -> Tensor:
-        context = self._context(grid, mask, features)
+        grid = situation.grids[sample]
+        context = self._context(situation, mask, features)
+        if "memory" in self.mechanism.needs and call.run is not None and not torch.is_grad_enabled():
+            turns = call.turns[id(self)] = call.turns.get(id(self), -1) + (sample == 0)
+            key_of_call = (id(self), call.sample, turns, sample)
+            context = replace(context, memory=call.run.memory(key_of_call, (grid, tuple(query.shape))))
         return self.mechanism.attend(query, key, value, grid, scale=scale, backend=self.backend, context=context)
 
-    def _context(self, grid: TokenGrid, mask: Tensor | None, features: Tensor | None) -> Context:
-        needs = self.mechanism.needs
+    def _context(self, situation: Situation, mask: Tensor | None, features: Tensor | None) -> Context:
         return Context(
             mask=mask,
             weights=self.weights,
             features=features,
-            progress=self.state.progress,
-            timestep=self.state.timestep,
-            sigma=self.state.sigma,
-            downsample=self.latent.downsample(grid) if self.latent and "downsample" in needs else 1,
-            call_index=self.index if "call_index" in needs else 0,
+            progress=situation.progress,
+            timestep=situation.timestep,
+            sigma=situation.sigma,
+            downsample=situation.downsample,
+            call_index=self.index if "call_index" in self.mechanism.needs else 0,
         )
+
+    def _count(self, outcome: str, query: Tensor, frame: Frame | None) -> None:
+        if frame is not None and not in_backward():
+            note(frame.call, self, outcome, Record(Situation(dense=True), without_data(query), None))
+
+    def assume(self, grid: TokenGrid, query: Tensor) -> None:
+        """Take this for the last call, for a table of costs without any."""
+        self.last = Record(Situation((grid,)), query, None)
 
     def flops(self, mechanism: Mechanism) -> int:
         """What `mechanism` would compute in the last call, for one sample."""
-        assert self.grid is not None and self.shapes is not None
-        query, mask = self.shapes
-        context = self._context(self.grid, mask, None)
-        return mechanism.flops(self.grid, query.shape[1], query.shape[3], context=context)
+        assert self.last is not None
+        return self.flops_of(self.last, mechanism)
+
+    def flops_of(self, record: "Record", mechanism: Mechanism) -> int:
+        """What `mechanism` would compute in a call, for one sample."""
+        query = record.query
+        if record.situation.dense:
+            return 4 * query.shape[2] ** 2 * query.shape[1] * query.shape[3]
+        context = self._context(record.situation, record.mask, None)
+        return mechanism.flops(record.situation.grids[0], query.shape[1], query.shape[3], context=context)
 
     def explain_backend(self) -> str:
         """The kernel of the last call, and why "auto" chose it."""
-        if self.grid is None or self.shapes is None:
+        if self.last is None:
             return self.backend
-        query, mask = self.shapes
-        context = self._context(self.grid, mask, None)
-        return self.mechanism.explain_backend(query, query, query, self.grid, self.backend, context)
+        query, situation = self.last.query, self.last.situation
+        context = self._context(situation, self.last.mask, None)
+        return self.mechanism.explain_backend(query, query, query, situation.grids[0], self.backend, context)
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """What one call was: its tensors are without data."""
+
+    situation: Situation
+    query: Tensor
+    mask: Tensor | None
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """Equal for calls that cost the same."""
+        mask = None if self.mask is None else (tuple(self.mask.shape), self.mask.dtype)
+        return self.situation, tuple(self.query.shape), mask
+
+
+def note(call: Call, layer: SwappedLayer, outcome: str, record: Record) -> None:
+    """Count one call of a layer."""
+    layer.reached = True
+    key = id(layer), outcome, record.signature
+    count, first = call.done.get(key, (0, record))
+    call.done[key] = count + 1, first
+
+
+def downsample(pixels: int, grid: TokenGrid) -> int:
+    """How many times coarser `grid` is than a latent picture of `pixels` cells, along a side, rounded up."""
+    return max(1, math.ceil((pixels // (grid.height * grid.width)) ** 0.5))
+
+
+class Features:
+    """A forward pre-hook on a block that hands its input to the layer."""
+
+    def __init__(self, layer: SwappedLayer) -> None:
+        self._layer = layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._layer.keep_features(args[0] if args else kwargs["hidden_states"])
+
+
+def _opaque() -> bool:
+    """Is torch.compile tracing? Not torch.export, whose program must carry the mechanism's own operations."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 def values_replace_attention() -> bool:
@@ -268,44 +448,3 @@ def as_four_axes(mask: Tensor | None) -> Tensor | None:
     if mask is None or mask.ndim == 4:
         return mask
     return mask[:, None, None] if mask.ndim == 2 else mask[:, None]
-
-
-@dataclass(eq=False)
-class State:
-    """What all swapped layers of one model share during a forward."""
-
-    steps: StepCounter | None = None
-    chosen: Any = None
-    """Predicate on the step, given by `steps=`; None: every step."""
-    needs: frozenset[str] = frozenset()
-    """`Mechanism.needs`: what is not needed is not filled in."""
-    dense: bool = False
-    paused: bool = False
-    """The model's own attention for now, whatever the step."""
-    progress: float | None = None
-    timestep: float | None = None
-    sigma: float | None = None
-
-    @property
-    def counts_steps(self) -> bool:
-        """Does anything depend on the step of the pipeline?"""
-        return self.steps is not None and (self.chosen is not None or bool(self.needs & {"progress", "sigma"}))
-
-    @property
-    def reads_timestep(self) -> bool:
-        """Does anything depend on the timestep of a model call? Reading it waits for the device."""
-        return self.counts_steps or "timestep" in self.needs
-
-    def update(self, timestep: Tensor | float) -> None:
-        """Take the timestep of one model call; of several the largest counts."""
-        if not self.reads_timestep:
-            return
-        value = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
-        self.timestep = value if "timestep" in self.needs else None
-        if not self.counts_steps:
-            return
-        assert self.steps is not None
-        self.steps.update(value)
-        self.dense = self.chosen is not None and not self.chosen(self.steps.step, self.steps.total)
-        self.progress = self.steps.progress if "progress" in self.needs else None
-        self.sigma = self.steps.sigma if "sigma" in self.needs else None

@@ -1,28 +1,87 @@
-"""The swapped layers of one model: their processors, the hooks that feed them, and the way back."""
+"""The swapped layers of one model: their processors, the hooks that tell them what runs, and the way back.
+
+A model's hooks and processors hold the swap, and the swap holds no strong reference to the model: so a swapped model
+is freed with its last reference.
+"""
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import intercept
-from .families import Family, arguments, find_layers, owner_of
-from .layer import Features, State, SwappedLayer
+from .calls import Call, Frame, KeepsFrames, Reading, Ref, Scope, find, pop, push
+from .families import Family, Read, arguments
+from .layer import SWAPPED, Features, State, SwappedLayer
 from .mechanisms.base import Mechanism
 
 logger = logging.getLogger("diffattn")
 
 _ATTRIBUTE = "_diffattn"
 
+TEXT_ARGUMENTS = ("encoder_hidden_states", "cap_feats", "pooled_projections", "class_labels")
+"""Arguments of a model's forward that tell its prompt."""
+Action = Callable[[], None]
+
+
+@dataclass
+class Entrance:
+    """A module whose forward tells some scopes their grids."""
+
+    ref: Ref[nn.Module]
+    family: Family | None
+    """Of a whole model; None: a level of a UNet, or another part."""
+    reads: dict[Scope, Read] = field(default_factory=dict)
+
+
+class Door:
+    """The forward hooks on an entrance."""
+
+    def __init__(self, swap: "ModelSwap", module: nn.Module, entrance: Entrance) -> None:
+        self._swap = swap
+        self._family = entrance.family
+        self._reads = dict(entrance.reads)
+        self._handles = [
+            module.register_forward_pre_hook(self.enter, with_kwargs=True),
+            module.register_forward_hook(self.leave, always_call=True),
+        ]
+
+    @torch.compiler.disable
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The module's forward begins."""
+        readings: dict[Scope, Any] = {s: Reading(read, module, args, kwargs) for s, read in self._reads.items()}
+        if self._family is None:
+            inside = find(self._swap.root)
+            # called by itself it knows no step
+            call = Call() if inside is None else inside.call
+        else:
+            readings[self._swap.root] = None
+            call = self._swap.begin(module, args, kwargs, self._family)
+        push(Frame(self, call, readings))
+
+    @torch.compiler.disable
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """The module's forward is over, or raised an error."""
+        frame = pop(self)
+        if frame is not None and self._family is not None and output is not None:
+            self._swap.end(module, frame.call)
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
 
 class ModelSwap:
     """The swapped layers of one model, and what it takes to undo the swap."""
 
     def __init__(self, model: nn.Module, family: Family, mechanism: Mechanism) -> None:
-        self.model = model
+        self.ref = Ref(model)
+        self.name = type(model).__name__
         self.family = family
         self.mechanism = mechanism
         """That of all layers, or of the first ones after `join`."""
@@ -30,15 +89,29 @@ class ModelSwap:
         self.layers: dict[str, SwappedLayer] = {}
         self.kept: dict[str, str] = {}
         """Attention layers left alone, and why."""
+        self.root = Scope()
+        """Stands for the model: the place of all its calls."""
+        self.entrances: list[Entrance] = []
         self.replaced_parameters: frozenset[str] = frozenset()
         """The model's parameters that hold an adapter's values."""
-        self._classes: dict[tuple[type, int], type] = {}
+        self.loaded = False
+        """Did `diffattn.load` put weights in place with it?"""
+        self.done: dict[Any, Any] = {}
+        """What the layers did in the last run, see `diffattn.layer.note`."""
         self._hooks: list[Any] = []
         self._theta: float | None = None
         self._seen: set[str] = set()
-        self._replaced: frozenset[str] = frozenset()
+        self._told: set[Any] = set()
         self._proven = False
-        self._on_undo: list[Callable[[], None]] = []
+        self._actions: list[tuple[Action, Action | None]] = []
+
+    @property
+    def model(self) -> Any:
+        """The model; raises `ReferenceError` where it is gone."""
+        model = self.ref()
+        if model is None:
+            raise ReferenceError(f"the {self.family.name} model of this swap is gone")
+        return model
 
     @property
     def mechanisms(self) -> list[Mechanism]:
@@ -49,61 +122,69 @@ class ModelSwap:
         """Take the layers of another swap of the same model, which is not in place either."""
         for layer in other.layers.values():
             layer.state = self.state
-        self.layers |= other.layers
+            layer.index = len(self.layers)
+            self.layers[layer.name] = layer
         self.kept = {name: self.kept[name] for name in self.kept.keys() & other.kept.keys()}
         self.state.needs |= other.state.needs
 
-    def on_undo(self, action: Callable[[], None]) -> None:
-        """Run `action` when the swap is undone."""
-        self._on_undo.append(action)
+    def on_undo(self, action: Action, again: Action | None = None) -> None:
+        """Run `action` when the swap is undone, and `again` where it is put back after that."""
+        self._actions.append((action, again))
 
-    def install(self) -> None:
-        """Replace an earlier swap, make the processors, hang the readers on the model; the layers stay as they are."""
+    def install(self) -> dict[str, Any]:
+        """Replace an earlier swap and hang the hooks on the model; returns a processor for each layer, not yet set."""
         former = current(self.model)
-        if former is not None:
+        if former is not None and former is not self:
+            if former.loaded and not self.loaded:
+                logger.warning(
+                    "the weights that were loaded for %s on %s are taken off with it; load them again, or apply in a "
+                    "with block, which puts them back at its end",
+                    former.mechanism,
+                    former.name,
+                )
             former.undo()
+        processors = {}
         for layer in self.layers.values():
-            layer.processor = self._wrap(layer)
+            layer.active = True
+            layer.original = intercept.without_swap(layer.module.processor)
+            processors[layer.name] = self._wrap(layer)
         self._install_hooks()
         self._scale_rope()
         setattr(self.model, _ATTRIBUTE, self)
+        return processors
 
-    def put_in_place(self) -> None:
+    def put_in_place(self, processors: dict[str, Any]) -> None:
         """Set the processors."""
-        for layer in self.layers.values():
-            layer.module.processor = layer.processor
-            self._seen.add(layer.name)
+        for name, processor in processors.items():
+            self._module(name).processor = processor
+            self._seen.add(name)
+
+    def put_back(self) -> None:
+        """Put a swap that was undone in place again, with the weights it had."""
+        self.put_in_place(self.install())
+        for _, again in self._actions:
+            if again is None:
+                logger.warning("what was added to the swap of %s is not put back: load it again", self.name)
+            else:
+                again()
+
+    def _module(self, name: str) -> Any:
+        return self.layers[name].module
 
     def _wrap(self, layer: SwappedLayer) -> Any:
-        """A copy of the layer's own processor with another class: one class per base, mechanism and swap."""
-        base = type(layer.original)
-        key = base, id(layer.mechanism)
-        if key not in self._classes:
-            prefix = type(layer.mechanism).__name__.removesuffix("Attention")
-            self._classes[key] = intercept.processor_class(base, prefix, {"mechanism": layer.mechanism})
-        cls = self._classes[key]
-        processor: Any = object.__new__(cls)
-        processor.__dict__.update(layer.original.__dict__)
-        processor.layer = layer
-        return processor
+        prefix = type(layer.mechanism).__name__.removesuffix("Attention")
+        return intercept.swapped_processor(layer.original, prefix, layer)
 
     def _install_hooks(self) -> None:
-        modules = dict(self.model.named_modules())
-        entries = find_layers(self.family, self.layers)
-        for owner, reader in {
-            (owner_of(entries[name], name), layer.reader): None for name, layer in self.layers.items()
-        }:
-            self._add_hook(modules[owner], reader)
-        for latent in {layer.latent for layer in self.layers.values()} - {None}:
-            self._add_hook(self.model, latent)
+        for entrance in self.entrances:
+            module = entrance.ref()
+            if module is not None:
+                self._hooks.append(Door(self, module, entrance))
+        own = dict(self.model.named_modules())
         for name, layer in self.layers.items():
             if "features" in layer.mechanism.needs:
-                self._add_hook(modules[name.rpartition(".")[0]], Features(layer))
-        self._add_hook(self.model, self._before_forward)
-        self._hooks.append(self.model.register_forward_hook(self._after_forward))
-
-    def _add_hook(self, module: nn.Module, hook: Any) -> None:
-        self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                block = own[name.rpartition(".")[0]]
+                self._hooks.append(block.register_forward_pre_hook(Features(layer), with_kwargs=True))
 
     def _scale_rope(self) -> None:
         factor = getattr(self.mechanism, "ntk_factor", 1.0)
@@ -116,48 +197,142 @@ class ModelSwap:
         assert self.family.rope is not None
         return self.model.get_submodule(self.family.rope)
 
-    @torch.compiler.disable
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.state.reads_timestep:
-            self.state.update(arguments(module, args, kwargs)[self.family.timestep])
-        self._warn_of_replaced()
-
-    def _warn_of_replaced(self) -> None:
-        in_place = {name for name, layer in self.layers.items() if layer.module.processor is layer.processor}
-        self._seen |= in_place
-        replaced = frozenset(self._seen - in_place)
-        if replaced and replaced != self._replaced:
-            processors = (intercept.without_swap(self.layers[name].module.processor) for name in replaced)
-            names = sorted({type(processor).__name__ for processor in processors})
-            logger.warning(
-                "%d of %d swapped layers were replaced by %s: call diffattn.apply again",
-                len(replaced),
-                len(self.layers),
-                ", ".join(names),
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], family: Family) -> Call:
+        """A forward begins, of the model or of another one that shares layers with it."""
+        self._keep_swapped()
+        self._keep_frames()
+        state = self.state
+        pipeline, inside = state.runs.pipeline_of(module)
+        call = Call(run=state.runs.enter(pipeline))
+        if not (family.latent or state.counts_steps or "timestep" in state.needs):
+            return call
+        given = arguments(module, args, kwargs)
+        if family.latent:
+            height, width = given[family.latent].shape[-2:]
+            call.pixels = int(height * width)
+        if "timestep" in state.needs:
+            call.timestep = largest(given[family.timestep])
+        if state.chosen is not None or (state.counts_steps and call.run is not None):
+            timestep = given[family.timestep]
+            call.moment = state.runs.moment(
+                pipeline, lambda: largest(timestep), in_pipeline=inside, with_sigma="sigma" in state.needs
             )
-        self._replaced = replaced
+        if state.chosen is not None and call.moment is not None:
+            call.dense = not state.chosen(call.moment.step, call.moment.total)
+            self._warn_of_no_step(call)
+        if "memory" in state.needs and call.run is not None:
+            text = fingerprint(given)
+            call.sample = text, call.run.occurrence(text)
+        return call
 
-    @torch.compiler.disable
-    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """The probe: after the first forward every swapped layer in place must have come by its exit."""
-        if self._proven or not self._seen:
+    def _warn_of_no_step(self, call: Call) -> None:
+        moment, run = call.moment, call.run
+        assert moment is not None
+        if run is None or ("steps", run.number) in self._told:
             return
-        missed = [name for name in sorted(self._seen - self._replaced) if not self.layers[name].reached]
-        if missed and may_skip(self.model):
-            return  # a later forward decides
-        if len(missed) == len(self._seen):
+        self._told = {("steps", run.number)} | {told for told in self._told if told[0] != "steps"}
+        if not any(self.state.chosen(step, moment.total) for step in range(moment.total)):
+            logger.warning(
+                "steps= picks none of the %d steps of this run, and the attention of %s stays the model's own: choose "
+                "among steps 0 to %d",
+                moment.total,
+                self.name,
+                moment.total - 1,
+            )
+
+    def end(self, module: nn.Module, call: Call) -> None:
+        """A forward of the model is over: what its layers did is noted, and looked through."""
+        with self.state.runs.lock:
+            if call.run is None:
+                self.done = call.done
+            else:
+                done = self.done = call.run.done
+                for key, (count, record) in call.done.items():
+                    done[key] = done.get(key, (0, record))[0] + count, record
+        if module is self.ref():
+            self._prove(module, call)
+
+    def _prove(self, module: nn.Module, call: Call) -> None:
+        """The probe: in every forward each swapped layer in place must have come by its exit."""
+        reached = {key[0] for key in call.done}
+        placed = [name for name in self._seen if self.in_place(name)]
+        missed = sorted(n for n in placed if id(self.layers[n]) not in reached and not self.layers[n].traced)
+        if not missed:
+            self._warn_of_small_calls(call)
+            return
+        if may_skip(module):
+            return
+        if len(missed) == len(placed):
             raise RuntimeError(
                 f"the model ran, but none of its {len(missed)} swapped layers came to an attention call (first: "
-                f"{missed[0]}): this release of diffusers calls attention in another way; call diffattn.restore"
+                f"{missed[0]}): this release of diffusers, or this way to call the model, computes attention "
+                f"elsewhere; call diffattn.restore"
             )
-        if missed:
-            logger.warning("%d swapped layers were not used in this forward: %s", len(missed), ", ".join(missed[:3]))
-        self._proven = True
+        self._once(
+            ("missed", *missed),
+            "%d swapped layers were not used in this forward: %s",
+            len(missed),
+            ", ".join(missed[:3]),
+        )
+
+    def _warn_of_small_calls(self, call: Call) -> None:
+        outcomes = {key[1] for key in call.done}
+        if SWAPPED not in outcomes and any("min_tokens" in outcome for outcome in outcomes):
+            self._once(
+                ("small",),
+                "no attention of %s was swapped in this call: all of its layers have fewer tokens than min_tokens",
+                self.name,
+            )
+
+    def _once(self, key: Any, message: str, *values: Any) -> None:
+        if key not in self._told:
+            self._told.add(key)
+            logger.warning(message, *values)
+
+    def _keep_swapped(self) -> None:
+        """Swap the processors too that something has put in place since: picture prompts, fused projections, perturbed
+        guidance, the user. `restore` takes a swap off.
+        """
+        self._seen |= {name for name in self.layers if self.in_place(name)}
+        new = {name: self._module(name).processor for name in self._seen if not self.in_place(name)}
+        lost = []
+        for name, found in new.items():
+            processor = intercept.without_swap(found)  # diffusers builds some anew by their class, and that may be ours
+            if not intercept.has_exit(processor):
+                lost.append(name)
+                continue
+            self.layers[name].original = processor
+            self._module(name).processor = self._wrap(self.layers[name])
+            kind = type(processor).__name__
+            self._once(("kept", kind), "%s was set on layers of a swapped %s: it is swapped too", kind, self.name)
+        if lost:
+            self._warn_of_replaced(lost)
+
+    def _warn_of_replaced(self, names: list[str]) -> None:
+        kinds = sorted({type(intercept.without_swap(self._module(name).processor)).__name__ for name in names})
+        self._once(
+            ("replaced", *sorted(names)),
+            "%d of %d swapped layers were replaced by %s and compute the model's own attention: call %s again",
+            len(names),
+            len(self.layers),
+            ", ".join(kinds),
+            "diffattn.load" if self.loaded else "diffattn.apply",
+        )
+
+    def _keep_frames(self) -> None:
+        """Let diffusers' checkpointing compute again in the frames of the forward."""
+        if not torch.is_grad_enabled():
+            return
+        for module in self.model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+                if checkpoint is not None and not isinstance(checkpoint, KeepsFrames):
+                    module._gradient_checkpointing_func = KeepsFrames(checkpoint)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """The model's own attention, and rotary base, inside the block; the swap stays in place."""
-        self.state.paused = True
+        token = self.state.pause()
         rope = None if self._theta is None else self._rope()
         scaled = None if rope is None else rope.theta
         if rope is not None:
@@ -165,37 +340,67 @@ class ModelSwap:
         try:
             yield
         finally:
-            self.state.paused = False
+            self.state.go_on(token)
             if rope is not None:
                 rope.theta = scaled
 
     def in_place(self, name: str) -> bool:
-        """Does the layer still carry our processor?"""
-        return self.layers[name].module.processor is self.layers[name].processor
+        """Does the layer still carry a processor of this swap?"""
+        return intercept.layer_of(self._module(name).processor) is self.layers[name]
 
     def undo(self) -> None:
         """Give the layers that still carry our processor their own back, and take the hooks away."""
         for name, layer in self.layers.items():
+            processor = self._module(name).processor
             if self.in_place(name):
-                layer.original.__dict__.update(intercept.settings_of(layer.processor))
-                layer.module.processor = layer.original
-            elif type(layer.module.processor) in self._classes.values():
-                # diffusers built it anew by its class
-                layer.module.processor = intercept.without_swap(layer.module.processor)
+                layer.original.__dict__.update(intercept.settings_of(processor))
+                self._module(name).processor = layer.original
+            elif intercept.is_ours(processor):
+                self._module(name).processor = intercept.without_swap(processor)
             elif name in self._seen:
-                logger.warning("%s carries %s now: left as it is", name, type(layer.module.processor).__name__)
-            # diffusers may hold it, to set it again later: from then on it is the model's own attention
-            layer.processor.layer = None
+                logger.warning("%s carries %s now: left as it is", name, type(processor).__name__)
+            # diffusers may hold our processor, to set it again later: from then on it is the model's own attention
+            layer.active = False
         for hook in self._hooks:
             hook.remove()
-        for action in reversed(self._on_undo):
+        self._hooks.clear()
+        for action, _ in reversed(self._actions):
             action()
         if self._theta is not None:
-            self._rope().theta = self._theta
-        for cls in self._classes.values():
-            intercept.release(cls)
+            self._rope().theta, self._theta = self._theta, None
+        for module in self.model.modules():
+            checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+            if isinstance(checkpoint, KeepsFrames):
+                module._gradient_checkpointing_func = checkpoint.checkpoint
+        self._seen.clear()
         if self.model.__dict__.get(_ATTRIBUTE) is self:
             delattr(self.model, _ATTRIBUTE)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return intercept.refuse_to_pickle(self, protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ModelSwap":
+        new: ModelSwap = intercept.deep_copy(self, memo)
+        new.done, new._told = {}, set()
+        return new
+
+
+def largest(timestep: Tensor | float) -> float:
+    """The timestep of a model call; of several the largest counts. Waits for the device."""
+    return float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
+
+
+def fingerprint(given: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Tells one prompt from another: shapes and sums of what the forward was given of it. Waits for the device."""
+    found = []
+    for name in TEXT_ARGUMENTS:
+        value = given.get(name)
+        for tensor in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(tensor, Tensor):
+                flat = tensor.detach().double().flatten()
+                weights = torch.arange(1, len(flat) + 1, device=flat.device, dtype=flat.dtype)
+                found.append((tuple(tensor.shape), float(flat.sum()), float(flat @ weights)))
+    return tuple(found)
 
 
 def current(model: nn.Module) -> ModelSwap | None:
@@ -204,6 +409,7 @@ def current(model: nn.Module) -> ModelSwap | None:
 
 
 def may_skip(model: nn.Module) -> bool:
-    """Does a cache of diffusers hang on the model, which skips whole layers in some forwards?"""
+    """Does a hook of diffusers hang on the model that skips layers in some forwards: a cache, or layer-skip guidance?"""
     registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
-    return any(hook._is_stateful for registry in registries if registry for hook in registry.hooks.values())
+    hooks = (hook for registry in registries if registry for hook in registry.hooks.values())
+    return any(hook._is_stateful or type(hook).__name__.endswith("SkipHook") for hook in hooks)

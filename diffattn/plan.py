@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from . import config, intercept
+from .calls import Ref, Scope
 from .families import Layers, Read, family_of, find_layers, owner_of
-from .layer import GridReader, LatentReader, SwappedLayer
+from .layer import SwappedLayer
 from .mechanisms.base import Mechanism
-from .model_swap import ModelSwap
+from .model_swap import Entrance, ModelSwap
 from .options import at_least, check_fields, read, shown
-from .steps import StepCounter
+from .steps import Runs
 from .unsupported import check_processor, check_supported
 
 COMPONENTS = ("unet", "transformer", "transformer_2")
@@ -102,10 +103,8 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def own_processor(module: nn.Module) -> Any:
     """A layer's processor, or the one under ours."""
-    processor: Any = module.processor
-    if isinstance(getattr(processor, "layer", None), SwappedLayer):
-        return processor.layer.original
-    return intercept.without_swap(processor)
+    layer = intercept.layer_of(module.processor)
+    return intercept.without_swap(module.processor) if layer is None else layer.original
 
 
 def plan_all(
@@ -129,16 +128,57 @@ def plan_all(
                 f"{own} needs sigma, the share of noise, which the scheduler of a pipeline tells; pass the pipeline, "
                 f"not its model"
             )
-    counter = None if isinstance(target, nn.Module) else StepCounter(target)
+    runs = Runs(None if isinstance(target, nn.Module) else target)
     chosen = step_predicate(steps)
     options: dict[str, Any] = {"backend": backend, "min_tokens": min_tokens}
     if isinstance(mechanism, Mapping):
         swaps = [plan_mixed(model, mechanism, **options) for model in models]
     else:
         swaps = [plan(model, mechanism, layers=layers, **options) for model in models]
+    _leave_shared_layers(swaps)
+    parts = [] if isinstance(target, nn.Module) else target.components.values()
     for swap in swaps:
-        swap.state.steps, swap.state.chosen = counter, chosen
+        swap.state.runs, swap.state.chosen = runs, chosen
+        for part in single_models(part for part in parts if isinstance(part, nn.Module)):
+            if part is not swap.model:
+                swap.entrances += _entrances(swap, part)
     return swaps
+
+
+def _leave_shared_layers(swaps: list[ModelSwap]) -> None:
+    """Leave layers that two models share to the first of them."""
+    first: dict[int, ModelSwap] = {}
+    for swap in swaps:
+        for name, layer in [*swap.layers.items()]:
+            owner = first.setdefault(id(layer.module), swap)
+            if owner is not swap:
+                del swap.layers[name]
+                swap.kept[name] = f"shared with {type(owner.model).__name__}, and swapped there"
+
+
+def _entrances(swap: ModelSwap, owner: nn.Module) -> list[Entrance]:
+    """The modules of `owner` whose forward tells layers of the swap their grids, and `owner` itself; none for others.
+
+    A ControlNet made from a transformer shares layers with it. It is called by itself, so its own forward has to be
+    read.
+    """
+    layers = {id(layer.module): layer for layer in swap.layers.values()}
+    shared = {name: layers[id(module)] for name, module in attention_modules(owner).items() if id(module) in layers}
+    if not shared:
+        return []
+    family = family_of(owner)
+    entries = find_layers(family, shared)
+    found = {"": Entrance(Ref(owner), family)}
+    for name, layer in shared.items():
+        if name not in entries:
+            raise ValueError(
+                f"{type(owner).__name__} shares the layer {layer.name} with {type(swap.model).__name__}, and its row "
+                f"among the families has no {name}; leave it out with layers="
+            )
+        inside = owner_of(entries[name], name)
+        entrance = found.setdefault(inside, Entrance(Ref(owner.get_submodule(inside)), None))
+        entrance.reads[layer.scope] = entries[name].read
+    return list(found.values())
 
 
 def plan_mixed(model: nn.Module, mechanisms: Mapping[str, Mechanism], *, backend: str, min_tokens: int) -> ModelSwap:
@@ -159,6 +199,7 @@ def plan_mixed(model: nn.Module, mechanisms: Mapping[str, Mechanism], *, backend
                 f"{twice[0]} by two; make them narrower"
             )
         first.join(other)
+    first.entrances = _entrances(first, model)
     return first
 
 
@@ -175,8 +216,7 @@ def plan(model: nn.Module, mechanism: Mechanism, *, layers: LayerChoice, backend
     modules = attention_modules(model)
     entries = find_layers(family, [name for name in modules if not _in_cross_block(model, name)])
     chosen = _choose(entries, layers)
-    latent = LatentReader(family.latent) if family.latent else None
-    readers: dict[tuple[str, Read], GridReader] = {}
+    scopes: dict[tuple[str, Read], Scope] = {}
     for name, module in modules.items():
         reason = _reason_to_keep(name, module, entries, chosen, mechanism, explicit=layers is not None)
         if reason is not None:
@@ -186,21 +226,21 @@ def plan(model: nn.Module, mechanism: Mechanism, *, layers: LayerChoice, backend
         entry, owner = entries[name], owner_of(entries[name], name)
         swap.layers[name] = SwappedLayer(
             name=name,
-            module=module,
+            ref=Ref(module),
             kind=entry.kind,
             mechanism=mechanism,
             backend=backend,
-            reader=readers.setdefault((owner, entry.read), GridReader(entry.read)),
+            scope=scopes.setdefault((owner, entry.read), Scope()),
             state=swap.state,
             index=len(swap.layers),
             original=own_processor(module),
             min_tokens=min_tokens,
-            latent=latent,
             weights=_weights(mechanism, name, module),
         )
     if not swap.layers:
         reasons = "; ".join(sorted(set(swap.kept.values()))) or "it has no attention layers"
         raise ValueError(f"no layer of {type(model).__name__} can carry {mechanism}: {reasons}")
+    swap.entrances = _entrances(swap, model)
     return swap
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .grid import TokenGrid
+from .layer import SWAPPED, SwappedLayer
 from .mechanisms.softmax import SoftmaxAttention
 from .model_swap import ModelSwap
 from .plan import attention_modules, models_of
@@ -26,6 +27,10 @@ class Row:
     flops_before: int | None = None
     """Exact attention on one sample of that grid; a multiply-add counts as two."""
     flops_after: int | None = None
+    calls: dict[str, int] | None = None
+    """What the layer did in the last run, or in the last forward outside a pipeline: outcome -> number of calls."""
+    computed: tuple[int, int] = (0, 0)
+    """Operations of those calls, and of exact attention in their place."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,21 @@ class Summary:
         before = sum(row.flops_before or 0 for row in known)
         return sum(row.flops_after or 0 for row in known) / before if before else None
 
+    @property
+    def calls(self) -> dict[str, int]:
+        """What the swapped layers did in the last run: `{"swapped": 48, "dense in steps that ...": 16}`."""
+        total: dict[str, int] = {}
+        for row in self.rows:
+            for outcome, count in (row.calls or {}).items():
+                total[outcome] = total.get(outcome, 0) + count
+        return total
+
+    @property
+    def computed(self) -> float | None:
+        """Share of the attention that the swapped layers computed in the last run, dense calls included."""
+        full = sum(row.computed[1] for row in self.rows)
+        return sum(row.computed[0] for row in self.rows) / full if full else None
+
     def __str__(self) -> str:
         lines = [f"{'layer':<52} {'tokens':>16} {'GFLOPs':>9} {'after':>9} {'share':>6}  attention"]
         for model, rows in itertools.groupby(self.rows, key=lambda row: row.model):
@@ -50,6 +70,9 @@ class Summary:
         share = "" if self.share is None else f"; they compute {self.share:.1%} of the attention"
         note = "" if self.share is not None or not swapped else "; costs are known after the first call"
         lines.append(f"{swapped} of {len(self.rows)} attention layers are swapped{share}{note}")
+        if self.calls:
+            told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.calls.items(), key=_swapped_first))
+            lines.append(f"last run: calls {told}; {self.computed:.1%} of the attention computed")
         return "\n".join(lines)
 
 
@@ -72,9 +95,28 @@ def _row(model: str, name: str, swap: ModelSwap) -> Row:
     if not swap.in_place(name):
         return Row(model, name, False, f"replaced by {type(layer.module.processor).__name__} since")
     note = f"{layer.mechanism} [{layer.explain_backend()}]"
+    calls, computed = _done(swap, layer)
     if layer.grid is None:
-        return Row(model, name, True, note)
-    return Row(model, name, True, note, layer.grid, layer.flops(SoftmaxAttention()), layer.flops(layer.mechanism))
+        return Row(model, name, True, note, calls=calls, computed=computed)
+    before, after = layer.flops(SoftmaxAttention()), layer.flops(layer.mechanism)
+    return Row(model, name, True, note, layer.grid, before, after, calls, computed)
+
+
+def _done(swap: ModelSwap, layer: SwappedLayer) -> tuple[dict[str, int] | None, tuple[int, int]]:
+    """What a layer did in the last run: number of calls by outcome; operations, and those of exact attention."""
+    calls: dict[str, int] = {}
+    after, before = 0, 0
+    for (owner, outcome, _), (count, record) in list(swap.done.items()):
+        if owner == id(layer):
+            calls[outcome] = calls.get(outcome, 0) + count
+            samples = count * len(record.query)
+            before += samples * layer.flops_of(record, SoftmaxAttention())
+            after += samples * layer.flops_of(record, layer.mechanism)
+    return calls or None, (after, before)
+
+
+def _swapped_first(item: tuple[str, int]) -> tuple[bool, str]:
+    return item[0] != SWAPPED, item[0]
 
 
 def _lines(rows: list[Row]) -> list[str]:

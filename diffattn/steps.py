@@ -1,71 +1,231 @@
-"""Which denoising step a pipeline is at, counted from the outside.
+"""Which denoising step a model call belongs to: a step of the scheduler that runs.
 
-Few pipelines tell their models the step, some schedulers have no step index, some models get the timestep reversed,
-and guidance may call a model twice a step. So a step is a change of the timestep that the models receive, and a run
-starts when the scheduler has new timesteps: `set_timesteps`, which every run calls, makes a new tensor.
+Few pipelines tell their models the step. The scheduler that runs is that of the pipeline that runs, which is found on
+the call stack: pipelines are copied, share their models and are made from one another, and one that was not there at
+`apply` is as good as that one. A loop written by hand has none there; then it is the scheduler of the pipeline given
+to `apply`.
+
+Where it stands, its place in `scheduler.timesteps`, is the scheduler's own step index or counter. The older ones have
+neither: for them it is the place of the timestep that the model got, or the number of its changes. Several places
+make a step in schedulers of second order and in PNDM's Runge-Kutta start, as `step_numbers` has them.
+
+A run lasts until the scheduler has new timesteps: `set_timesteps`, which every run calls, makes a new tensor.
 """
 
+import collections
+import itertools
+import sys
+import threading
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 NOT_FLOW_MATCHING = ("sigma_data", "sigma_max")
 """Config names of schedulers that count sigma from 0 to infinity, though they have no `alphas_cumprod`."""
+RUNGE_KUTTA_CALLS = 4
+"""Model calls in a step of PNDM's start."""
+HOLDERS = ("self", "components", "pipe", "pipeline")
+"""Names by which the functions of pipelines and of modular blocks hold their pipeline."""
 
 
-class StepCounter:
-    """Counts the denoising steps of one pipeline; shared by all its models."""
+@dataclass(frozen=True)
+class Moment:
+    """A step of a run, and the place in `scheduler.timesteps` that the model call belongs to."""
 
-    def __init__(self, pipeline: Any) -> None:
-        self._pipeline = weakref.ref(pipeline)
-        self._schedule: Tensor | None = None
-        self._timestep: float | None = None
-        self.step = 0
-
-    def update(self, timestep: Tensor | float) -> None:
-        """Take the timestep of one model call; of per-token timesteps the largest counts."""
-        value = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
-        schedule = self._timesteps()
-        if self._timestep is None or schedule is not self._schedule:
-            self.step = 0
-        elif value != self._timestep:
-            self.step += 1
-        self._schedule, self._timestep = schedule, value
-
-    @property
-    def total(self) -> int:
-        """Steps of this run: those that are executed, so fewer than asked for in image-to-image."""
-        return len(self._executed().unique_consecutive())
+    step: int
+    total: int
+    place: int
+    sigma: float | None = None
+    """Share of noise in the latents, see `noise_share`; None where nobody asked."""
 
     @property
     def progress(self) -> float:
-        """Fraction of this run's steps already done, in [0, 1)."""
+        """Fraction of the run's steps already done, in [0, 1)."""
         return min(self.step / self.total, 1.0)
 
-    @property
-    def sigma(self) -> float:
-        """Share of noise in the latents at this step, see `noise_share`."""
-        timesteps, executed = self._timesteps(), self._executed()
-        first = len(timesteps) - len(executed)
-        counts = executed.unique_consecutive(return_counts=True)[1].tolist()
-        before = sum(counts[: min(self.step, len(counts) - 1)])
-        return noise_share(getattr(self._pipeline(), "scheduler", None), first + before)
 
-    def _executed(self) -> Tensor:
-        """The timesteps of this run: its last ones in image-to-image."""
-        timesteps = self._timesteps()
-        return timesteps[-(getattr(self._pipeline(), "_num_timesteps", None) or len(timesteps)) :]
+class Run:
+    """One run of a scheduler, and what lives as long: what was computed, and what mechanisms keep (`Runs.memory`)."""
 
-    def _timesteps(self) -> Tensor:
-        scheduler = getattr(self._pipeline(), "scheduler", None)
-        timesteps = getattr(scheduler, "timesteps", None)
-        if not isinstance(timesteps, Tensor):
+    def __init__(self, schedule: Tensor | None) -> None:
+        self.schedule = schedule
+        self.place = 0
+        """Of the last model call."""
+        self.first: int | None = None
+        """That of the first one, where the scheduler does not tell."""
+        self.timestep: float | None = None
+        self.done: dict[Any, Any] = {}
+        """What the swapped layers did, see `diffattn.layer.note`."""
+        self.kept: dict[Any, tuple[Any, dict[str, Any]]] = {}
+        self._samples: tuple[int, collections.Counter[Any]] = (-1, collections.Counter())
+        self.number = next(_numbers)
+
+    def occurrence(self, text: Any) -> int:
+        """How many calls of this step had the same text before."""
+        place, seen = self._samples
+        if place != self.place:
+            seen = collections.Counter()
+            self._samples = self.place, seen
+        seen[text] += 1
+        return seen[text] - 1
+
+    def memory(self, key: Any, shape: Any) -> dict[str, Any]:
+        """What a mechanism kept under `key` in this run; empty at first, and after its shape has changed."""
+        known = self.kept.get(key)
+        if known is None or known[0] != shape:
+            known = self.kept[key] = (shape, {})
+        return known[1]
+
+
+_numbers = itertools.count()
+
+
+class Runs:
+    """The runs that the swapped models of one `apply` are in: one for each scheduler. Safe in threads.
+
+    A deep copy starts without any.
+    """
+
+    def __init__(self, pipeline: Any = None) -> None:
+        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self._runs: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
+        self.lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Runs":
+        given = self._pipeline() if self._pipeline is not None else None
+        return Runs(memo.get(id(given), given))
+
+    def pipeline_of(self, model: nn.Module) -> tuple[Any, bool]:
+        """The pipeline that calls `model` now, and True; else the one given to `apply`, or None, and False."""
+        found = running_pipeline(model)
+        if found is not None:
+            return found, True
+        return (None if self._pipeline is None else self._pipeline()), False
+
+    def enter(self, pipeline: Any) -> Run | None:
+        """The run that the pipeline's scheduler is in; None without a scheduler that has timesteps."""
+        scheduler = getattr(pipeline, "scheduler", None)
+        schedule = getattr(scheduler, "timesteps", None)
+        if not isinstance(schedule, Tensor):
+            return None
+        with self.lock:
+            run = self._runs.get(scheduler)
+            if run is None or run.schedule is not schedule:
+                run = self._runs[scheduler] = Run(schedule)
+            return run
+
+    def moment(
+        self, pipeline: Any, timestep: Callable[[], float], *, in_pipeline: bool = False, with_sigma: bool = False
+    ) -> Moment:
+        """Where the run of `pipeline` stands; `timestep` gives that of the model call, and may wait for the device.
+
+        Outside of the pipeline (`in_pipeline`) a scheduler that has not begun may never be asked to: a loop by hand.
+        Raises `ValueError` where the scheduler has no timesteps.
+        """
+        scheduler: Any = getattr(pipeline, "scheduler", None)
+        run = self.enter(pipeline)
+        if run is None:
+            what = "no pipeline runs, and the one given to apply is gone" if pipeline is None else (
+                f"{type(scheduler).__name__} of {type(pipeline).__name__} has none"
+            )  # fmt: skip
             raise ValueError(
-                f"steps are counted by scheduler.timesteps, but {type(scheduler).__name__} of this pipeline has none; "
-                f"apply without steps= and with a mechanism that has no step schedule"
+                f"steps are counted by scheduler.timesteps, but {what}; apply without steps= and with a mechanism "
+                f"that has no step schedule"
             )
-        return timesteps
+        length = len(scheduler.timesteps)
+        executed = min(getattr(pipeline, "_num_timesteps", None) or length, length)
+        with self.lock:
+            place, first = _place(scheduler, run, length, executed, timestep, in_pipeline)
+            if place < run.place:  # the scheduler began again by itself
+                run.kept.clear()
+            run.place = place
+        numbers = step_numbers(scheduler)[: max(1, min(executed, length - first))]
+        step = numbers[min(max(place - first, 0), len(numbers) - 1)]
+        sigma = noise_share(scheduler, place) if with_sigma else None
+        return Moment(step, numbers[-1] + 1, place, sigma)
+
+
+def _place(
+    scheduler: Any, run: Run, length: int, executed: int, timestep: Callable[[], float], in_pipeline: bool
+) -> tuple[int, int]:
+    """Index into `scheduler.timesteps` of the next model call, and of the first one of the run."""
+    begin = getattr(scheduler, "begin_index", None)
+    first = length - executed if begin is None else begin
+    if getattr(scheduler, "step_index", None) is not None:
+        place = scheduler.step_index
+    elif in_pipeline and hasattr(scheduler, "step_index"):
+        place = first
+    elif hasattr(scheduler, "counter"):  # PNDM's counts from 0 wherever it begins
+        place = first + scheduler.counter
+    else:
+        place = _place_by_timestep(run, first, timestep(), known=not hasattr(scheduler, "step_index"))
+        run.first = min(first, place) if run.first is None else run.first
+        first = run.first
+    return min(int(place), length - 1), min(int(first), length - 1)
+
+
+def _place_by_timestep(run: Run, first: int, value: float, known: bool) -> int:
+    """Where the model's timestep stands in the schedule; where it does not, or twice, the number of its changes.
+
+    Only models of the older schedulers get the timestep as it is `known` to the scheduler.
+    """
+    assert run.schedule is not None
+    found = (run.schedule.detach().cpu().double() == value).nonzero().flatten().tolist() if known else []
+    counted = first if run.timestep is None else run.place + (value != run.timestep)
+    run.timestep = value
+    return found[0] if len(found) == 1 else counted
+
+
+def step_numbers(scheduler: Any) -> list[int]:
+    """The step of each model call of a run, from 0; as many as `scheduler.timesteps`.
+
+    Schedulers of second order list two calls for each step but the last, where they ask for both. PNDM starts with
+    four calls a step, or with two for its first one where `skip_prk_steps`.
+    """
+    length, asked = len(scheduler.timesteps), getattr(scheduler, "num_inference_steps", None)
+    order = getattr(scheduler, "order", 1) or 1
+    if hasattr(scheduler, "prk_timesteps"):
+        start = 0 if scheduler.config.skip_prk_steps else len(scheduler.prk_timesteps)
+        steps = [call // RUNGE_KUTTA_CALLS for call in range(start)] if start else [0]
+        after = steps[-1] + 1 if start else 0
+        return steps + list(range(after, after + length - len(steps)))
+    if order == 1 or asked is None or length <= asked:
+        return list(range(length))
+    return [call // order for call in range(length)]
+
+
+def running_pipeline(model: nn.Module) -> Any:
+    """The innermost pipeline on the call stack that has `model` among its parts and a scheduler; else None."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        variables = frame.f_code.co_varnames
+        for name in HOLDERS:
+            if name in variables:
+                holder = frame.f_locals.get(name)
+                if holder is not None and _runs(holder, model):
+                    return holder
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _runs(holder: Any, model: nn.Module) -> bool:
+    attributes = getattr(holder, "__dict__", None)
+    if isinstance(holder, nn.Module) or not attributes or getattr(holder, "scheduler", None) is None:
+        return False
+    return any(
+        part is model or getattr(part, "_orig_mod", None) is model or model in _parts_of(part)
+        for part in attributes.values()
+        if isinstance(part, nn.Module)
+    )
+
+
+def _parts_of(part: nn.Module) -> list[nn.Module]:
+    """The networks of a wrapper such as `MultiControlNetModel`."""
+    nets = getattr(part, "nets", None)
+    return list(nets) if isinstance(nets, nn.ModuleList) else []
 
 
 def noise_share(scheduler: Any, index: int) -> float:

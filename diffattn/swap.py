@@ -34,10 +34,14 @@ logger = logging.getLogger("diffattn")
 
 
 class Handle:
-    """What `apply` returns: restores what it swapped, by `restore()` or at the end of a `with` block."""
+    """What `apply` returns: restores what it swapped, by `restore()` or at the end of a `with` block.
 
-    def __init__(self, swaps: list[ModelSwap]) -> None:
+    After a `with` block the model has what it had before: its own attention, or the swap that was in place.
+    """
+
+    def __init__(self, swaps: list[ModelSwap], former: list[ModelSwap] | None = None) -> None:
         self._swaps = swaps
+        self._former = former or []
 
     @property
     def layers(self) -> list[SwappedLayer]:
@@ -54,7 +58,7 @@ class Handle:
     def paused(self) -> Iterator[None]:
         """The models' own attention inside the `with` block, the swap left in place: a teacher's pass in distillation.
 
-        Blocks that gradient checkpointing computes again must be done before it begins.
+        It holds for this thread. Blocks that gradient checkpointing computes again must be done before it begins.
         """
         with contextlib.ExitStack() as stack:
             for swap in self._swaps:
@@ -63,10 +67,10 @@ class Handle:
 
     def restore(self) -> None:
         """Put the models' own attention back; raises `ValueError` where it is back already or was swapped anew."""
-        stale = [swap for swap in self._swaps if current(swap.model) is not swap]
+        stale = [swap for swap in self._swaps if not _in_place(swap)]
         if stale:
             raise ValueError(
-                f"this handle's swap of {type(stale[0].model).__name__} is no longer in place: nothing to restore"
+                f"this handle's swap of a {stale[0].family.name} model is no longer in place: nothing to restore"
             )
         for swap in self._swaps:
             swap.undo()
@@ -75,13 +79,22 @@ class Handle:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for swap in self._swaps:
-            if current(swap.model) is swap:
-                swap.undo()
+        mine = [swap for swap in self._swaps if _in_place(swap)]
+        for swap in mine:
+            swap.undo()
+        for former in self._former:
+            model = former.ref()
+            if model is not None and current(model) is None and any(swap.ref() is model for swap in mine):
+                former.put_back()
 
     def __repr__(self) -> str:
-        parts = [f"{len(s.layers)} layers of {type(s.model).__name__}" for s in self._swaps]
+        parts = [f"{len(s.layers)} layers of {s.name}" for s in self._swaps]
         return f"<Handle {' and '.join(map(str, self._swaps[0].mechanisms))}: {', '.join(parts)}>"
+
+
+def _in_place(swap: ModelSwap) -> bool:
+    model = swap.ref()
+    return model is not None and current(model) is swap
 
 
 def apply(
@@ -117,23 +130,23 @@ def apply(
 
 def commit(swaps: list[ModelSwap], trained: bool = False) -> Handle:
     """Put planned swaps in place; `trained` where weights made for the mechanism come along."""
+    former = [swap for swap in (current(swap.model) for swap in swaps) if swap is not None]
     for swap in swaps:
         for mechanism in swap.mechanisms:
             if not (trained or mechanism.exact):
                 _say_untrained(mechanism.type)
-        swap.install()
-        swap.put_in_place()
+        swap.put_in_place(swap.install())
         for mechanism in swap.mechanisms:
             count = sum(layer.mechanism is mechanism for layer in swap.layers.values())
-            logger.info("%s on %d layers of %s", mechanism, count, type(swap.model).__name__)
-    return Handle(swaps)
+            logger.info("%s on %d layers of %s", mechanism, count, swap.name)
+    return Handle(swaps, former)
 
 
 @functools.cache  # once per mechanism
 def _say_untrained(name: str) -> None:
     logger.warning(
         "%s takes the place of the attention that the model was trained with: expect other pictures; load weights "
-        "trained for it by diffattn.load, or keep the first steps dense by steps=slice(4, None)",
+        "trained for it by diffattn.load, or keep the first quarter of the steps dense by steps=",
         name,
     )
 
@@ -156,13 +169,13 @@ def attn_processors(
     if own is None:
         raise ValueError(f"{type(model).__name__} has no set_attn_processor in diffusers: use diffattn.apply")
     swap = plan(model, resolve(mechanism, **options), layers=layers, backend=backend, min_tokens=min_tokens)
-    swap.install()
     modules = attention_modules(model)
     # some models of diffusers (HunyuanDiT's ControlNet) give None for their own
     kept = {
         key: modules[key.removesuffix(".processor")].processor if value is None else value for key, value in own.items()
     }
-    return {**kept, **{f"{name}.processor": layer.processor for name, layer in swap.layers.items()}}
+    made = {f"{name}.processor": processor for name, processor in swap.install().items()}
+    return {**kept, **made}
 
 
 def restore(target: Any) -> None:

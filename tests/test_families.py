@@ -509,6 +509,21 @@ def test_every_list_of_controlnets(name: str) -> None:
         assert not any(row.swapped for row in diffattn.summary(several).rows)
 
 
+@torch.no_grad()
+def test_layers_that_two_models_share_are_swapped_once() -> None:
+    """Z-Image's ControlNet shares the transformer's first layers."""
+    control, tiny = BUILDERS["Z-Image-ControlNet"](), BUILDERS["Z-Image"]()
+    type(control.model).from_transformer(control.model, tiny.model)
+    wanted = [by_hand(model, model.spatial) for model in (tiny, control)]
+    pipe = Parts(transformer=tiny.model, controlnet=control.model)
+    handle = diffattn.apply(pipe, "clear", radius=RADIUS, components=["transformer", "controlnet"])
+    assert len({id(layer.module) for layer in handle.layers}) == len(handle.layers) == 6
+    for model, want in zip((tiny, control, tiny), (*wanted, wanted[0]), strict=True):
+        assert error(model.run(), want) < TOLERANCE
+    handle.restore()
+    assert torch.equal(tiny.run(), own_output("Z-Image"))
+
+
 def test_layers_without_features_are_kept_by_what_compares_them() -> None:
     """A block of Z-Image's ControlNet gets the results of all blocks before it in one tensor."""
     model = BUILDERS["Z-Image-ControlNet"]().model

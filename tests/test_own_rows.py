@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 from hand_masks import RADIUS, TOLERANCE, by_hand, error
 from models import COLUMNS, ROWS, TEXT, TIME, Tiny, Tokens, _make, draw, flux, picture_ids
-from torch import nn
+from torch import Tensor, nn
 
 import diffattn
 from diffattn.families import FAMILIES, Arguments, Family, Layers, Layout, picture, video
@@ -163,6 +164,33 @@ def test_a_row_of_ones_own(name: str, families: list[Family]) -> None:
         assert list(handle.parameters())
         assert tiny.run().isfinite().all()
     assert torch.equal(tiny.run(), dense)
+
+
+@torch.no_grad()
+def test_a_cache_of_keys_is_refused_at_its_first_call(families: list[Family]) -> None:
+    """GLM-Image's edit: keys of the picture that is edited come beside the queries' own tokens."""
+    own, tiny = OWN["GLM-Image"], glm_image()
+    families.append(Family("mine", ("GlmImageTransformer2DModel",), (Layers(own.name, "spatial", own.read),)))
+
+    def edit() -> Tensor:
+        cache = GlmImageKVCache(num_layers=2)
+        cache.set_mode("write")
+        tiny.run(kv_caches=cache)
+        cache.set_mode("read")
+        return tiny.run(kv_caches=cache)
+
+    dense = edit()
+    with diffattn.apply(tiny.model, "softmax"):
+        assert torch.equal(edit(), dense)
+    with diffattn.apply(tiny.model, "clear", radius=RADIUS) as handle:
+        with pytest.raises(
+            ValueError, match=r"transformer_blocks\.0\.attn1 attends from 59 queries to 118 keys, as with"
+        ):
+            edit()
+        with handle.paused():
+            assert torch.equal(edit(), dense)
+    with diffattn.apply(tiny.model, "clear", radius=RADIUS, min_tokens=60):
+        assert torch.equal(edit(), dense)
 
 
 def test_sparse_kandinsky_is_refused(families: list[Family]) -> None:

@@ -66,7 +66,7 @@ def test_two_settings_of_one_mechanism() -> None:
     tiny = flux()
     first, second = "transformer_blocks.*", "single_transformer_blocks.*"
     with diffattn.apply(tiny.model, {first: ClearAttention(radius=1), second: ClearAttention(radius=2)}) as handle:
-        radii = {layer.name.split(".")[0]: type(layer.module.processor).mechanism.radius for layer in handle.layers}
+        radii = {layer.name.split(".")[0]: layer.module.processor.mechanism.radius for layer in handle.layers}
         both = tiny.run()
     assert radii == {"transformer_blocks": 1, "single_transformer_blocks": 2}
     with diffattn.apply(tiny.model, ClearAttention(radius=1)):

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 import diffattn
 from diffattn.mechanisms.base import Mechanism
-from diffattn.steps import StepCounter, noise_share
+from diffattn.steps import Runs, noise_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +257,7 @@ def test_a_scheduler_without_timesteps_is_refused() -> None:
 
     pipeline = Pipeline()
     with pytest.raises(ValueError, match="apply without steps="):
-        StepCounter(pipeline).update(1.0)
+        Runs(pipeline).moment(pipeline, lambda: 1.0)
 
 
 def test_steps_need_a_pipeline() -> None:
@@ -378,12 +378,22 @@ def test_noise_in_image_to_image(case: Any, seen: list[Any], monkeypatch: pytest
         torch.testing.assert_close(torch.tensor([share for _, share in seen]), want)
 
 
-def test_a_mechanism_without_needs_reads_nothing(seen: list[Any]) -> None:
-    """Reading a timestep waits for the device."""
+def test_the_timestep_is_read_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(timestep: Any) -> float:
+        raise AssertionError("the timestep was read")
+
+    monkeypatch.setattr(diffattn.model_swap, "largest", refuse)
     pipe = Flux().pipe()
-    handle = diffattn.apply(pipe, "clear", radius=2)
-    assert not handle.layers[0].state.reads_timestep
-    assert diffattn.apply(pipe, "clear", radius=2, steps=slice(1, None)).layers[0].state.reads_timestep
+    pipe.set_progress_bar_config(disable=True)
+    diffattn.apply(pipe, "clear", radius=2)
+    Flux().run(pipe, 2)
+    diffattn.apply(pipe, "clear", radius=2, steps=slice(1, None))
+    Flux().run(pipe, 2)  # its scheduler counts
+    old = StableDiffusion().pipe()
+    old.set_progress_bar_config(disable=True)
+    diffattn.apply(old, "clear", radius=2, steps=slice(1, None))
+    with pytest.raises(AssertionError, match="the timestep was read"):
+        StableDiffusion().run(old, 2)
 
 
 def test_dual_scope_in_the_animatediff_pipeline() -> None:

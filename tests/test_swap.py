@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from models import Tiny, flux, flux_controlnet, sd15, sd35, wan
 
 import diffattn
-from diffattn import ClearAttention, TokenGrid
+from diffattn import ClearAttention, TokenGrid, calls
 
 
 def own_processors(model: Any) -> dict[str, Any]:
@@ -178,23 +178,45 @@ def test_summary_of_cross_attention_and_replaced_layers() -> None:
     assert set(notes.values()) == {"not a self-attention over the grid"}
 
 
-def test_replaced_processors_are_noticed_and_left_alone(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_swap_goes_on_over_new_processors(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
     plain = tiny.run()
     diffattn.apply(tiny.model, "clear", radius=2)
+    want = tiny.run()
     theirs = FluxAttnProcessor()
+    tiny.model.transformer_blocks[0].attn.set_processor(theirs)
+    with caplog.at_level(logging.WARNING, logger="diffattn"):
+        assert torch.equal(tiny.run(), want)
+        assert torch.equal(tiny.run(), want)
+    assert caplog.text.count("FluxAttnProcessor was set on layers of a swapped FluxTransformer2DModel") == 1
+    assert diffattn.summary(tiny.model).rows[0].swapped
+    diffattn.restore(tiny.model)
+    assert tiny.model.transformer_blocks[0].attn.processor is theirs
+    assert torch.equal(tiny.run(), plain)
+
+
+class OfAnotherKind:
+    """A processor that makes neither of the two attention calls."""
+
+    def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any, *_: Any, **__: Any) -> Any:
+        return hidden_states, encoder_hidden_states
+
+
+def test_processors_without_an_exit_are_noticed_and_left_alone(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
+    diffattn.apply(tiny.model, "clear", radius=2)
+    theirs = OfAnotherKind()
     tiny.model.transformer_blocks[0].attn.set_processor(theirs)
     with caplog.at_level(logging.WARNING, logger="diffattn"):
         tiny.run()
         tiny.run()
-    assert caplog.text.count("1 of 4 swapped layers were replaced by FluxAttnProcessor: call diffattn.apply again") == 1
+    assert caplog.text.count("1 of 4 swapped layers were replaced by OfAnotherKind and compute") == 1
+    assert caplog.text.count("call diffattn.apply again") == 1
     row = diffattn.summary(tiny.model).rows[0]
-    assert not row.swapped and row.note == "replaced by FluxAttnProcessor since"
+    assert not row.swapped and row.note == "replaced by OfAnotherKind since"
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="diffattn"):
         diffattn.restore(tiny.model)
-    assert "transformer_blocks.0.attn carries FluxAttnProcessor now: left as it is" in caplog.text
+    assert "transformer_blocks.0.attn carries OfAnotherKind now: left as it is" in caplog.text
     assert tiny.model.transformer_blocks[0].attn.processor is theirs
-    assert torch.equal(tiny.run(), plain)
 
 
 def test_the_users_attention_backend_survives(tiny: Tiny) -> None:
@@ -286,7 +308,7 @@ def test_a_model_that_no_longer_comes_to_its_exit(tiny: Tiny) -> None:
     model: FluxTransformer2DModel = tiny.model  # type: ignore[assignment]
     diffattn.apply(model, "clear", radius=2)
     for processor in own_processors(model).values():
-        processor.layer = None  # as if the family's processor called something else
+        processor.layer.wants = lambda *_: False  # as if the family's processor called something else
     with pytest.raises(RuntimeError, match="none of its 4 swapped layers came to an attention call"):
         tiny.run()
 
@@ -303,6 +325,11 @@ def test_an_untrained_swap_says_so_once(tiny: Tiny, caplog: pytest.LogCaptureFix
     assert caplog.text.count("clear takes the place of the attention that the model was trained with") == 1
 
 
+def features_of(layer: Any) -> Any:
+    frame = calls.find(layer.scope)
+    return frame and frame.call.features.get(layer.index)
+
+
 def test_a_dense_step_keeps_no_block_input() -> None:
     pipe = flux_pipeline()
     pipe.scheduler.set_timesteps(4)
@@ -310,11 +337,11 @@ def test_a_dense_step_keeps_no_block_input() -> None:
     blocks = [pipe.transformer.get_submodule(layer.name.rpartition(".")[0]) for layer in handle.layers]
     kept: list[bool] = []
     for layer, block in zip(handle.layers, blocks, strict=True):
-        block.register_forward_pre_hook(lambda *_, layer=layer: kept.append(layer.features is not None))
-    for timestep in (1.0, 0.75):
-        pipe.transformer(**{**flux().inputs, "timestep": torch.full((2,), timestep)})
+        block.register_forward_pre_hook(lambda *_, layer=layer: kept.append(features_of(layer) is not None))
+    for timestep in pipe.scheduler.timesteps[:2]:
+        pipe.transformer(**{**flux().inputs, "timestep": timestep.expand(2)})
+        pipe.scheduler.step(torch.zeros(1), timestep, torch.zeros(1))
     assert kept == [False] * len(blocks) + [True] * len(blocks)
-    assert all(layer.features is None for layer in handle.layers)
 
 
 def test_a_pause_is_the_models_own_attention_and_rotary_base() -> None:

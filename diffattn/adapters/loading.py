@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calls import Ref
 from ..model_swap import ModelSwap
 from ..options import read, shown
 from ..plan import ComponentChoice, StepChoice, models_of, plan_all
@@ -70,12 +71,14 @@ def load(
             f"{opened[0].path.name} is a LoRA without the weights that {mechanism} has of its own: {FILE_NAME} is "
             f"missing beside it"
         )
+    swap.loaded = True
     handle = commit([swap], trained=True)
     try:
         for action in actions:
             action()
         if swap.replaced_parameters or any(adapter.is_lora for adapter in opened):
-            swap.on_undo(_warn_on_save(swap.model))
+            saving = WarnsOfSaving(swap.model)
+            swap.on_undo(saving.remove, saving.put_in_place)
     except BaseException:
         handle.restore()
         raise
@@ -113,31 +116,45 @@ def _fill(
         parameter.copy_(tensors[name])
     swap.replaced_parameters = frozenset(parameters)
     if parameters:
-        swap.on_undo(lambda: _give_back(parameters, originals))
+        # partial functions, so that in a deep copy they are about the copy's parameters
+        exchange = functools.partial(_exchange, parameters, originals)
+        swap.on_undo(exchange, exchange if keep_original else None)
 
 
 @torch.no_grad()
-def _give_back(parameters: dict[str, Tensor], originals: dict[str, Tensor] | None) -> None:
-    if originals is None:
+def _exchange(parameters: dict[str, Tensor], held: dict[str, Tensor] | None) -> None:
+    """Give the parameters the values that are held, and hold those that they had."""
+    if held is None:
         logger.warning(
             "keep_original=False: %d parameters keep the adapter's values; reload the model", len(parameters)
         )
         return
     for name, parameter in parameters.items():
-        parameter.copy_(originals[name])
+        other = parameter.detach().to("cpu", copy=True)
+        parameter.copy_(held[name])
+        held[name] = other
 
 
-def _warn_on_save(model: Any) -> Callable[[], None]:
-    """Make `model.save_pretrained` say that it writes adapter weights; returns what undoes it."""
-    plain = model.save_pretrained
+class WarnsOfSaving:
+    """Makes `model.save_pretrained` say that it writes adapter weights."""
 
-    @functools.wraps(plain)
-    def save_pretrained(*args: Any, **kwargs: Any) -> Any:
+    def __init__(self, model: Any) -> None:
+        self._model = Ref(model)
+        self.put_in_place()
+
+    def put_in_place(self) -> None:
+        """From now on."""
+        model: Any = self._model()
+        model.save_pretrained = self
+
+    def remove(self) -> None:
+        """No longer."""
+        vars(self._model()).pop("save_pretrained", None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self._model()
         logger.warning(
             "save_pretrained writes attention weights that an adapter has replaced or added; diffattn.save writes the "
             "adapter alone, diffattn.restore brings the model's own weights back"
         )
-        return plain(*args, **kwargs)
-
-    model.save_pretrained = save_pretrained
-    return lambda: delattr(model, "save_pretrained")
+        return type(model).save_pretrained(model, *args, **kwargs)

@@ -5,6 +5,7 @@ metadata. `load` adds it to the model under the name `diffattn`, so that `pipe.s
 it beside others; like any LoRA loaded by diffusers, it is the only active one until then.
 """
 
+import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..calls import Ref
 from ..files import written
 from ..model_swap import ModelSwap
 from .checks import check_names, check_unfused
@@ -136,7 +138,13 @@ def add(swap: ModelSwap, adapter: Adapter, pipe: Any) -> None:
     taken = getattr(model, "peft_config", None) or {}
     name = next(name for name in (NAME, *(f"{NAME}_{i}" for i in range(1, len(taken) + 1))) if name not in taken)
     former = Former(model)
-    swap.on_undo(lambda: former.bring_back(name))
+    put_on = functools.partial(_put_on, Ref(model), adapter, name, None if pipe is None else Ref(pipe))
+    swap.on_undo(functools.partial(former.bring_back, name), put_on)
+    put_on()
+
+
+def _put_on(ref: Ref[Any], adapter: Adapter, name: str, pipe: Ref[Any] | None) -> None:
+    model: Any = ref()
     said = _said_of_lora(adapter)
     try:
         model.load_lora_adapter(
@@ -145,7 +153,7 @@ def add(swap: ModelSwap, adapter: Adapter, pipe: Any) -> None:
             adapter_name=name,
             metadata=said,
             low_cpu_mem_usage=True,  # as load_lora_weights does: the factors keep the file's dtype
-            _pipeline=pipe,
+            _pipeline=None if pipe is None else pipe(),
         )
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
@@ -166,14 +174,20 @@ class Former:
     """What a model was before a LoRA came: who was active, and which parameters were to be trained."""
 
     def __init__(self, model: Any) -> None:
-        self.model = model
-        self.active = {layer: list(layer.active_adapters) for _, layer in tuned_layers(model)}
+        self._model = Ref(model)
+        self.active = {name: list(layer.active_adapters) for name, layer in tuned_layers(model)}
         self.trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    @property
+    def model(self) -> Any:
+        """The model, which holds the swap that holds this."""
+        return self._model()
 
     def bring_back(self, name: str) -> None:
         """Take the LoRA `name` away; layers that it alone had wrapped are bare again."""
         self._unmerge(name)
-        for layer, active in self.active.items():
+        layers = dict(tuned_layers(self.model))
+        for layer, active in ((layers[path], active) for path, active in self.active.items() if path in layers):
             if layer.active_adapters == [name]:
                 layer.set_adapter([other for other in active if other in layer._all_available_adapter_names()])
         if name in (getattr(self.model, "peft_config", None) or {}):

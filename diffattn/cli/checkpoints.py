@@ -176,13 +176,13 @@ def assume_grid(model: nn.Module, handle: Handle, grid: TokenGrid, like: torch.T
         factor = 2 ** _level(model, layer.name)
         rows, columns = -(-grid.height // factor), -(-grid.width // factor)
         if layer.kind == "temporal":
-            layer.grid = TokenGrid(1, 1, grid.frames)
+            own = TokenGrid(1, 1, grid.frames)
         else:
             frames = 1 if hasattr(model, "down_blocks") else grid.frames
-            layer.grid = TokenGrid(rows, columns, frames, grid.before, grid.after)
+            own = TokenGrid(rows, columns, frames, grid.before, grid.after)
         module: Any = layer.module
-        shape = (1, module.heads, layer.grid.tokens, module.inner_dim // module.heads)
-        layer.shapes = like.new_empty(()).expand(shape), None
+        shape = (1, module.heads, own.tokens, module.inner_dim // module.heads)
+        layer.assume(own, like.new_empty(()).expand(shape))
 
 
 def _level(model: nn.Module, name: str) -> int:

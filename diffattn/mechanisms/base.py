@@ -30,6 +30,9 @@ class Context:
     """How many times coarser this layer's grid is than the latent picture, along one side."""
     call_index: int = 0
     """Number of this layer among the swapped ones: lets seeded mechanisms differ from layer to layer."""
+    memory: dict[str, Any] | None = None
+    """What this mechanism kept in an earlier step, to read and to fill: its own for each run, layer, sample (prompt and
+    half of guidance) and shape, empty at their first call. None outside a pipeline and in training."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from tiny_pipelines import TinyPipeline, flux, flux_call, wan
 from torch import Tensor
 
 import diffattn
+from diffattn.calls import find
 
 in_both_orders = pytest.mark.parametrize("order", ["before", "after"])
 
@@ -136,7 +137,7 @@ def test_its_steps_are_counted() -> None:
         everywhere = case.run()
     with diffattn.apply(case.pipe, "clear", radius=RADIUS, steps=slice(1, 3)) as handle:
         layer = handle.layers[0]
-        layer.module.register_forward_hook(lambda *_: calls.append(layer.state.dense))
+        layer.module.register_forward_hook(lambda *_: calls.append(find(layer.scope).call.dense))
         got = [case.run() for _ in range(2)]
     assert torch.equal(*got)
     assert calls == [True, True, False, False, False, False, True, True] * 2
