@@ -409,7 +409,7 @@ def current(model: nn.Module) -> ModelSwap | None:
 
 
 def may_skip(model: nn.Module) -> bool:
-    """Does a hook of diffusers hang on the model that skips layers in some forwards: a cache, or layer-skip guidance?"""
+    """Does a hook of diffusers skip layers of the model in some forwards: of a cache, or of layer-skip guidance?"""
     registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
     hooks = (hook for registry in registries if registry for hook in registry.hooks.values())
     return any(hook._is_stateful or type(hook).__name__.endswith("SkipHook") for hook in hooks)

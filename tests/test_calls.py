@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import diffattn
-from diffattn import calls, compiled, intercept
+from diffattn import calls, compiled
 from diffattn.mechanisms.base import Mechanism
 
 SHAPES = [(16, 24), (24, 16), (16, 16), (32, 8)]
