@@ -3,9 +3,10 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,78 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+_TEMPORARY = re.compile(r"\.(?P<stem>.+)-[a-z0-9_]{8}(?P<ending>\.[^.]*)?")
+
+
+def final_name(name: str) -> str | None:
+    """The name that a file of `written` would have got, by its temporary one; None for other names."""
+    match = _TEMPORARY.fullmatch(name)
+    return None if match is None else match["stem"] + (match["ending"] or "")
+
+
+def remove_temporary(path: Path) -> None:
+    """Remove what `written(path)` left where the process was killed."""
+    if path.parent.is_dir():
+        for file in list(path.parent.iterdir()):
+            if final_name(file.name) == path.name:
+                file.unlink(missing_ok=True)
+
+
+def others_in(folder: Path, own: Sequence[str]) -> Iterator[Path]:
+    """What lies in `folder`, or in a folder of the run's in it, and is not the run's own.
+
+    Args:
+        folder: need not be there.
+        own: regular expressions of the run's files, relative to the folder, part by part: `latents/.+\\.f32`. Their
+            folders count as the run's, and so do half-written files of these names that `written` left.
+    """
+    for path in _reached(folder, own):
+        if not (_is_own_file(path, folder, own) or _is_own_folder(path, folder, own)):
+            yield path
+
+
+def remove_own(folder: Path, own: Sequence[str]) -> None:
+    """Remove a run's files in `folder`, one by one, and their folders where nothing else is in them.
+
+    The folder itself stays, and links are not followed. `own`: as for `others_in`.
+    """
+    for path in sorted(_reached(folder, own), key=lambda path: len(path.parts), reverse=True):
+        if _is_own_file(path, folder, own):
+            path.unlink(missing_ok=True)
+        elif _is_own_folder(path, folder, own):
+            remove_empty(path)
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove a folder in which nothing is; any other stays."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _reached(folder: Path, own: Sequence[str]) -> Iterator[Path]:
+    """Everything in a folder and in those of its folders that are a run's."""
+    for place, folders, files in os.walk(folder):
+        yield from (Path(place) / name for name in (*sorted(folders), *sorted(files)))
+        folders[:] = [name for name in folders if _is_own_folder(Path(place) / name, folder, own)]
+
+
+def _is_own_file(path: Path, folder: Path, own: Sequence[str]) -> bool:
+    if path.is_dir() and not path.is_symlink():
+        return False
+    *parents, name = path.relative_to(folder).parts
+    return any(_fits((*parents, final_name(name) or name), pattern.split("/")) for pattern in own)
+
+
+def _is_own_folder(path: Path, folder: Path, own: Sequence[str]) -> bool:
+    parts = path.relative_to(folder).parts
+    is_folder = path.is_dir() and not path.is_symlink()
+    return is_folder and any(_fits(parts, pattern.split("/")[:-1][: len(parts)]) for pattern in own)
+
+
+def _fits(parts: Sequence[str], patterns: Sequence[str]) -> bool:
+    return len(parts) == len(patterns) and all(map(re.fullmatch, patterns, parts))
 
 
 def _umask() -> int:

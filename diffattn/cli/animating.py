@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .frame import Device, Dtype, Seed, app, complain, examples, output_option, quiet
+from .frame import Device, Dtype, Overwrite, Seed, app, complain, examples, output_option, quiet
 from .videos import bar, once, parse_rate
 
 MODEL = "--checkpoint x-portrait"
@@ -49,6 +49,7 @@ def animate(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was stopped, from its folder OUTPUT.work.")
     ] = False,
+    overwrite: Overwrite = False,
     start: Annotated[int, typer.Option(min=0, help="First frame used.", rich_help_panel=DRIVING)] = 0,
     frames: Annotated[
         int | None, typer.Option(min=1, help="Most frames used. Default: all.", rich_help_panel=DRIVING)
@@ -122,7 +123,8 @@ def animate(
         checkpoint=checkpoint,
         output=output,
         preview=preview,
-        faces=f"{provider} {model or ''}" if landmarks is None else digest(landmarks),
+        faces=f"{provider} {'' if model is None else digest(model)}" if landmarks is None else digest(landmarks),
+        overwrite=overwrite,
         resume=resume,
         settings=portrait.Settings(
             steps=steps,

@@ -5,7 +5,9 @@ line on stderr, Ctrl-C with 130; `diffattn --debug ...` shows where an error cam
 """
 
 import contextlib
+import dis
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,14 +15,25 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 DEBUG = "DIFFATTN_DEBUG"
 CHATTY = ("torchao", "torch.utils._pytree")
 """Loggers that warn of missing GPU kernels whenever diffusers finds torchao installed."""
 WRONG_INPUT, INTERRUPTED = 2, 130
-EXPECTED_ERRORS = (ValueError, TypeError, ImportError, OSError, NotImplementedError, MemoryError)
-"""What the library raises for wrong input, files that cannot be read or written, and extras that are missing."""
+EXPECTED_ERRORS = (ValueError, ImportError, OSError, NotImplementedError, MemoryError)
+"""What is raised for wrong input, files that cannot be read or written, and extras that are missing."""
+EXPECTED_NAMES = {"OutOfMemoryError", "SafetensorError", "FFmpegError", "UnpicklingError", "BadZipFile", "HTTPError"}
+"""Classes of other libraries for the same, told by name because nothing heavy is imported here."""
+EXPECTED_WORDS = (
+    "can't allocate memory",
+    "not enough memory",
+    "PytorchStreamWriter failed",
+    "PytorchStreamReader failed",
+)
+"""Of RuntimeErrors that torch raises where memory or disk are full, or a file is cut off."""
+MAY_BE_INFINITE = ("growth",)
+"""Options that take `inf`."""
 
 
 class Commands(TyperGroup):
@@ -34,7 +47,7 @@ class Commands(TyperGroup):
         except typer.Abort:
             code = INTERRUPTED
         except Exception as error:
-            if not (hasattr(error, "format_message") or isinstance(error, EXPECTED_ERRORS)) or os.environ.get(DEBUG):
+            if not is_expected(error) or os.environ.get(DEBUG):
                 raise
             complain(error)
             code = WRONG_INPUT
@@ -43,13 +56,72 @@ class Commands(TyperGroup):
         sys.exit(code or 0)
 
 
+class Command(TyperCommand):
+    """Refuses values that can mean nothing: no numbers, and empty names of files."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments of one command."""
+        rest = super().parse_args(ctx, args)
+        for param in self.params:
+            found = ctx.params.get(param.name)
+            for value in found if isinstance(found, (list, tuple)) else (found,):
+                check_value(param, value)
+        return rest
+
+
+def check_value(param: Any, value: Any) -> None:
+    """Raise `ValueError` for a number that is none or without end, and for a path without a name."""
+    name = next((text for text in param.opts if text.startswith("--")), param.metavar or param.name)
+    if (
+        isinstance(value, float)
+        and not math.isfinite(value)
+        and (math.isnan(value) or param.name not in MAY_BE_INFINITE)
+    ):
+        raise ValueError(f"expected a finite number for {name}; got {value}; give another")
+    if value == "" and getattr(getattr(param, "type", None), "name", "") == "path":
+        raise ValueError(f"expected the name of a file or folder for {name}; got nothing; give one")
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether an error is of the input or the machine, and no bug.
+
+    A TypeError counts where code raised it by itself; one that Python raised is a bug.
+    """
+    if hasattr(error, "format_message") or isinstance(error, EXPECTED_ERRORS):
+        return True
+    if isinstance(error, TypeError):
+        return _raised_on_purpose(error)
+    if EXPECTED_NAMES & {kind.__name__ for kind in type(error).__mro__}:
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in EXPECTED_WORDS)
+
+
+def _raised_on_purpose(error: BaseException) -> bool:
+    """Whether the last instruction of the traceback is a `raise`."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return False
+    code = trace.tb_frame.f_code.co_code
+    return dis.opname[code[trace.tb_lasti]] == "RAISE_VARARGS"
+
+
 def complain(error: Exception) -> None:
     """Print an error as one line."""
     text = error.format_message() if hasattr(error, "format_message") else str(error)
     typer.echo(f"diffattn: error: {' '.join(text.split()) or type(error).__name__}", err=True)
 
 
-app = typer.Typer(cls=Commands, rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
+class App(typer.Typer):
+    """A `typer.Typer` whose commands are `Command`s."""
+
+    def command(self, name: str | None = None, **options: Any) -> Any:
+        """See `typer.Typer.command`."""
+        return super().command(name, **{"cls": Command, **options})
+
+
+app = App(cls=Commands, rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
 
 
 def examples(*lines: str) -> str:
@@ -58,11 +130,19 @@ def examples(*lines: str) -> str:
 
 
 _COMMON = "Every command takes"
+MOST_SEED = 2**63 - 1
+"""That torch's generators take."""
 Seed = Annotated[
-    int, typer.Option("--seed", min=0, help="Of all random numbers: same seed, same result.", rich_help_panel=_COMMON)
+    int,
+    typer.Option(
+        "--seed", min=0, max=MOST_SEED, help="Of all random numbers: same seed, same result.", rich_help_panel=_COMMON
+    ),
 ]
 UnusedSeed = Annotated[
-    int, typer.Option("--seed", min=0, help="Accepted as everywhere; nothing here is random.", rich_help_panel=_COMMON)
+    int,
+    typer.Option(
+        "--seed", min=0, max=MOST_SEED, help="Accepted as everywhere; nothing here is random.", rich_help_panel=_COMMON
+    ),
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps, or auto.", rich_help_panel=_COMMON)]
 Dtype = Annotated[
@@ -80,6 +160,9 @@ def output_option(text: str) -> Any:
     return typer.Option("--output", help=text, rich_help_panel=_COMMON)
 
 
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an output that is there; without it that is refused.")
+]
 Options = Annotated[
     list[str] | None,
     typer.Option(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 from tqdm import tqdm
 
-from .frame import Device, Dtype, Seed, app, complain, examples, output_option, quiet
+from .frame import Device, Dtype, Overwrite, Seed, app, complain, examples, output_option, quiet
 from .videos import bar, once, parse_rate
 
 MODEL = "--checkpoint star"
@@ -47,6 +47,7 @@ def video_upscale(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was stopped, from its folder OUTPUT.work.")
     ] = False,
+    overwrite: Overwrite = False,
     start: Annotated[int, typer.Option(min=0, help="First frame used.", rich_help_panel=INPUT)] = 0,
     frames: Annotated[
         int | None, typer.Option(min=1, help="Most frames used. Default: all.", rich_help_panel=INPUT)
@@ -116,6 +117,7 @@ def video_upscale(
         prompt=prompt,
         negative_prompt=negative_prompt,
         resume=resume,
+        overwrite=overwrite,
         settings=star.UpscaleSettings(
             num_inference_steps=steps,
             guidance_scale=guidance,

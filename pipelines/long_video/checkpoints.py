@@ -11,7 +11,6 @@ whole.
 
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffattn.files import write_json, written
+from diffattn.files import remove_empty, remove_own, write_json, written
 from diffattn.parallel.plan import FramePlan
 
 from .config import LongVideoConfig
 
+MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{6,})")
 _FILE = re.compile(r"frames-(\d{6,})-(\d{6,})\.safetensors")
 
@@ -60,8 +60,8 @@ class Checkpoints:
         partial = target.with_name(f".{target.name}.partial")
         own = self.plan.own
         if self.plan.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            drop(partial)
+            partial.mkdir(parents=True, exist_ok=True)
         self.plan.gather_objects(None)
         tensors = {"latents": state.latents, **state.tensors}
         with written(partial / f"frames-{own.start:06d}-{own.stop:06d}.safetensors") as file:
@@ -69,11 +69,11 @@ class Checkpoints:
         names = self.plan.gather_objects(f"frames-{own.start:06d}-{own.stop:06d}.safetensors")
         if self.plan.rank == 0:
             manifest = {"step": state.step, "config": self.config.to_dict(), "files": names, "numbers": state.numbers}
-            write_json(partial / "manifest.json", manifest)
-            shutil.rmtree(target, ignore_errors=True)
+            write_json(partial / MANIFEST, manifest)
+            drop(target)
             partial.rename(target)
             for folder in list(found_in(self.folder).values())[: -self.keep]:
-                shutil.rmtree(folder)
+                drop(folder)
 
     def read(self, folder: Path, device: torch.device) -> State:
         """This rank's frames of a checkpoint, whoever wrote them."""
@@ -92,8 +92,11 @@ class Checkpoints:
 
     def check(self, folder: Path) -> dict[str, Any]:
         """The manifest; raises `ValueError` where the checkpoint is of another video, or lacks a file."""
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        former = LongVideoConfig.from_dict(manifest["config"])
+        try:
+            manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            former = LongVideoConfig.from_dict(manifest["config"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"cannot read {folder / MANIFEST}: {error}; remove {folder}") from error
         different = self.config.same_video(former)
         if different:
             name = different[0]
@@ -112,9 +115,16 @@ class Checkpoints:
         return manifest
 
 
+def drop(checkpoint: Path) -> None:
+    """Remove the files of a checkpoint, the manifest first: without it there is none."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    remove_own(checkpoint, (_FILE.pattern, re.escape(MANIFEST)))
+    remove_empty(checkpoint)
+
+
 def found_in(folder: Path) -> dict[int, Path]:
     """Step -> folder of every whole checkpoint, from the first to the last."""
     if not folder.is_dir():
         return {}
-    found = {path: _NAME.fullmatch(path.name) for path in folder.iterdir()}
+    found = {path: _NAME.fullmatch(path.name) for path in folder.iterdir() if (path / MANIFEST).is_file()}
     return dict(sorted((int(match[1]), path) for path, match in found.items() if match))

@@ -13,7 +13,7 @@ from diffattn.mechanisms.dual_scope import EARLY, LATE, DualScopeAttention
 from diffattn.mechanisms.scopes import Phase
 from diffattn.parallel.noise import FrameNoise
 
-from .prompts import PromptRange, check_ranges
+from .prompts import PromptRange, as_ranges, check_ranges
 
 SCHEDULERS = ("own", "dpmsolver++", "sde-dpmsolver++")
 
@@ -68,14 +68,27 @@ class LongVideoConfig:
         for name in ("frames", "height", "width", "steps", "fps", "model_fps"):
             _check_int(name, getattr(self, name), 1)
         _check_int("blend", self.blend, 0)
-        if not isinstance(self.guidance, (int, float)) or not math.isfinite(self.guidance):
-            raise ValueError(f"guidance must be a number, got {self.guidance!r}")
+        for name in ("guidance", "attn_scale"):
+            if not _is_number(getattr(self, name)):
+                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
+        for name in ("model", "negative_prompt", "unet"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (name != "unet" or value is not None):
+                raise ValueError(f"{name} must be a text, got {value!r}")
+        if not isinstance(self.token_num_scale, bool):
+            raise ValueError(f"token_num_scale must be true or false, got {self.token_num_scale!r}")
+        for name in ("local_phase", "global_phase"):
+            _check_phase(name, getattr(self, name))
         if self.mode not in ("clean", "official"):
             raise ValueError(f"mode must be 'clean' or 'official', got {self.mode!r}")
         if self.scheduler not in SCHEDULERS:
             raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {self.scheduler!r}")
         object.__setattr__(self, "prompts", tuple(sorted(self.prompts, key=lambda part: part.first)))
         if self.lengths is not None:
+            if not isinstance(self.lengths, (list, tuple)) or not self.lengths:
+                raise ValueError(f"lengths must be a list of numbers of frames, got {self.lengths!r}")
+            for length in self.lengths:
+                _check_int("each of lengths", length, 1)
             object.__setattr__(self, "lengths", tuple(self.lengths))
         check_ranges(self.prompts, self.frames)
         FrameNoise(self.seed)
@@ -110,16 +123,12 @@ class LongVideoConfig:
         ]
         if missing:
             raise ValueError(f"the config lacks {', '.join(missing)}")
-        prompts = tuple(
-            part if isinstance(part, PromptRange) else PromptRange(part["frames"][0], part["frames"][1], part["prompt"])
-            for part in values["prompts"]
-        )
         phases = {
             name: tuple(values[name])
             for name in ("local_phase", "global_phase")
-            if name in values and values[name] is not None
+            if isinstance(values.get(name), (list, tuple))
         }
-        return cls(**{**values, "prompts": prompts, **phases})
+        return cls(**{**values, "prompts": as_ranges(values["prompts"], "prompts"), **phases})
 
     def same_video(self, other: "LongVideoConfig") -> list[str]:
         """The names of fields that make another video: a checkpoint of it can't be gone on with."""
@@ -138,6 +147,20 @@ def check_names(values: Any, known: list[str], where: str) -> None:
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(f"{where} has unknown entries {', '.join(unknown)}; known are {', '.join(known)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_phase(name: str, value: Any) -> None:
+    """Raise `ValueError` for what is neither None nor (t, local_bias, global_bias)."""
+    if value is None:
+        return
+    if not isinstance(value, tuple) or len(value) != 3 or not all(map(_is_number, value[1:])):
+        raise ValueError(f"{name} must be [t, local_bias, global_bias] or null, got {value!r}")
+    if value[0] is not None and not _is_number(value[0]):
+        raise ValueError(f"the t of {name} must be a number or null, got {value[0]!r}")
 
 
 def _check_int(name: str, value: Any, least: int) -> None:

@@ -53,10 +53,16 @@ def from_official(values: dict[str, Any]) -> dict[str, Any]:
     check_names(pipe, PIPE, "pipe_configs")
     check_names(plugins, PLUGINS, "plugin_configs")
     _tell_ignored({"": values, "pipe_configs.": pipe, "plugin_configs.": plugins})
-    clips = len(values.get("devices", [0])) or 1
+    devices = values.get("devices", [0])
+    if not isinstance(devices, list):
+        raise ValueError(f"devices must be a list, such as [0, 1], got {devices!r}")
+    clips = len(devices) or 1
     prompts, length = pipe.get("prompts"), pipe.get("num_frames", 24)
     if not isinstance(prompts, list) or not prompts:
         raise ValueError(f"pipe_configs.prompts must be a list of texts, got {prompts!r}")
+    for number, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt, str):
+            raise ValueError(f"pipe_configs.prompts, entry {number}: expected a text, got {prompt!r}")
     if type(length) is not int or length < 1:
         raise ValueError(f"pipe_configs.num_frames must be a whole number of at least 1, got {length!r}")
     names = {"steps": "steps", "guidance_scale": "guidance", "fps": "model_fps", "export_fps": "fps"}
@@ -77,6 +83,8 @@ def _attention(given: Any) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: attn[name] for name in ("padding", "top_k", "attn_scale", "token_num_scale") if name in attn
     }
+    if not isinstance(attn.get("dynamic_scale", False), bool):
+        raise ValueError(f"plugin_configs.attn.dynamic_scale must be true or false, got {attn['dynamic_scale']!r}")
     for name in ("local_phase", "global_phase"):
         found[name] = _phase(attn.get(name), name) if attn.get("dynamic_scale", False) else None
     if attn.get("dynamic_scale", False) and not (found["local_phase"] and found["global_phase"]):
@@ -96,7 +104,7 @@ def _phase(given: Any, name: str) -> tuple[float, float, float] | None:
 
 def _mended(given: Any, where: str) -> dict[str, Any]:
     """The entries under the names that the released code reads."""
-    check_names(given, list(given), where)
+    check_names(given, list(given) if isinstance(given, dict) else [], where)
     for slip in set(given) & set(SLIPS):
         logger.warning("%s.%s: read as %s", where, slip, SLIPS[slip])
     return {SLIPS.get(name, name): value for name, value in given.items()}

@@ -8,7 +8,6 @@ dual-scope attention, so the video does not depend on the number of ranks. Sourc
 https://arxiv.org/abs/2406.16260; see `docs/long-video.md` for the differences to the released code.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from diffattn.files import remove_empty
+from diffattn.outputs import check_frames, trim_frames
 from diffattn.parallel import FrameNoise, FramePlan, apply_on_clips, frame_prompts
 
 from .checkpoints import Checkpoints, State
@@ -27,6 +28,7 @@ from .fps_unet import FpsUNet3D
 from .prompts import places
 from .scheduling import draws_noise, make_scheduler, put_state, state_of
 from .video import join_parts, write_part, write_pictures
+from .work import WorkFolder
 
 Report = Callable[[str], Any]
 """Called with where the run is, such as "step 3 of 20"."""
@@ -51,6 +53,7 @@ class LongVideoPipeline:
         work: Path | None = None,
         checkpoints: Checkpoints | None = None,
         resume: State | None = None,
+        overwrite: bool = False,
     ) -> Tensor:
         """Make the video and return this rank's latents, `(frames, channels, height, width)`.
 
@@ -59,14 +62,19 @@ class LongVideoPipeline:
             work: folder of the parts of a video file, the same for all ranks. None: beside `output`.
             checkpoints: where and when to save.
             resume: what a checkpoint gave, to go on from.
+            overwrite: remove what a folder for pictures has of a longer video; without it that raises `ValueError`.
         """
+        if output is not None and output.suffix == "":
+            check_frames(output, config.frames, overwrite=overwrite, option="output")
         self.report("the prompts")
         text = self.encode_prompts(config)
         scheduler, state = self.start(config, resume)
         with apply_on_clips(self.unet, self.plan, config.attention(), mode=config.mode):
             latents = self.denoise(config, text, scheduler, state, checkpoints)
         if output is not None:
-            self.write(latents, config, output, work or work_folder(output))
+            self.write(latents, config, output, work or WorkFolder(output).path)
+            if work is None and self.plan.rank == 0:
+                remove_empty(WorkFolder(output).path)
         return latents
 
     def check(self, config: LongVideoConfig) -> None:
@@ -141,6 +149,8 @@ class LongVideoPipeline:
         if output.suffix == "":
             write_pictures(frames, output, self.plan.own.start)
             self.plan.gather_objects(None)
+            if self.plan.rank == 0:
+                trim_frames(output, config.frames)
             return
         parts = [work / "parts" / f"part-{rank:04d}.mp4" for rank in range(self.plan.ranks)]
         write_part(frames, parts[self.plan.rank], config.fps)
@@ -148,7 +158,9 @@ class LongVideoPipeline:
         if self.plan.rank == 0:
             self.report("joining the parts")
             join_parts(parts, self.plan.lengths, output, config.fps)
-            _remove(parts)
+            for part in parts:
+                part.unlink()
+            remove_empty(parts[0].parent)
         self.plan.gather_objects(None)
 
     def decode(self, latents: Tensor) -> Iterator[NDArray[np.uint8]]:
@@ -159,17 +171,3 @@ class LongVideoPipeline:
             picture = self.vae.decode((frame[None] / scale).to(self.vae.dtype), return_dict=False)[0][0]
             levels = ((picture.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
             yield levels.permute(1, 2, 0).cpu().numpy()
-
-
-def _remove(parts: list[Path]) -> None:
-    """The parts, and their folders where nothing else is in them."""
-    for part in parts:
-        part.unlink()
-    parts[0].parent.rmdir()
-    with contextlib.suppress(OSError):
-        parts[0].parent.parent.rmdir()
-
-
-def work_folder(output: Path) -> Path:
-    """Where a run keeps its checkpoints and parts, unless told otherwise."""
-    return output.with_name(f"{output.name}.work")

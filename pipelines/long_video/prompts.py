@@ -24,10 +24,19 @@ class PromptRange:
 
 def read_prompts(path: Path) -> tuple[PromptRange, ...]:
     """The ranges of a prompt file, as they stand there; `check_ranges` says whether they fit a video."""
-    entries = read_json(path)
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path}: expected a list of ranges, such as {_EXAMPLE}, got {type(entries).__name__}")
-    return tuple(_range(entry, f"{path}, entry {number}") for number, entry in enumerate(entries, 1))
+    return as_ranges(read_json(path), str(path))
+
+
+def as_ranges(entries: Any, where: str) -> tuple[PromptRange, ...]:
+    """The ranges of a list as JSON has it; raises `ValueError` that names the entry, and `where` the list stands."""
+    if not isinstance(entries, (list, tuple)):
+        raise ValueError(f"{where}: expected a list of ranges, such as {_EXAMPLE}, got {json.dumps(entries)}")
+    if not entries:
+        raise ValueError(f"{where}: at least one prompt is needed, such as {_EXAMPLE}, got none")
+    return tuple(
+        entry if isinstance(entry, PromptRange) else _range(entry, f"{where}, entry {number}")
+        for number, entry in enumerate(entries, 1)
+    )
 
 
 _EXAMPLE = '[{"frames": [0, 120], "prompt": "a calm sea"}]'

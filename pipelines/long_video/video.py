@@ -4,7 +4,6 @@ A part is a whole file by itself, with a key frame first and no frames that lean
 next can follow. Nobody holds more than one frame and one packet. An output without an ending is a folder of PNG files.
 """
 
-import tempfile
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -13,30 +12,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffattn.files import written
-from diffattn.video import ENDINGS, VideoWriter, pyav
+from diffattn.outputs import VIDEO_ENDINGS, check_file, check_frames, check_video_size
+from diffattn.video import VideoWriter, pyav
 
 
-def check_output(output: Path, height: int, width: int) -> None:
-    """Raise before the work where `output` could not be written after it."""
+def check_output(output: Path, height: int, width: int, *, overwrite: bool = False, count: int | None = None) -> None:
+    """Raise before the work where `output` could not be written after it, or would replace another video.
+
+    `count`: frames of a run that goes on; so many may be in a folder for pictures.
+    """
     if output.suffix == "":
-        if output.exists() and not output.is_dir():
-            raise ValueError(f"--output {output} is a file, expected a folder for pictures, or a name in {ENDINGS}")
-        folder = output
-    else:
-        if output.suffix.lower() not in ENDINGS:
-            raise ValueError(f"--output must end in {', '.join(ENDINGS)}, or be a folder for pictures, got {output}")
-        if output.is_dir():
-            raise ValueError(f"--output {output} is a folder; give the name of a file in it")
-        if height % 2 or width % 2:
-            raise ValueError(f"a video file needs even sides, got {height} x {width} pixels; give a folder")
-        pyav()
-        folder = output.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"--output: cannot write into {folder}: {error.strerror or error}") from error
+        check_frames(output, count, overwrite=overwrite)
+        return
+    check_file(output, VIDEO_ENDINGS, overwrite=overwrite)
+    if height % 2 or width % 2:
+        raise ValueError(f"a video file needs even sides, got {height} x {width} pixels; give a folder")
+    check_video_size(height, width)
+    pyav()
 
 
 def write_pictures(frames: Iterable[NDArray[np.uint8]], folder: Path, first: int) -> None:

@@ -9,10 +9,9 @@ the disk, and a run that was stopped goes on after its last whole step.
 """
 
 import contextlib
-import hashlib
+import functools
 import inspect
 import itertools
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +25,9 @@ from torch import Tensor
 
 from diffattn.clip import Clip, digest, read_opaque
 from diffattn.media import side_by_side
-from diffattn.video import VideoWriter
+from diffattn.outputs import VIDEO_ENDINGS, check_file, check_video_size
+from diffattn.video import VideoWriter, pyav
+from diffattn.work import CONTENTS, digest_folder
 
 from .alignment import Picture, resize
 from .checks import check_windows
@@ -101,6 +102,8 @@ class Animation:
     faces: str = ""
     """Tells what finds the faces apart from other finders, for a run that is resumed."""
     resume: bool = False
+    overwrite: bool = False
+    """Replace an output, and a preview, that are there."""
 
     def __post_init__(self) -> None:
         check_windows(
@@ -113,14 +116,16 @@ class Animation:
             if path.resolve() in taken:
                 raise ValueError(f"{name} {path} is {taken[path.resolve()]}; give another name")
             taken[path.resolve()] = name
-            VideoWriter(path, self.driving.rate)
+            own = self.resume and path == self.output and self.work.wrote_output
+            check_file(path, VIDEO_ENDINGS, overwrite=self.overwrite, own=own, option=name)
+        pyav()
 
     @property
     def side(self) -> int:
         """Of what the networks make, in pixels."""
         return CELL * unet_number(self.checkpoint, "sample_size")
 
-    @property
+    @functools.cached_property
     def work(self) -> WorkFolder:
         """Where the run keeps what it has."""
         return WorkFolder(self.output)
@@ -140,9 +145,10 @@ class Animation:
         Raises `ValueError` for a checkpoint, pictures, faces or a work folder that do not fit; nothing is left then.
         """
         source = read_opaque(self.source)
-        pipe = open_pipeline(self.checkpoint, device, dtype)
+        self._check_sizes(source)
         self.work.open(self._fingerprint(device, dtype), self.resume)
         try:
+            pipe = open_pipeline(self.checkpoint, device, dtype)
             self._try_writing()
             ready = self.work.controls.is_dir()
             controls = self.work.read_controls() if ready else self._write_controls(source, finder, progress)
@@ -156,23 +162,31 @@ class Animation:
 
     def _fingerprint(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         """What the video depends on, as JSON has it."""
-        parts = sorted(path for path in self.checkpoint.rglob("*") if path.is_file())
-        facts = [
-            (str(path.relative_to(self.checkpoint)), path.stat().st_size, path.stat().st_mtime_ns) for path in parts
-        ]
         return {
             **asdict(self.settings),
-            "source": digest(self.source),
-            "driving": self.driving.digest(),
+            CONTENTS: {
+                "source": digest(self.source),
+                "driving video": self.driving.digest(),
+                "checkpoint": digest_folder(self.checkpoint),
+            },
             "start": self.driving.start,
             "frames": self.driving.count,
             "skip": self.driving.skip,
             "rate": str(self.driving.rate),
             "faces": self.faces,
-            "checkpoint": hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
             "device": device.type,
             "dtype": str(dtype),
         }
+
+    def _check_sizes(self, source: Pixels) -> None:
+        """Raise where the frames are too large for a video file."""
+        check_video_size(*(source.shape[:2] if self.settings.paste else (self.side, self.side)))
+        if self.preview is not None:
+            square = np.zeros((self.side, self.side, 3), dtype=np.uint8)
+            result = source if self.settings.paste else square
+            row = [source, next(self.driving.frames()), square, square, result]
+            widths = sum(max(1, round(pixels.shape[1] * self.side / pixels.shape[0])) for pixels in row)
+            check_video_size(self.side, widths)
 
     def _try_writing(self) -> None:
         """Raise where a video of this kind cannot be written with that sound."""
@@ -269,6 +283,7 @@ class Run:
                 for writer in preview:
                     writer.write(self._sheet(number, frame, result))
         os.replace(made, animation.output)
+        animation.work.note_output()
 
     def _features(self) -> tuple[EncodedWhenRead, EncodedWhenRead]:
         """Of the control pictures, which stay on the disk."""

@@ -13,7 +13,6 @@ The control pictures are written and read a few at a time, so that memory does n
 """
 
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffattn import work
-from diffattn.files import written
+from diffattn.files import remove_own, written
 
 from .alignment import Picture
 from .face import POINTS, Points
@@ -69,13 +68,19 @@ class Controls:
 class WorkFolder(work.WorkFolder):
     """That of one output."""
 
+    own = (
+        r"controls(\.partial)?/(driving|local|points|source)\.npy",
+        r"state\.safetensors",
+        r"(trial|video)\.\w+",
+    )
+
     def write_controls(
         self, pictures: Iterable[tuple[Picture, Picture]], points: Sequence[Points | None], source: Points | None
     ) -> Controls:
         """Keep the control pictures of all frames, RGB from 0 to 1, as they come; whole or not at all."""
         partial = self.path / "controls.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        remove_own(partial, (r".+\.npy",))
+        partial.mkdir(exist_ok=True)
         nobody = np.full((POINTS, 2), np.nan)
         with (partial / "driving.npy").open("wb") as driving, (partial / "local.npy").open("wb") as local:
             for number, pair in enumerate(pictures):

@@ -9,8 +9,7 @@ last whole step.
 """
 
 import contextlib
-import hashlib
-import json
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +23,9 @@ from torch import Tensor
 
 from diffattn.clip import Clip
 from diffattn.color import to_bytes
-from diffattn.video import VideoWriter
+from diffattn.outputs import VIDEO_ENDINGS, check_file, check_video_size
+from diffattn.video import VideoWriter, pyav
+from diffattn.work import CONTENTS, digest_folder
 
 from .memory import plan_memory
 from .opening import check_checkpoint, count_steps, open_pipeline, untrained
@@ -64,14 +65,18 @@ class Upscaling:
     negative_prompt: str | None = None
     """None: the pipeline's own."""
     resume: bool = False
+    overwrite: bool = False
+    """Replace an output that is there."""
 
     def __post_init__(self) -> None:
         check_checkpoint(self.checkpoint)
         if self.output.resolve() == self.clip.path.resolve():
             raise ValueError(f"--output {self.output} is the input; give another name")
-        VideoWriter(self.output, self.clip.rate)
+        own = self.resume and self.work.wrote_output
+        check_file(self.output, VIDEO_ENDINGS, overwrite=self.overwrite, own=own)
+        pyav()
 
-    @property
+    @functools.cached_property
     def work(self) -> WorkFolder:
         """Where the run keeps what it has."""
         return WorkFolder(self.output)
@@ -103,6 +108,7 @@ class Upscaling:
         disk; nothing is left then.
         """
         plan = self._plan(progress)
+        check_video_size(*plan.target)
         self.work.open(self._fingerprint(device, dtype), self.resume)
         try:
             self._check_room(plan, device, dtype, offload, force, tell)
@@ -144,21 +150,16 @@ class Upscaling:
 
     def _fingerprint(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         """What the video depends on, as JSON has it."""
-        parts = sorted(path for path in self.checkpoint.rglob("*") if path.is_file())
-        facts = [
-            (str(path.relative_to(self.checkpoint)), path.stat().st_size, path.stat().st_mtime_ns) for path in parts
-        ]
         return {
             **asdict(self.settings),
             "scale": self.scale,
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
-            "input": self.clip.digest(),
+            CONTENTS: {"input": self.clip.digest(), "checkpoint": digest_folder(self.checkpoint)},
             "start": self.clip.start,
             "frames": self.clip.count,
             "skip": self.clip.skip,
             "rate": str(self.clip.rate),
-            "checkpoint": hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
             "device": device.type,
             "dtype": str(dtype),
         }
@@ -226,6 +227,7 @@ class Run:
                 pixels = to_bytes(frame[None], truncate=settings.official)[0]
                 video.write(pixels.permute(1, 2, 0).numpy())
         os.replace(work.video, self.upscaling.output)
+        work.note_output()
 
     def _source(self) -> Iterator[Tensor]:
         """The clip's frames, (1, 3, rows, columns) in 0..1."""

@@ -24,6 +24,8 @@ from .store import FolderStore
 class WorkFolder(work.WorkFolder):
     """That of one output."""
 
+    own = (r"latents/[\w.]+\.(f32|json)", r"state\.json", r"(trial|video)\.\w+")
+
     def __init__(self, output: Path) -> None:
         super().__init__(output)
         self.latents = self.path / "latents"

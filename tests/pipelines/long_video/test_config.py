@@ -90,6 +90,8 @@ def test_unknown_and_missing_fields_are_named() -> None:
     [
         ("{", "is no JSON file"),
         ("{}", "expected a list of ranges"),
+        ("[]", "at least one prompt is needed"),
+        ('["a"]', 'entry 1: expected {"frames"'),
         ('[{"frames": [0, 4]}]', 'entry 1: expected {"frames"'),
         ('[{"frames": [0, "4"], "prompt": "a"}]', 'entry 1: expected {"frames"'),
     ],
@@ -154,3 +156,54 @@ def test_without_dynamic_scale_there_are_no_phases() -> None:
 def test_what_an_official_file_gets_wrong_is_named(attn: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         from_official(official(**attn))
+
+
+RANGES = [{"frames": [0, 7], "prompt": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": [*RANGES, {"prompt": "a"}]}, 'prompts, entry 2: expected {"frames": '),
+        ({"prompts": 5}, "prompts: expected a list of ranges, such as .*, got 5"),
+        ({"prompts": ["a", "b"]}, "prompts, entry 1: expected"),
+        ({"prompts": [{"frames": 7, "prompt": "a"}]}, "prompts, entry 1: expected"),
+        ({"frames": "7"}, "frames must be a whole number"),
+        ({"frames": 7.0}, "frames must be a whole number"),
+        ({"guidance": "9"}, "guidance must be a number, got '9'"),
+        ({"guidance": True}, "guidance must be a number"),
+        ({"attn_scale": None}, "attn_scale must be a number"),
+        ({"model": 3}, "model must be a text, got 3"),
+        ({"unet": 3}, "unet must be a text"),
+        ({"negative_prompt": None}, "negative_prompt must be a text"),
+        ({"lengths": 7}, "lengths must be a list of numbers of frames, got 7"),
+        ({"lengths": ["7"]}, "each of lengths must be a whole number"),
+        ({"local_phase": "abc"}, "local_phase must be .t, local_bias, global_bias. or null, got 'abc'"),
+        ({"global_phase": [1, 2]}, "global_phase must be"),
+        ({"global_phase": ["x", 1, 1]}, "the t of global_phase must be a number"),
+        ({"mode": ["clean"]}, "mode must be"),
+        ({"scheduler": {}}, "scheduler must be one of"),
+        ({"token_num_scale": "no"}, "token_num_scale must be true or false"),
+        ({"seed": "1"}, "seed must be an int"),
+    ],
+)
+def test_an_entry_of_the_wrong_kind_is_named(changes: dict[str, Any], message: str) -> None:
+    values = {"frames": 7, "height": 16, "width": 16, "prompts": RANGES, **changes}
+    with pytest.raises(ValueError, match=message):
+        LongVideoConfig.from_dict(json.loads(json.dumps(values)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pipe_configs": 5}, "pipe_configs must be a JSON object"),
+        ({"pipe_configs": {"prompts": ["a", 3]}}, "pipe_configs.prompts, entry 2: expected a text, got 3"),
+        ({"devices": 4}, "devices must be a list"),
+        ({"plugin_configs": None}, "plugin_configs must be a JSON object"),
+        ({"plugin_configs": {"attn": 3}}, "plugin_configs.attn must be a JSON object"),
+        ({"plugin_configs": {"attn": {"dynamic_scale": "yes"}}}, "dynamic_scale must be true or false"),
+    ],
+)
+def test_an_entry_of_the_wrong_kind_in_an_official_file_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_official({**official(), **changes})

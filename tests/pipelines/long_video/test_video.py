@@ -91,13 +91,15 @@ def test_outputs_that_can_not_be_written_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder.mp4").mkdir()
     for output, size, message in (
-        (tmp_path / "out.gif", 16, "must end in .mp4"),
+        (tmp_path / "out.gif", 16, "expected a file name that ends in .mp4"),
         (tmp_path / "folder.mp4", 16, "is a folder"),
-        (tmp_path / "file", 16, "is a file, expected a folder"),
-        (tmp_path / "file" / "out.mp4", 16, "cannot write into"),
+        (tmp_path / "file", 16, "expected a folder for --output; got .*, which is a file"),
+        (tmp_path / "file" / "out.mp4", 16, "expected a folder to write to"),
         (tmp_path / "out.mp4", 15, "needs even sides"),
     ):
         with pytest.raises(ValueError, match=message):
             check_output(output, size, 16)
+    with pytest.raises(ValueError, match="at most 16384 pixels a side"):
+        check_output(tmp_path / "out.mp4", 16, 16386)
     check_output(tmp_path / "new" / "out.mp4", 16, 16)
-    assert not list((tmp_path / "new").iterdir())
+    assert not (tmp_path / "new").exists()

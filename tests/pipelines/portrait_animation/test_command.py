@@ -171,7 +171,8 @@ def test_a_part_of_the_driving_video(inputs: Path, tmp_path: Path) -> None:
     assert (found.frames, found.rate, found.height, found.width) == (2, 5, files.SIDE, files.SIDE)
     begin, end = files.sound_of(output) or (1, 0)
     assert begin == pytest.approx(0, abs=0.15) and end == pytest.approx(0.4, abs=0.15)
-    succeed(inputs, output, *part, "--fps", "30000/1001", points=points, driving=folder)
+    assert f"{output} is there, and --output would replace it" in refusal(inputs, output, *part, points=points)
+    succeed(inputs, output, *part, "--fps", "30000/1001", "--overwrite", points=points, driving=folder)
     assert (probe(output).frames, probe(output).rate, files.sound_of(output)) == (2, Fraction(15000, 1001), None)
 
 
