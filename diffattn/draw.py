@@ -25,6 +25,9 @@ ERROR_GAIN = 2.0
 LARGEST_MASK = 4096
 """Most tokens whose whole matrix is drawn; more would be finer than the picture's pixels."""
 
+FIGURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".svg", ".pdf", ".eps")
+"""Of the files that matplotlib writes a figure to."""
+
 
 def figure_class() -> Any:
     """matplotlib's `Figure`; used without pyplot, which keeps global state and wants a display."""

@@ -1,6 +1,7 @@
 """Pictures in files: found, read as 8-bit RGB the right way up, written whole or not at all, laid side by side."""
 
 import glob
+import logging
 import os
 import re
 import struct
@@ -18,6 +19,9 @@ from diffattn.files import written
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 """Endings of what counts as a picture in a folder."""
 
+UNREAD_ENDINGS = (".avif", ".heic", ".heif", ".gif", ".jp2", ".j2k", ".jxl", ".psd", ".svg", ".dng", ".cr2", ".nef")
+"""Endings of pictures that a folder may hold, and that are left out of it with a line."""
+
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 """Endings that `write_picture` takes."""
 
@@ -28,6 +32,8 @@ _LABEL, _GAP = 16, 4
 """Least height of the text on a comparison sheet, and the space around it, in pixels."""
 
 Pixels = NDArray[np.uint8]
+
+logger = logging.getLogger("diffattn")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +67,7 @@ def read_picture(path: str | os.PathLike[str] | BinaryIO) -> Picture:
     try:
         with Image.open(path) as image:
             icc = image.info.get("icc_profile")
+            _tell_frames(path, image)
             pixels, alpha = _split(ImageOps.exif_transpose(image))
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
@@ -74,6 +81,14 @@ def read_picture(path: str | os.PathLike[str] | BinaryIO) -> Picture:
 
 def _size(path: str | os.PathLike[str] | BinaryIO) -> int:
     return path.seek(0, os.SEEK_END) if hasattr(path, "seek") else Path(path).stat().st_size
+
+
+def _tell_frames(path: str | os.PathLike[str] | BinaryIO, image: Image.Image) -> None:
+    """Say that a file has more than the picture that is read; photographs with a small copy (MPO) apart."""
+    count = getattr(image, "n_frames", 1)
+    if count > 1 and image.format != "MPO":
+        what = "pages" if image.format == "TIFF" else "frames"
+        logger.warning("%s: has %d %s; only the first is read", path, count, what)
 
 
 def _split(image: Image.Image) -> tuple[Pixels, Pixels | None]:
@@ -155,8 +170,9 @@ def find_pictures(inputs: Sequence[str | Path]) -> list[Path]:
         if path.is_file():
             files = [path]
         else:
-            names = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(given), recursive=True))
+            names = list(path.iterdir() if path.is_dir() else map(Path, glob.glob(str(given), recursive=True)))
             files = sorted((file for file in names if _looks_like_picture(file)), key=_natural)
+            _tell_left_out(names)
         if not files:
             raise ValueError(
                 f"expected a picture, a folder of pictures or a pattern of their names; got {str(given)!r}, which "
@@ -165,6 +181,13 @@ def find_pictures(inputs: Sequence[str | Path]) -> list[Path]:
         for file in files:
             found.setdefault(file.resolve(), file)
     return list(found.values())
+
+
+def _tell_left_out(names: Sequence[Path]) -> None:
+    """Say which pictures of a folder are of a kind that is not read."""
+    unread = [file for file in names if file.suffix.lower() in UNREAD_ENDINGS and not file.name.startswith(".")]
+    for file in sorted(unread, key=_natural):
+        logger.warning("%s: left out, %s files are not read; convert it to .png or .jpg", file, file.suffix.lower())
 
 
 def _looks_like_picture(file: Path) -> bool:

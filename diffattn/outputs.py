@@ -3,6 +3,7 @@
 The checks make no folder and leave no file. They raise `ValueError` in one line that names the option.
 """
 
+import io
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -12,13 +13,8 @@ from PIL import Image
 
 from .files import final_name
 from .media import LONGEST_SIDE
+from .video import LONGEST_SIDE as LONGEST_VIDEO_SIDE
 
-VIDEO_ENDINGS = (".mp4", ".mov", ".mkv")
-"""Of video files."""
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-"""Of pictures, as `diffattn.media.write_picture` takes them."""
-LONGEST_VIDEO_SIDE = 16384
-"""Pixels that x264 encodes along a side."""
 LARGEST_VIDEO = (2**31 - 1) // 8
 """FFmpeg encodes fewer than so many pixels, with a border of 128 in rows and columns."""
 
@@ -38,7 +34,7 @@ def check_file(
         own: what is there was made by the run that goes on now.
         option: that `path` was given by.
     """
-    if path.is_dir():
+    if _exists(path, option) and path.is_dir():
         raise ValueError(
             f"expected a file name for {option}; got {path}, which is a folder; name a file in it{_such(endings)}"
         )
@@ -82,6 +78,17 @@ def check_video_size(height: int, width: int) -> None:
         )
 
 
+def check_picture_ending(path: Path, *, option: str = "--output") -> None:
+    """Raise unless Pillow writes pictures by the ending of `path`; it reads more kinds than it writes."""
+    kind = Image.registered_extensions().get(path.suffix.lower(), "")
+    try:
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), kind)
+    except (KeyError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{option} {path}: cannot write {path.suffix!r}; use .png, .jpg, .webp or, for videos, .mp4"
+        ) from error
+
+
 def check_picture_size(path: Path, height: int, width: int) -> None:
     """Raise for a picture that the format of `path` cannot hold."""
     kind = Image.registered_extensions().get(path.suffix.lower(), "")
@@ -117,13 +124,16 @@ def _try_place(folder: Path, name: str, option: str) -> None:
     """Make a file by the name that it would first be written by, in the nearest folder that is there."""
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if _exists(place, option))
     if not there.is_dir():
-        raise ValueError(f"expected a folder to write to for {option}; got {there}, which is a file; give another name")
+        raise ValueError(
+            f"expected a folder to write to for {option}; got {folder}, and {there} is a file; give another name"
+        )
     try:
         with tempfile.NamedTemporaryFile(prefix=f".{Path(name).stem}-", suffix=Path(name).suffix, dir=there):
             pass
     except OSError as error:
         raise ValueError(
-            f"expected a folder to write to for {option}; got {there}: {error.strerror or error}; give another one"
+            f"expected a folder to write to for {option}; got {folder}, and {there} cannot be written: "
+            f"{error.strerror or error}; give another one"
         ) from error
 
 

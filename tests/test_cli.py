@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors import SafetensorError
 from typer.testing import CliRunner, Result
 
 from diffattn import ClearAttention, TokenGrid, tiny
@@ -23,8 +25,9 @@ from diffattn.cli.arguments import (
 from diffattn.cli.checkpoints import summarize
 from diffattn.cli.generate import save
 from diffattn.measure import attention_share
+from diffattn.outputs import check_frames
 
-COMMANDS = ("demo", "generate", "summary", "list", "bench", "mask")
+COMMANDS = ("demo", "generate", "summary", "list", "bench", "mask", "long-video")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -257,7 +260,8 @@ def test_generate_compares_and_numbers_its_pictures(model: str, tmp_path: Path) 
 
 def test_generate_repeats_itself_by_seed_only(model: str, tmp_path: Path) -> None:
     def picture(seed: int) -> np.ndarray:
-        succeed("generate", model, "--prompt", "a ring", "--steps", 1, "--seed", seed, "--output", tmp_path / "a.png")
+        options = ["--steps", 1, "--seed", seed, "--output", tmp_path / "a.png", "--overwrite"]
+        succeed("generate", model, "--prompt", "a ring", *options)
         return np.asarray(Image.open(tmp_path / "a.png"))
 
     first = picture(1)
@@ -280,3 +284,158 @@ def test_videos_are_written_as_frames_where_nothing_can_encode_them(
     paths = save(videos, tmp_path / "waves.mp4")
     assert paths == [tmp_path / "waves-0", tmp_path / "waves-1"] and "diffattn[video]" in caplog.text
     assert Image.open(paths[1] / "frame-0001.png").getpixel((0, 0)) == (0, 255, 0)
+
+
+def test_generate_replaces_nothing_unasked(model: str, tmp_path: Path) -> None:
+    basics = ["generate", model, "--prompt", "x", "--steps", 1, "--output", tmp_path / "a.png"]
+    (tmp_path / "a-full.png").write_bytes(b"mine")
+    assert "a-full.png is there" in refusal(*basics, "--mechanism", "clear", "-o", "radius=2", "--compare")
+    (tmp_path / "a.png").write_bytes(b"mine")
+    assert "a.png is there, and --output would replace it: add --overwrite" in refusal(*basics)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"a.png": b"mine", "a-full.png": b"mine"}
+
+
+def test_a_large_picture_is_compared_with_the_models_own_attention(model: str, tmp_path: Path) -> None:
+    size = ["--size", "128x192", "--via", 64, "--steps", 2, "--strength", 0.5, "--growth", "inf"]
+    swap = ["--mechanism", "clear", "-o", "radius=2"]
+    text = succeed("generate", model, "--prompt", "x", *swap, *size, "--compare", "--output", tmp_path / "a.png")
+    assert "clear, 128x192: 1 steps, " in text and "own attention, 128x192: 1 steps, " in text
+    assert "PSNR between them" in text and " dB" in text
+    pictures = [np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "a-full.png")]
+    assert all(picture.shape == (128, 192, 3) for picture in pictures)
+    assert not np.array_equal(*pictures)
+
+
+def test_a_size_that_was_rounded_is_told(model: str, tmp_path: Path) -> None:
+    sides = ["--height", 50, "--width", 70, "--steps", 1]
+    text = succeed("generate", model, "--prompt", "x", *sides, "--output", tmp_path / "a.png")
+    assert "48 x 64 pixels instead of 50 x 70: FluxPipeline rounds them" in text
+
+
+OUTPUTS = ("demo", "generate", "summary", "list", "bench", "mask", "upscale", "animate", "video-upscale", "long-video")
+BASICS: dict[str, list[str]] = {
+    "generate": ["tiny", "--prompt", "x"],
+    "summary": ["tiny", "-o", "radius=3"],
+    "mask": ["clear", "-o", "radius=2"],
+    "upscale": ["in.png", "--checkpoint", ".", "--base", "."],
+    "animate": ["in.png", "in.mp4", "--checkpoint", "."],
+    "video-upscale": ["in.mp4", "--checkpoint", "."],
+    "long-video": ["--prompt", "x"],
+}
+
+
+@pytest.mark.parametrize("command", OUTPUTS)
+def test_an_empty_output_is_refused(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "expected the name of a file or folder for --output" in refusal(
+        command, *BASICS.get(command, []), "--output", ""
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["demo", "generate", "summary", "list", "bench", "mask", "long-video"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    name = {"long-video": "v.mp4"}.get(command, "a.png")
+    basics = [command, *BASICS.get(command, [])]
+    for folder in ("file", "/proc/nowhere", "a" * 300):
+        line = refusal(*basics, "--output", f"{folder}/{name}")
+        assert "--output" in line and folder in line
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a.mp4", "FluxPipeline makes pictures, and --output"),
+        ("a.mkv", "makes pictures"),
+        ("a.psd", "cannot write '.psd'"),  # Pillow reads these only
+        ("a.webp", "expected sides of at most 16383 pixels for WEBP"),
+    ],
+)
+def test_generate_refuses_a_name_that_does_not_fit_what_is_made(
+    model: str, tmp_path: Path, name: str, words: str
+) -> None:
+    line = ["generate", model, "--prompt", "x", "--width", 16400, "--output", tmp_path / name]
+    assert words in refusal(*line)
+    assert not list(tmp_path.iterdir())
+
+
+def test_frames_of_a_longer_video_are_not_mixed_in(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "lime", "blue")]
+    save([frames], tmp_path / "waves")
+    with pytest.raises(ValueError, match="waves has 3 frames of another video"):
+        check_frames(tmp_path / "waves")
+    (tmp_path / "waves" / "frame-mine.png").touch()
+    save([frames[:2]], tmp_path / "waves")
+    names = sorted(path.name for path in (tmp_path / "waves").iterdir())
+    assert names == ["frame-0000.png", "frame-0001.png", "frame-mine.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "tiny", "--prompt", "x", "--height", "1"], "expected --height of at least 8 pixels"),
+        (["generate", "tiny", "--prompt", "x", "--width", "7"], "expected --width of at least 8 pixels"),
+        (["demo", "--height", "7"], "expected --height of at least 8 pixels"),
+        (
+            ["generate", "tiny", "--prompt", "x", "--guidance", "nan"],
+            "expected a finite number for --guidance; got nan",
+        ),
+        (["generate", "tiny", "--prompt", "x", "--guidance", "inf"], "expected a finite number for --guidance"),
+        (
+            ["generate", "tiny", "--prompt", "x", "--size", "64x64", "--strength", "nan"],
+            "a finite number for --strength",
+        ),
+        (["generate", "tiny", "--prompt", "x", "--size", "64x64", "--growth", "nan"], "a finite number for --growth"),
+        (["generate", "", "--prompt", "x"], "no folder ''"),
+        (["demo", "--radius", "inf"], "expected a finite number for --radius"),
+        (["bench", "--heads", "9999999999"], "expected a number of at most 2147483647 for --heads"),
+        (["demo", "--model", "tiny:video", "--prompt", "x"], "makes videos, and the demonstration pictures"),
+        (["list", "--seed", "99999999999999999999"], "--seed"),
+        (["list", "--device", "meta"], "--device meta has no memory"),
+        (["list", "--device", "xpu"], "--device xpu: this torch cannot use it here"),
+        (["list", "--device", "mps"], "--device mps: this torch cannot use it here"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_values_that_mean_nothing_end_with_one_line(arguments: list[str], words: str, tmp_path: Path) -> None:
+    assert words in refusal(*arguments, "--output", tmp_path / "a.png")
+
+
+def test_pythons_own_type_error_is_a_bug_and_one_of_ours_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ours(*_: Any) -> None:
+        raise TypeError("expected a number")
+
+    def bug(*_: Any) -> None:
+        len(3)  # type: ignore[arg-type]
+
+    line = ["mask", "clear", "-o", "radius=2"]
+    monkeypatch.setattr("diffattn.draw.plot_mask", ours)
+    assert "expected a number" in refusal(*line, "--output", "no-such-file.png")
+    monkeypatch.setattr("diffattn.draw.plot_mask", bug)
+    assert isinstance(invoke(*line, "--output", "no-such-file.png").exception, TypeError)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+        SafetensorError("Error while deserializing header: incomplete metadata"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_the_machine_lacks_ends_with_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("diffattn.draw.plot_mask", full)
+    line = refusal("mask", "clear", "-o", "radius=2", "--output", tmp_path / "a.png")
+    assert str(error).split(":")[0] in line and not list(tmp_path.iterdir())

@@ -28,8 +28,13 @@ def parse_device(text: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise ValueError(f"--device {text}: this torch sees {count} CUDA devices; use --device cpu")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"--device {text}: this torch has no MPS here; use --device cpu")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"--device {text}: this torch cannot use it here ({reason}); use --device cpu") from error
+    if device.type == "meta":
+        raise ValueError("--device meta has no memory to compute in; use --device cpu")
     return device
 
 
@@ -48,7 +53,7 @@ def parse_grid(text: str, before: int = 0, after: int = 0) -> TokenGrid:
     >>> parse_grid("8x16x24", before=4)
     TokenGrid(height=16, width=24, frames=8, before=4, after=0)
     """
-    if not re.fullmatch(r"\d+x\d+(x\d+)?", text):
+    if not re.fullmatch(r"\d{1,9}x\d{1,9}(x\d{1,9})?", text):
         raise ValueError(
             f"--grid must be ROWSxCOLUMNS or FRAMESxROWSxCOLUMNS in tokens, such as 16x24 or 8x16x24, got {text!r}"
         )
@@ -58,7 +63,7 @@ def parse_grid(text: str, before: int = 0, after: int = 0) -> TokenGrid:
 
 def parse_size(text: str) -> tuple[int, int]:
     """`HEIGHTxWIDTH` in pixels."""
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    match = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", text)
     if match is None:
         raise ValueError(f"--size must be HEIGHTxWIDTH in pixels, such as 2048x4096, got {text!r}")
     return int(match[1]), int(match[2])

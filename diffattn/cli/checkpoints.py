@@ -1,5 +1,6 @@
 """Find and open what the command line calls a model: a bundled pipeline, a local folder or a hub id."""
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ def locate(source: str) -> str:
         from .. import tiny
 
         return str(tiny.path(which or "flux"))
-    if not Path(source).exists() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+    if not source or (not Path(source).exists() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)):
         raise ValueError(f"no folder {source!r}, and a hub id has the form owner/name; the bundled pipeline is 'tiny'")
     return source
 
@@ -49,14 +50,30 @@ def open_pipeline(source: str, *, device: torch.device, dtype: torch.dtype, offl
     from diffusers import DiffusionPipeline
 
     folder = locate(source)
+    check_pipeline(folder)
     try:
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, AttributeError, ImportError) as error:
         raise ValueError(f"cannot load {source!r}: {_first_line(error)}") from error
     if offload:
         pipe.enable_model_cpu_offload(device=device)
         return pipe
     return pipe.to(device)
+
+
+def check_pipeline(folder: str) -> None:
+    """Raise `ValueError` for a local folder, or file, that is not of a pipeline; hub ids pass."""
+    if not Path(folder).exists():
+        return
+    index = Path(folder) / "model_index.json"
+    what = f"the folder of a pipeline, with a model_index.json that names its class; got {folder}"
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = "which has none" if isinstance(error, OSError) else f"whose file is broken: {error}"
+        raise ValueError(f"expected {what}, {reason}; name another") from error
+    if not isinstance(found, dict) or not isinstance(found.get("_class_name"), (str, list)):
+        raise ValueError(f"expected {what}, whose file names none; name another")
 
 
 def skeletons(source: str) -> dict[str, nn.Module]:
@@ -79,6 +96,7 @@ def _model_configs(folder: str, source: str) -> dict[str, tuple[str, dict[str, A
         if Path(folder).is_dir() and not (Path(folder) / "model_index.json").is_file():
             config = AutoModel.load_config(folder)
             return {"model": (config["_class_name"], config)}
+        check_pipeline(folder)
         index = DiffusionPipeline.load_config(folder)
         found = {}
         for name in COMPONENTS:

@@ -16,7 +16,9 @@ from .frame import (
     Grid,
     Layers,
     Options,
+    Overwrite,
     Seed,
+    Threads,
     UnusedSeed,
     app,
     cpu_threads,
@@ -48,22 +50,30 @@ def demo(
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's own.")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="In pixels. Default: the pipeline's own.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="In pixels. Default: the pipeline's own.")] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads. Default: 1 for the bundled pipeline, too small for more.")
-    ] = None,
+    threads: Threads = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    output: Annotated[Path, output_option("Folder for sheet.png and demo.json.")] = Path("outputs/demo"),
+    output: Annotated[
+        Path, output_option("Folder for sheet.png and demo.json; those of a former demo are replaced.")
+    ] = Path("outputs/demo"),
 ) -> None:
     """Draw the same prompts by full and by cheap attention: one sheet of pictures, one table."""
+    from ..outputs import check_folder
     from . import demo as demonstration
     from .checkpoints import locate, native_call
+    from .generate import check_sides, makes_video
 
+    check_folder(output)
     locate(model)
     prompts = prompt or demonstration.default_prompts(model)
     methods = demonstration.default_methods(whole(radius or (4, 8)))
     pipe = opened(model, device, dtype)
+    if makes_video(pipe):
+        raise ValueError(
+            f"{type(pipe).__name__} makes videos, and the demonstration draws pictures; name another model"
+        )
+    check_sides(pipe, height, width)
     given = {"num_inference_steps": steps, "height": height, "width": width}
     call = {**native_call(model), **{key: value for key, value in given.items() if value is not None}}
     with quiet(ours=True), cpu_threads(threads or (1 if native_call(model) else None)):
@@ -79,7 +89,7 @@ def demo(
         "diffattn generate black-forest-labs/FLUX.1-dev --prompt 'a lake' --mechanism clear -o radius=16",
         "diffattn generate black-forest-labs/FLUX.1-dev --prompt 'a lake' --adapter ./my-adapter --height 2048",
         "diffattn generate ./video-model --prompt waves --mechanism clear --swap-steps 4: --output waves.mp4",
-        "diffattn generate tiny --prompt 'a red circle' --mechanism clear -o radius=8 --size 512x512 --strength 0.1",
+        "diffattn generate tiny --prompt 'a red circle' --mechanism clear -o radius=8 --size 512x512 --compare",
         "torchrun --nproc-per-node 2 -m diffattn generate tiny --prompt 'a red circle' --mechanism clear -o radius=4 "
         "--parallel",
     )
@@ -135,10 +145,13 @@ def generate(
         typer.Option("--parallel", help="Rows of the picture shared out among the processes that torchrun started."),
     ] = False,
     offload: Annotated[bool, typer.Option("--offload", help="Keep on the GPU only the model that is at work.")] = False,
+    overwrite: Overwrite = False,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    output: Annotated[Path, output_option("Picture, .mp4 file, or folder for frames.")] = Path("outputs/picture.png"),
+    output: Annotated[Path, output_option("Picture, video (.mp4, .mov, .mkv), or folder for frames.")] = Path(
+        "outputs/picture.png"
+    ),
 ) -> None:
     """Make pictures or a video with any model, by cheap attention or by its own."""
     from . import generate as making
@@ -146,7 +159,8 @@ def generate(
     from .checkpoints import native_call
     from .ranks import is_first, joined, own_device
 
-    making.check_output(output)
+    place = making.Place(output=output, count=num_images or 1, compare=compare, overwrite=overwrite)
+    place.check()
     swap = making.Swap(
         mechanism, option or (), layers, parse_steps(swap_steps), backend, adapter, weight_name, parallel
     )
@@ -164,13 +178,14 @@ def generate(
         guidance=guidance,
         images=num_images,
     )
-    enlargement.check(request, compare)
+    enlargement.check(request)
     if compare and parallel:
         raise ValueError("--compare makes the picture twice, and --parallel shares one out: leave one of them out")
     with joined(parallel) as mesh:
         swap = replace(swap, mesh=mesh)
         pipe = opened(model, own_device(device) if parallel else device, dtype, offload)
         native = native_call(model)
+        place.check_kind(pipe, *(enlargement.sides or (height, width)))
         if enlargement.size is not None:
             results, report = enlargement.make(pipe, request, swap, native)
         else:
@@ -178,9 +193,9 @@ def generate(
     if not is_first():
         return
     if compare:
-        full, line = making.make_compared(pipe, request, native, results)
-        report.append(line)
-        making.save(full, output.with_stem(f"{output.stem}-full"), fps)
+        full, lines = making.make_compared(pipe, request, enlargement, native, results)
+        report += lines
+        making.save(full, place.full, fps)
     typer.echo("\n".join([*report, *(f"wrote {path}" for path in making.save(results, output, fps))]))
 
 
@@ -212,15 +227,19 @@ def summary(
     seed: UnusedSeed = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    overwrite: Overwrite = False,
     output: Annotated[Path | None, output_option("Also write the rows as JSON.")] = None,
 ) -> None:
     """Show what a swap would do to a model: every attention layer, its tokens, cost and kernel. Loads no weights."""
     import torch
 
     from ..files import write_json
+    from ..outputs import check_file
     from .arguments import parse_device, parse_dtype, parse_mechanism
     from .checkpoints import summarize
 
+    if output is not None:
+        check_file(output, overwrite=overwrite)
     where = parse_device(device)
     like = torch.empty(0, device=where, dtype=parse_dtype(dtype, where))
     chosen = parse_mechanism(mechanism, option or ())
@@ -243,13 +262,17 @@ def list_(
     seed: UnusedSeed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
     output: Annotated[Path | None, output_option("Also write the lists as JSON.")] = None,
 ) -> None:
     """List mechanisms with their options, model families, and the kernels that run here (device and dtype count)."""
     from ..files import write_json
+    from ..outputs import check_file
     from . import listing
     from .arguments import parse_device, parse_dtype
 
+    if output is not None:
+        check_file(output, overwrite=overwrite)
     where = parse_device(device)
     found = listing.everything(where, parse_dtype(dtype, where))
     console = Console()
@@ -288,14 +311,16 @@ def bench(
     head_dim: Annotated[int, typer.Option(min=1)] = 64,
     text: Annotated[int, typer.Option(min=0, help="Text tokens before the grid.")] = 0,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; each runs everything once.")] = 7,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's own.")] = None,
+    threads: Threads = None,
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Also time per token at twice the rows and columns.")
     ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
-    output: Annotated[Path, output_option("Folder for bench.json, bench.md and bench.png.")] = Path("outputs/bench"),
+    output: Annotated[
+        Path, output_option("Folder for bench.json, bench.md and bench.png; former ones are replaced.")
+    ] = Path("outputs/bench"),
 ) -> None:
     """Time attention kernels against full attention and against the official order, each beside its error.
 
@@ -307,8 +332,10 @@ def bench(
     """
 
     from .. import bench as benchmark
+    from ..outputs import check_folder
     from .arguments import parse_device, parse_dtype, parse_grid, parse_mechanism_text
 
+    check_folder(output)
     where = parse_device(device)
     settings = benchmark.Settings(
         grids=tuple(parse_grid(text_, before=text) for text_ in grid or ["128x128"]),
@@ -352,13 +379,16 @@ def mask(
     seed: UnusedSeed = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
-    output: Annotated[Path, output_option("The picture.")] = Path("mask.png"),
+    overwrite: Overwrite = False,
+    output: Annotated[Path, output_option("The picture, such as .png, .svg or .pdf.")] = Path("mask.png"),
 ) -> None:
     """Draw who sees whom under a mechanism on any grid, and the window of one query."""
-    from ..draw import masks, plot_mask
+    from ..draw import FIGURE_ENDINGS, masks, plot_mask
     from ..files import written
+    from ..outputs import check_file
     from .arguments import parse_cell, parse_device, parse_dtype, parse_grid, parse_mechanism
 
+    check_file(output, FIGURE_ENDINGS, overwrite=overwrite)
     parse_dtype(dtype, parse_device(device))
     cells = parse_grid(grid, before, after)
     chosen = parse_mechanism(mechanism, option or ())

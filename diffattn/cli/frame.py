@@ -6,11 +6,13 @@ line on stderr, Ctrl-C with 130; `diffattn --debug ...` shows where an error cam
 
 import contextlib
 import dis
+import itertools
 import logging
 import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -61,25 +63,31 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the arguments of one command."""
+        typed = list(args)
         rest = super().parse_args(ctx, args)
         for param in self.params:
             found = ctx.params.get(param.name)
+            name = next((text for text in param.opts if text.startswith("--")), param.metavar or param.name)
             for value in found if isinstance(found, (list, tuple)) else (found,):
-                check_value(param, value)
+                check_number(name, value, param.name in MAY_BE_INFINITE)
+                if value == Path() and is_empty(name, typed):
+                    raise ValueError(f"expected the name of a file or folder for {name}; got nothing; give one")
         return rest
 
 
-def check_value(param: Any, value: Any) -> None:
-    """Raise `ValueError` for a number that is none or without end, and for a path without a name."""
-    name = next((text for text in param.opts if text.startswith("--")), param.metavar or param.name)
-    if (
-        isinstance(value, float)
-        and not math.isfinite(value)
-        and (math.isnan(value) or param.name not in MAY_BE_INFINITE)
-    ):
+def check_number(name: str, value: Any, infinite: bool = False) -> None:
+    """Raise `ValueError` for NaN, for infinity unless it has a meaning, and for integers beyond any use."""
+    if isinstance(value, float) and not math.isfinite(value) and (math.isnan(value) or not infinite):
         raise ValueError(f"expected a finite number for {name}; got {value}; give another")
-    if value == "" and getattr(getattr(param, "type", None), "name", "") == "path":
-        raise ValueError(f"expected the name of a file or folder for {name}; got nothing; give one")
+    if type(value) is int and value > MOST and name != "--seed":
+        raise ValueError(f"expected a number of at most {MOST} for {name}; got {value}; give a smaller one")
+
+
+def is_empty(name: str, typed: list[str]) -> bool:
+    """Whether an option, or some argument, was typed as an empty text, which a path takes for the current folder."""
+    if not name.startswith("--"):
+        return "" in typed
+    return f"{name}=" in typed or (name, "") in itertools.pairwise(typed)
 
 
 def is_expected(error: BaseException) -> bool:
@@ -130,6 +138,10 @@ def examples(*lines: str) -> str:
 
 
 _COMMON = "Every command takes"
+MOST = 2**31 - 1
+"""Of sizes and counts; torch has no words for some of those that are larger than its integers."""
+MOST_THREADS = 1024
+"""That a process may ask for."""
 MOST_SEED = 2**63 - 1
 """That torch's generators take."""
 Seed = Annotated[
@@ -142,6 +154,15 @@ UnusedSeed = Annotated[
     int,
     typer.Option(
         "--seed", min=0, max=MOST_SEED, help="Accepted as everywhere; nothing here is random.", rich_help_panel=_COMMON
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        max=MOST_THREADS,
+        help="CPU threads. Default: torch's own; demo takes 1 for the bundled model.",
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps, or auto.", rich_help_panel=_COMMON)]

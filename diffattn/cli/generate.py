@@ -18,6 +18,16 @@ from ..adapters import load
 from ..files import written
 from ..highres import generate_large
 from ..measure import as_pixels, psnr
+from ..outputs import (
+    VIDEO_ENDINGS,
+    check_file,
+    check_folder,
+    check_frames,
+    check_picture_ending,
+    check_picture_size,
+    check_video_size,
+    trim_frames,
+)
 from ..parallel.image import shard
 from ..swap import Handle, apply, restore
 from ..video import VideoWriter
@@ -27,6 +37,24 @@ logger = logging.getLogger("diffattn")
 
 Frames = list[Image.Image]
 """One result: a picture, or the frames of a video."""
+
+
+def check_sides(pipe: Any, height: int | None, width: int | None) -> None:
+    """Raise `ValueError` for sides smaller than one token, which diffusers would round to nothing."""
+    cell = int(getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", None) or 1)
+    least = cell * (2 if getattr(pipe, "transformer", None) is not None else 1)
+    for name, side in (("--height", height), ("--width", width)):
+        if side is not None and side < least:
+            raise ValueError(f"expected {name} of at least {least} pixels for {type(pipe).__name__}; got {side}")
+
+
+def size_line(results: Sequence[Frames], call: dict[str, Any], pipe: Any) -> list[str]:
+    """A line where the pipeline rounded the size that was asked for."""
+    width, height = results[0][0].size
+    asked = call.get("height") or height, call.get("width") or width
+    if asked == (height, width):
+        return []
+    return [f"{height} x {width} pixels instead of {asked[0]} x {asked[1]}: {type(pipe).__name__} rounds them"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +88,7 @@ class Request:
         for name in given:
             if name not in known:
                 raise ValueError(f"{type(pipe).__name__} takes no {name}; leave that option out")
+        check_sides(pipe, self.height, self.width)
         generator = torch.Generator("cpu").manual_seed(self.seed)
         return {**native, **given, "generator": generator}
 
@@ -94,6 +123,9 @@ class Swap:
     @property
     def wanted(self) -> bool:
         return self.mechanism is not None or self.adapter is not None
+
+    def __str__(self) -> str:
+        return self.mechanism or f"adapter {self.adapter}"
 
     def put(self, pipe: Any) -> Handle | None:
         """Swap the attention of `pipe`; None where nothing is to be swapped."""
@@ -141,12 +173,15 @@ class Enlargement:
         if self.size is not None:
             parse_size(self.size)
 
-    def check(self, request: Request, compare: bool) -> None:
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """Height and width of the large picture."""
+        return None if self.size is None else parse_size(self.size)
+
+    def check(self, request: Request) -> None:
         """Raise `ValueError` for what does not go with `--size`."""
         if self.size is None:
             return
-        if compare:
-            raise ValueError("--compare makes the picture of one call twice: leave it or --size out")
         if request.height or request.width:
             raise ValueError("--size says height and width: leave --height and --width out")
         if request.frames or request.images:
@@ -174,9 +209,9 @@ class Enlargement:
             **swap.for_stages(),
             **{name: value for name, value in options.items() if value is not None},
         )
-        return [[result.picture]], [
-            f"{s.size[0]}x{s.size[1]}: {s.steps} steps, {s.seconds:.1f} s" for s in result.stages
-        ]
+        name = f"{swap}, " if swap.wanted else "own attention, "
+        lines = [f"{s.size[0]}x{s.size[1]}: {s.steps} steps, {s.seconds:.1f} s" for s in result.stages]
+        return [[result.picture]], [lines[0], *(name + line for line in lines[1:])]
 
 
 def make(pipe: Any, arguments: dict[str, Any]) -> tuple[list[Frames], float]:
@@ -196,16 +231,20 @@ def make_reported(pipe: Any, request: Request, swap: Swap, native: dict[str, Any
     arguments = request.arguments(pipe, native)
     handle = swap.put(pipe)
     results, seconds = make(pipe, arguments)
-    return results, [f"{'own attention' if handle is None else handle.layers[0].mechanism}: {seconds:.1f} s"]
+    line = f"{'own attention' if handle is None else handle.layers[0].mechanism}: {seconds:.1f} s"
+    return results, [line, *size_line(results, arguments, pipe)]
 
 
 def make_compared(
-    pipe: Any, request: Request, native: dict[str, Any], results: list[Frames]
-) -> tuple[list[Frames], str]:
-    """The same by the model's own attention, and a line that compares them."""
+    pipe: Any, request: Request, enlargement: Enlargement, native: dict[str, Any], results: list[Frames]
+) -> tuple[list[Frames], list[str]]:
+    """The same by the model's own attention, and lines that compare them."""
+    if enlargement.size is not None:  # its swap was that of the stages alone
+        full, lines = enlargement.make(pipe, request, Swap(None), native)
+        return full, [*lines[1:], f"PSNR between them {distance(results, full)}"]
     restore(pipe)
     full, seconds = make(pipe, request.arguments(pipe, native))
-    return full, f"own attention: {seconds:.1f} s; PSNR between them {distance(results, full)}"
+    return full, [f"own attention: {seconds:.1f} s; PSNR between them {distance(results, full)}"]
 
 
 def distance(results: Sequence[Frames], others: Sequence[Frames]) -> str:
@@ -222,40 +261,111 @@ def _picture(image: Any) -> Image.Image:
     return Image.fromarray((as_pixels(image).clip(0, 1) * 255).round().astype(np.uint8))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where the results go, tried before the work."""
+
+    output: Path
+    count: int = 1
+    """Pictures or videos: several are numbered."""
+    compare: bool = False
+    """Also those by the model's own attention, with `-full` in their names."""
+    overwrite: bool = False
+
+    @property
+    def full(self) -> Path:
+        """For those by the model's own attention."""
+        return self.output.with_stem(f"{self.output.stem}-full")
+
+    @property
+    def paths(self) -> list[Path]:
+        """All names, without what `save` changes in them."""
+        return [
+            path
+            for output in ([self.output, self.full] if self.compare else [self.output])
+            for path in numbered(output, self.count)
+        ]
+
+    def check(self) -> None:
+        """Raise for names that are wrong for pictures and videos alike."""
+        if not self.output.name:
+            raise ValueError(f"expected a name for --output; got {self.output}, a folder that is there; name one in it")
+        if self.output.suffix and self.output.suffix.lower() not in VIDEO_ENDINGS:
+            check_picture_ending(self.output)
+        for path in self.paths:
+            check_folder(path.parent)
+            if path.suffix and path.exists():
+                check_file(path, overwrite=self.overwrite)
+
+    def check_kind(self, pipe: Any, height: int | None, width: int | None) -> None:
+        """Raise for names, and sizes, that are wrong for what the pipeline makes; None is a size of its own."""
+        sides = height or 1, width or 1
+        for path in self.paths:
+            is_video = path.suffix.lower() in VIDEO_ENDINGS
+            if makes_video(pipe) and is_video and can_encode():
+                check_file(path, overwrite=self.overwrite)
+                check_video_size(*sides)
+            elif makes_video(pipe):
+                check_frames(path.with_suffix(""), overwrite=self.overwrite)
+            elif is_video:
+                raise ValueError(
+                    f"{type(pipe).__name__} makes pictures, and --output {path} is the name of a video: end it in .png"
+                )
+            else:
+                check_file(named_picture(path), overwrite=self.overwrite)
+                check_picture_size(path, *sides)
+
+
+def makes_video(pipe: Any) -> bool:
+    """Whether a pipeline's call makes frames, by its arguments."""
+    return bool({"num_frames", "video_length"} & inspect.signature(type(pipe).__call__).parameters.keys())
+
+
+def can_encode() -> bool:
+    """Whether PyAV is installed."""
+    return importlib.util.find_spec("av") is not None
+
+
+def named_picture(path: Path) -> Path:
+    """The name with the ending of a picture, where it has none or that of a video."""
+    return path.with_suffix(".png") if path.suffix.lower() in ("", *VIDEO_ENDINGS) else path
+
+
+def numbered(output: Path, count: int) -> list[Path]:
+    """The name of each of `count` results."""
+    return [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
+
+
 def save(results: Sequence[Frames], output: Path, fps: int = 8) -> list[Path]:
     """Write every result to `output`, numbered where there are several; videos as .mp4, or as a folder of frames.
 
     Frames become a folder where `output` has another ending, or where PyAV (extra `video`) is not installed, said in
     the log.
     """
-    numbered = [output] if len(results) == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(len(results))]
-    return [save_one(frames, path, fps) for frames, path in zip(results, numbered, strict=True)]
+    paths = numbered(output, len(results))
+    return [save_one(frames, path, fps) for frames, path in zip(results, paths, strict=True)]
 
 
 def save_one(frames: Frames, path: Path, fps: int) -> Path:
-    """Write a picture, a video, or a folder of frames; returns what was written."""
+    """Write a picture, a video, or a folder of frames; returns what was written.
+
+    One frame under the name of a video becomes a picture, for it is not known to be a video.
+    """
     if len(frames) == 1:
-        path = path if path.suffix else path.with_suffix(".png")
+        path = named_picture(path)
         with written(path) as temporary:
             frames[0].save(temporary)
         return path
-    if path.suffix == ".mp4" and importlib.util.find_spec("av") is not None:
+    if path.suffix.lower() in VIDEO_ENDINGS and can_encode():
         with VideoWriter(path, fps) as video:
             for frame in frames:
                 video.write(np.asarray(frame.convert("RGB")))
         return path
-    if path.suffix == ".mp4":
-        logger.warning('writing a folder of frames: for .mp4, pip install "diffattn[video]"')
+    if path.suffix.lower() in VIDEO_ENDINGS:
+        logger.warning('writing a folder of frames: for %s, pip install "diffattn[video]"', path.suffix)
     folder = path.with_suffix("")
     for number, frame in enumerate(frames):
         with written(folder / f"frame-{number:04d}.png") as temporary:
             frame.save(temporary)
+    trim_frames(folder, len(frames))
     return folder
-
-
-def check_output(output: Path) -> None:
-    """Raise `ValueError`, before the work and not after it, for endings that cannot be written."""
-    if output.suffix and output.suffix != ".mp4" and output.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(
-            f"--output {output}: cannot write {output.suffix!r}; use .png, .jpg, .webp or, for videos, .mp4"
-        )

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from .frame import Device, Dtype, Seed, app, examples, output_option, quiet
+from .frame import Device, Dtype, Overwrite, Seed, app, examples, output_option, quiet
 
 
 @app.command(
@@ -28,6 +28,7 @@ def inspect_star(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
     output: Annotated[Path | None, output_option("Also write the numbers as JSON.")] = None,
 ) -> None:
     """Show the range of every LIEM gate on a random clip, and how much the result changes without all of them.
@@ -39,8 +40,11 @@ def inspect_star(
         from diffattn.pipelines.video_sr.opening import open_networks
 
     from ..files import write_json
+    from ..outputs import check_file
     from .arguments import parse_device, parse_dtype
 
+    if output is not None:
+        check_file(output, overwrite=overwrite)
     where = parse_device(device)
     with quiet():
         unet, controlnet = (network.to(where) for network in open_networks(checkpoint, parse_dtype(dtype, where)))

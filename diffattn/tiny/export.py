@@ -79,7 +79,12 @@ def fold_shift(vae: AutoencoderKL) -> None:
 
 
 def replace_folder(pipeline: Any, folder: Path) -> None:
-    """Save the pipeline as `folder`, of which a former one stays whole until then."""
+    """Save the pipeline as `folder`, of which a former one stays whole until then.
+
+    Raises `ValueError` where something else than a pipeline is there.
+    """
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise ValueError(f"expected a new folder, or one of a pipeline; {folder} is neither; give another name")
     fresh, stale = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     pipeline.save_pretrained(fresh)
     for file in fresh.rglob("*.safetensors"):

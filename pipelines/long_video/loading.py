@@ -60,6 +60,8 @@ def check_family(source: str) -> None:
         index = DiffusionPipeline.load_config(source)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read model_index.json of {source!r}: {_first_line(error)}") from error
+    if not isinstance(index, dict):
+        raise ValueError(f"expected a JSON object in model_index.json of {source!r}, got a {type(index).__name__}")
     found = index.get("unet") or [None, None]
     if found[1] not in (PLAIN, *WITH_FPS):
         raise ValueError(

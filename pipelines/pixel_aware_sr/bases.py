@@ -18,7 +18,7 @@ Source = str | os.PathLike[str]
 
 def open_base(source: Source, classes: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Parts of a diffusers pipeline, from its folder or hub id; `classes` gives the class of each by its name."""
-    _check_kind(source, "text_encoder_2" in classes)
+    check_base(source, classes)
     parts = {}
     for name, cls in classes.items():
         options = {} if name.startswith("tokenizer") else {"dtype": dtype}
@@ -30,16 +30,50 @@ def open_base(source: Source, classes: dict[str, Any], dtype: torch.dtype) -> di
     return parts
 
 
-def _check_kind(source: Source, wanted: bool) -> None:
-    """Raise `ValueError` for SDXL in the place of Stable Diffusion 1.5, or the other way round."""
+def check_base(source: Source, classes: dict[str, Any]) -> None:
+    """Raise `ValueError` unless `source` is a pipeline of the kind that the networks were made for; reads its index.
+
+    That is Stable Diffusion, or SDXL where `classes` has a second text encoder: a pipeline with a U-Net of pictures,
+    and parts of the classes that are wanted.
+    """
     try:
         index = DiffusionPipeline.load_config(source)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"cannot read model_index.json of the base model {str(source)!r}: {first}") from error
-    if ("text_encoder_2" in index) != wanted:
-        kinds = ("SDXL", "Stable Diffusion 1.5") if wanted else ("Stable Diffusion 1.5", "SDXL")
-        raise ValueError(f"expected a base model of the kind of {kinds[0]}; {str(source)!r} is of that of {kinds[1]}")
+    if not isinstance(index, dict):
+        raise ValueError(f"expected a JSON object in model_index.json of {str(source)!r}; got a {type(index).__name__}")
+    wanted = {"unet": UNet2DConditionModel.__name__, **{name: cls.__name__ for name, cls in classes.items()}}
+    own = {name: entry[1] for name, entry in index.items() if isinstance(entry, (list, tuple)) and len(entry) == 2}
+    kinds = {True: "SDXL", False: "Stable Diffusion 1.5"}
+    is_xl = "text_encoder_2" in classes
+    if own.get("unet") == wanted["unet"] and (own.get("text_encoder_2") is not None) != is_xl:
+        raise ValueError(
+            f"expected a base model of the kind of {kinds[is_xl]}; {str(source)!r} is of that of {kinds[not is_xl]}"
+        )
+    for name, cls in wanted.items():
+        found = own.get(name) or "missing"
+        if not (found in (cls, f"{cls}Fast") or (name == "unet" and found.endswith(cls))):
+            raise ValueError(
+                f"expected a base model of the kind of {kinds[is_xl]}, with {name} of {cls}; {str(source)!r} is a "
+                f"{index.get('_class_name')}, and its {name} is {found}; name another"
+            )
+
+
+def check_sizes(parts: dict[str, Any], unet: PASDUNet2DConditionModel, source: Source) -> None:
+    """Raise `ValueError` for parts that do not fit the U-Net in the width of text or the channels of latents."""
+    encoders = [part for name, part in parts.items() if name.startswith("text_encoder")]
+    found = {
+        "cross_attention_dim": sum(encoder.config.hidden_size for encoder in encoders),
+        "in_channels": parts["vae"].config.latent_channels,
+    }
+    words = {"cross_attention_dim": "text of width", "in_channels": "latents of channels"}
+    for name, value in found.items():
+        if value != unet.config[name]:
+            raise ValueError(
+                f"expected a base model with {words[name]} {unet.config[name]}, as the checkpoint's U-Net takes; "
+                f"{str(source)!r} has {value}; is it another version of Stable Diffusion?"
+            )
 
 
 def scheduler_config(source: Source) -> dict[str, Any]:

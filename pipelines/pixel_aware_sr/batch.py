@@ -1,7 +1,6 @@
 """Pictures in files, one after the other: what goes where, what is there already, and what became of each."""
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from diffattn.media import (
     side_by_side,
     write_picture,
 )
+from diffattn.outputs import check_folder
 
 logger = logging.getLogger("diffattn")
 
@@ -79,15 +79,6 @@ def plan_jobs(inputs: Sequence[str | Path], output: Path, *, ending: str | None 
         jobs.append(Job(source, output / f"{source.stem}{ending or own}", sheet))
     check_names(jobs)
     return jobs
-
-
-def check_folder(output: Path) -> None:
-    """Raise `ValueError` unless files can be written to the folder `output`, which need not exist."""
-    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ValueError(f"expected a folder for --output; {there} is a file; give another name")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"expected a folder that can be written for --output; {there} can't; give another one")
 
 
 def check_names(jobs: Sequence[Job]) -> None:

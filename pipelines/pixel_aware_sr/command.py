@@ -12,8 +12,10 @@ from PIL.Image import Resampling
 
 from diffattn.media import Picture
 
+from .bases import check_base
 from .loading import find_checkpoint
-from .pipeline import PASDPipeline
+from .pipeline import PARTS, PASDPipeline
+from .pipeline_xl import PARTS as XL_PARTS
 from .pipeline_xl import PASDXLPipeline
 from .preprocess import target_size
 from .settings import check_tiles
@@ -44,6 +46,7 @@ class Networks:
             raise ValueError(
                 "--stylize goes with Stable Diffusion 1.5; this checkpoint is SDXL's: give the model as --base"
             )
+        check_base(self.base, XL_PARTS if self.is_xl else PARTS)
 
     @property
     def is_xl(self) -> bool:

@@ -21,7 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import prompts
 from .base_pipeline import PixelAwarePipeline, check_parts
-from .bases import open_base, open_style, restyle, scheduler_config
+from .bases import check_sizes, open_base, open_style, restyle, scheduler_config
 from .controlnet import PASDControlNetModel
 from .denoiser import TextCondition
 from .loading import load_pasd
@@ -94,10 +94,12 @@ class PASDPipeline(PixelAwarePipeline, StableDiffusionLoraLoaderMixin):  # type:
         networks = load_pasd(checkpoint, dtype=dtype)
         parts = open_base(base, PARTS, dtype)
         unet = networks.unet
+        check_sizes(parts, unet, base)
         if stylize is not None:
             style = open_style(stylize, base, PARTS, dtype)
             unet = restyle(unet, style.pop("unet"), style_weight)
             parts |= style
+            check_sizes(parts, unet, stylize)
         scheduler = UniPCMultistepScheduler.from_config(scheduler_config(networks.scheduler or base))
         return cls(**parts, unet=unet, controlnet=networks.controlnet, scheduler=scheduler)
 

@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from . import prompts
 from .base_pipeline import PixelAwarePipeline, check_parts
-from .bases import open_base, scheduler_config
+from .bases import check_sizes, open_base, scheduler_config
 from .controlnet import PASDControlNetModel
 from .denoiser import TextCondition
 from .loading import load_pasd
@@ -92,6 +92,7 @@ class PASDXLPipeline(PixelAwarePipeline, StableDiffusionXLLoraLoaderMixin):  # t
         networks = load_pasd(checkpoint, dtype=dtype)
         scheduler = EulerDiscreteScheduler.from_config(scheduler_config(networks.scheduler or base))
         parts = open_base(base, PARTS, dtype)
+        check_sizes(parts, networks.unet, base)
         return cls(**parts, unet=networks.unet, controlnet=networks.controlnet, scheduler=scheduler)
 
     def encode_texts(

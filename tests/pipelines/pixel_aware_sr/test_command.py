@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib.util
-import os
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 import tiny_pasd
 import torch
+import transformers
 from diffattn.pipelines.pixel_aware_sr import PASDPipeline, PASDXLPipeline
+from diffattn.pipelines.pixel_aware_sr.batch import plan_jobs
 from diffattn.pipelines.pixel_aware_sr.command import Networks, Restoration
 from PIL import Image, ImageCms
 from typer.testing import CliRunner, Result
 
+import diffattn
 from diffattn.cli import app
 from diffattn.media import Picture, read_picture, side_by_side
 
@@ -240,8 +243,8 @@ def test_ctrl_c_while_writing_leaves_nothing(
         (["none"], "'none', which leads to no file"),
         (["in", "*.jpg"], "'*.jpg', which leads to no file"),
         (["in", "--scale", "0"], "expected --scale above 0; got 0.0"),
-        (["in", "--scale", "nan"], "expected --scale above 0; got nan"),
-        (["in", "--scale", "inf"], "expected --scale above 0; got inf"),
+        (["in", "--scale", "nan"], "expected a finite number for --scale; got nan"),
+        (["in", "--scale", "inf"], "expected a finite number for --scale; got inf"),
         (["in", "--tile", "64", "--tile-overlap", "64"], "expected a tile_size and a smaller tile_overlap"),
         (["in", "--tile", "100"], "multiples of 8; got 100 and 128"),
         (["in", "--tile-batch", "0"], "expected a tile_batch of at least 1"),
@@ -256,7 +259,9 @@ def test_ctrl_c_while_writing_leaves_nothing(
         (["in", "--lora", "in/a.png"], "expected a .safetensors file for --lora; got in/a.png"),
         (["in", "--mechanism", "no-such"], "unknown mechanism 'no-such'"),
         (["in", "-o", "radius=3"], "need a --mechanism"),
-        (["in", "--output", "in/a.png"], "in/a.png is a file; give another name"),
+        (["in", "--guidance", "nan"], "expected a finite number for --guidance; got nan"),
+        (["in", "--conditioning-scale", "inf"], "expected a finite number for --conditioning-scale; got inf"),
+        (["in", "--output", "in/a.png"], "expected a folder for --output; got in/a.png, which is a file"),
         (["in", "--output", "in/a.png/below"], "in/a.png is a file; give another name"),
         (["in", "--output", "in"], "the result of in/a.png would overwrite the input in/a.png"),
         (["in", "twin"], "in/a.png and twin/a.png would both be written to out/a.png"),
@@ -289,11 +294,60 @@ def test_wrong_arguments_are_refused_before_anything_is_opened(
     assert sorted(file.name for file in inputs.iterdir()) == ["a.png", "b.png"]
 
 
-def test_a_folder_that_cannot_be_written_is_refused(
-    models: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_folder_that_cannot_be_written_is_refused(models: Path, inputs: Path) -> None:
+    line = refusal(models, inputs, "--output", "/proc/out/more")
+    assert "expected a folder to write to for --output; got /proc" in line
+
+
+@pytest.mark.parametrize("which", ["flux", "video", "cut off", "wide"])
+def test_a_base_of_another_pipeline_is_refused_before_it_is_opened(
+    models: Path, inputs: Path, tmp_path: Path, which: str
 ) -> None:
-    monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
-    assert f"{tmp_path} can't; give another one" in refusal(models, inputs, "--output", tmp_path / "out" / "more")
+    base = tmp_path / "other"
+    if which in ("flux", "video"):
+        base, words = (
+            diffattn.tiny.path(which),
+            "expected a base model of the kind of Stable Diffusion 1.5, with unet of",
+        )
+    elif which == "cut off":
+        (tiny_pasd.copy(models / "base", base) / "model_index.json").write_text('{"_class_name": "Other"}')
+        words = "is a Other, and its unet is missing; name another"
+    else:
+        encoder = tiny_pasd.copy(models / "base", base) / "text_encoder"
+        transformers.CLIPTextModel(
+            transformers.CLIPTextConfig(
+                **{**json.loads((encoder / "config.json").read_text()), "hidden_size": 20, "num_attention_heads": 2}
+            )
+        ).save_pretrained(encoder)
+        words = "expected a base model with text of width"
+    line = ["upscale", str(inputs), f"--checkpoint={models / 'pasd'}", f"--base={base}", f"--output={tmp_path / 'out'}"]
+    result = CliRunner().invoke(app, line, env={"COLUMNS": "200"})
+    assert result.exit_code == 2, result.output
+    (told,) = result.stderr.strip().splitlines()
+    assert words in told and not (tmp_path / "out").exists()
+
+
+def test_pictures_of_kinds_that_are_not_read_get_a_line_each(
+    models: Path, inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("one.avif", "two.HEIC", "three.gif", "four.jp2", "notes.txt", ".hidden.gif"):
+        (inputs / name).touch()
+    first, second = (Image.new("RGB", (16, 16), colour) for colour in ("red", "blue"))
+    first.save(inputs / "moves.webp", save_all=True, append_images=[second])
+    first.save(inputs / "pages.tif", save_all=True, append_images=[second, first])
+    jobs = plan_jobs([inputs], tmp_path / "out", sheets=False)
+    assert [job.source.name for job in jobs] == ["a.png", "b.png", "moves.webp", "pages.tif"]
+    left_out = [message for message in caplog.messages if "left out" in message]
+    assert [Path(message.split(":")[0]).name for message in left_out] == [
+        "four.jp2",
+        "one.avif",
+        "three.gif",
+        "two.HEIC",
+    ]
+    for job in jobs:
+        read_picture(job.source)
+    assert f"{inputs / 'moves.webp'}: has 2 frames; only the first is read" in caplog.messages
+    assert f"{inputs / 'pages.tif'}: has 3 pages; only the first is read" in caplog.messages
 
 
 def test_checkpoints_of_another_kind_are_refused(models: Path, inputs: Path, tmp_path: Path) -> None:
