@@ -13,7 +13,11 @@ from PIL import Image
 
 from .files import final_name
 from .media import LONGEST_SIDE
+from .video import ENDINGS
 from .video import LONGEST_SIDE as LONGEST_VIDEO_SIDE
+
+VIDEO_ENDINGS = ENDINGS
+"""Of video files."""
 
 LARGEST_VIDEO = (2**31 - 1) // 8
 """FFmpeg encodes fewer than so many pixels, with a border of 128 in rows and columns."""
