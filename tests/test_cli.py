@@ -394,7 +394,7 @@ def test_frames_of_a_longer_video_are_not_mixed_in(tmp_path: Path) -> None:
         (["generate", "", "--prompt", "x"], "no folder ''"),
         (["demo", "--radius", "inf"], "expected a finite number for --radius"),
         (["bench", "--heads", "9999999999"], "expected a number of at most 2147483647 for --heads"),
-        (["demo", "--model", "tiny:video", "--prompt", "x"], "makes videos, and the demonstration pictures"),
+        (["demo", "--model", "tiny:video", "--prompt", "x"], "makes videos, and the demonstration draws pictures"),
         (["list", "--seed", "99999999999999999999"], "--seed"),
         (["list", "--device", "meta"], "--device meta has no memory"),
         (["list", "--device", "xpu"], "--device xpu: this torch cannot use it here"),
