@@ -128,7 +128,7 @@ class ModelSwap:
         self.state.needs |= other.state.needs
 
     def on_undo(self, action: Action, again: Action | None = None) -> None:
-        """Run `action` when the swap is undone, and `again` where it is put back after that."""
+        """Run `action` when the swap is undone, and `again` when it is put back after that, without which it is not."""
         self._actions.append((action, again))
 
     def install(self) -> dict[str, Any]:
@@ -159,13 +159,16 @@ class ModelSwap:
             self._module(name).processor = processor
             self._seen.add(name)
 
+    @property
+    def returns(self) -> bool:
+        """Can it be put back after it was undone?"""
+        return all(again is not None for _, again in self._actions)
+
     def put_back(self) -> None:
         """Put a swap that was undone in place again, with the weights it had."""
         self.put_in_place(self.install())
         for _, again in self._actions:
-            if again is None:
-                logger.warning("what was added to the swap of %s is not put back: load it again", self.name)
-            else:
+            if again is not None:
                 again()
 
     def _module(self, name: str) -> Any:

@@ -84,8 +84,12 @@ class Handle:
             swap.undo()
         for former in self._former:
             model = former.ref()
-            if model is not None and current(model) is None and any(swap.ref() is model for swap in mine):
+            if model is None or current(model) is not None or all(swap.ref() is not model for swap in mine):
+                continue
+            if former.returns:
                 former.put_back()
+            else:
+                logger.warning("the former swap of %s cannot be put back: make it again", former.name)
 
     def __repr__(self) -> str:
         parts = [f"{len(s.layers)} layers of {s.name}" for s in self._swaps]

@@ -118,7 +118,11 @@ def _fill(
     if parameters:
         # partial functions, so that in a deep copy they are about the copy's parameters
         exchange = functools.partial(_exchange, parameters, originals)
-        swap.on_undo(exchange, exchange if keep_original else None)
+        swap.on_undo(exchange, exchange if keep_original else _nothing)
+
+
+def _nothing() -> None:
+    """Parameters that kept an adapter's values have them still."""
 
 
 @torch.no_grad()

@@ -111,9 +111,13 @@ def test_the_layers_of_a_long_video_are_those_of_the_formula() -> None:
         module = tiny.model.down_blocks[0].motion_modules[0]
         block = module.transformer_blocks[0]
         attn, rows = block.attn1, block.pos_embed.pe[0]
-        module(torch.randn(frames, 8, 1, 3), num_frames=frames)  # tells the layers their grid
         assert torch.equal(block.pos_embed(x), x)
-        got = attn(x)
+        outputs: list[Tensor] = []
+        # inside the forward that tells the layers their grid
+        hook = block.norm1.register_forward_pre_hook(lambda *_: outputs.append(attn(x)))
+        module(torch.randn(frames, 8, 1, 3), num_frames=frames)
+        hook.remove()
+        got = outputs[0]
 
     def project(layer: nn.Module, y: Tensor) -> Tensor:
         return layer(y).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
