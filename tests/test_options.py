@@ -1,6 +1,7 @@
 """Options read by their annotations: in Python, from files, as text; in mechanisms of ours and of others."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,11 @@ import diffattn
 from diffattn import ClearAttention, config
 from diffattn.mechanisms.base import Mechanism
 from diffattn.options import Must, Text, at_least, check_fields, hints_of, read, read_fields, shown
+
+
+def named(value: Any) -> str:
+    """Without addresses, which differ between the processes that share the tests."""
+    return re.sub(r" at 0x\w+", "", str(value))
 
 
 class Pair(NamedTuple):
@@ -46,7 +52,7 @@ class Pair(NamedTuple):
         (object, object, object),
         ({"any": 1}, dict[str, int], {"any": 1}),
     ],
-    ids=str,
+    ids=named,
 )
 def test_values_are_made_plain(value: Any, hint: Any, plain: Any) -> None:
     got = read("option", value, hint)
@@ -72,7 +78,7 @@ def test_values_are_made_plain(value: Any, hint: Any, plain: Any) -> None:
         (3, Callable[[str], bool]), (slice("a"), slice), (slice(None, None, 0), slice), (4, slice),
         (3, str | Iterable[str] | None), (2.5, bool | tuple[bool, ...]),
     ],
-    ids=str,
+    ids=named,
 )  # fmt: skip
 def test_values_of_another_type_are_refused_in_one_line(value: Any, hint: Any) -> None:
     with pytest.raises(ValueError, match=r"^mine: option must be .+, got .+") as error:
@@ -97,7 +103,7 @@ def test_values_of_another_type_are_refused_in_one_line(value: Any, hint: Any) -
         ("a fox, running", tuple[str, ...], ("a fox, running",)), ("['a', 'b']", tuple[str, ...], ("a", "b")),
         ("2", Literal[1, 2], 2), ("{'a': 1}", dict[str, int], {"a": 1}), ("x y", Any, "x y"),
     ],
-    ids=str,
+    ids=named,
 )  # fmt: skip
 def test_text_is_read_by_type(text: str, hint: Any, plain: Any) -> None:
     got = read("option", Text(text), hint)
@@ -114,7 +120,7 @@ def test_text_is_read_by_type(text: str, hint: Any, plain: Any) -> None:
         ("(" * 500, tuple[int, ...]), ("{}", tuple[int, ...]), ("0.9", tuple[float, float]), ("4;8", Pair),
         ("x", Literal["a", "b"]), ("x", int | float | None),
     ],
-    ids=lambda value: str(value)[:30],
+    ids=lambda value: named(value)[:30],
 )  # fmt: skip
 def test_text_of_another_type_is_refused_in_one_line(text: str, hint: Any) -> None:
     with pytest.raises(ValueError, match=r"^option must be .+, got .+") as error:
