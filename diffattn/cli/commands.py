@@ -227,7 +227,6 @@ def summary(
     seed: UnusedSeed = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
-    overwrite: Overwrite = False,
     output: Annotated[Path | None, output_option("Also write the rows as JSON.")] = None,
 ) -> None:
     """Show what a swap would do to a model: every attention layer, its tokens, cost and kernel. Loads no weights."""
@@ -239,7 +238,7 @@ def summary(
     from .checkpoints import summarize
 
     if output is not None:
-        check_file(output, overwrite=overwrite)
+        check_file(output, overwrite=True)
     where = parse_device(device)
     like = torch.empty(0, device=where, dtype=parse_dtype(dtype, where))
     chosen = parse_mechanism(mechanism, option or ())
@@ -262,7 +261,6 @@ def list_(
     seed: UnusedSeed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    overwrite: Overwrite = False,
     output: Annotated[Path | None, output_option("Also write the lists as JSON.")] = None,
 ) -> None:
     """List mechanisms with their options, model families, and the kernels that run here (device and dtype count)."""
@@ -272,7 +270,7 @@ def list_(
     from .arguments import parse_device, parse_dtype
 
     if output is not None:
-        check_file(output, overwrite=overwrite)
+        check_file(output, overwrite=True)
     where = parse_device(device)
     found = listing.everything(where, parse_dtype(dtype, where))
     console = Console()
@@ -379,7 +377,6 @@ def mask(
     seed: UnusedSeed = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
-    overwrite: Overwrite = False,
     output: Annotated[Path, output_option("The picture, such as .png, .svg or .pdf.")] = Path("mask.png"),
 ) -> None:
     """Draw who sees whom under a mechanism on any grid, and the window of one query."""
@@ -388,7 +385,7 @@ def mask(
     from ..outputs import check_file
     from .arguments import parse_cell, parse_device, parse_dtype, parse_grid, parse_mechanism
 
-    check_file(output, FIGURE_ENDINGS, overwrite=overwrite)
+    check_file(output, FIGURE_ENDINGS, overwrite=True)
     parse_dtype(dtype, parse_device(device))
     cells = parse_grid(grid, before, after)
     chosen = parse_mechanism(mechanism, option or ())

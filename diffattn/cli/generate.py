@@ -271,6 +271,7 @@ class Place:
     compare: bool = False
     """Also those by the model's own attention, with `-full` in their names."""
     overwrite: bool = False
+    """May videos that are there be replaced? Pictures are."""
 
     @property
     def full(self) -> Path:
@@ -295,7 +296,7 @@ class Place:
         for path in self.paths:
             check_folder(path.parent)
             if path.suffix and path.exists():
-                check_file(path, overwrite=self.overwrite)
+                check_file(path, overwrite=self.overwrite or path.suffix.lower() not in VIDEO_ENDINGS)
 
     def check_kind(self, pipe: Any, height: int | None, width: int | None) -> None:
         """Raise for names, and sizes, that are wrong for what the pipeline makes; None is a size of its own."""
@@ -312,7 +313,7 @@ class Place:
                     f"{type(pipe).__name__} makes pictures, and --output {path} is the name of a video: end it in .png"
                 )
             else:
-                check_file(named_picture(path), overwrite=self.overwrite)
+                check_file(named_picture(path), overwrite=True)
                 check_picture_size(path, *sides)
 
 

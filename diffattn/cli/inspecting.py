@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from .frame import Device, Dtype, Overwrite, Seed, app, examples, output_option, quiet
+from .frame import Device, Dtype, Seed, app, examples, output_option, quiet
 
 
 @app.command(
@@ -28,7 +28,6 @@ def inspect_star(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    overwrite: Overwrite = False,
     output: Annotated[Path | None, output_option("Also write the numbers as JSON.")] = None,
 ) -> None:
     """Show the range of every LIEM gate on a random clip, and how much the result changes without all of them.
@@ -44,7 +43,7 @@ def inspect_star(
     from .arguments import parse_device, parse_dtype
 
     if output is not None:
-        check_file(output, overwrite=overwrite)
+        check_file(output, overwrite=True)
     where = parse_device(device)
     with quiet():
         unet, controlnet = (network.to(where) for network in open_networks(checkpoint, parse_dtype(dtype, where)))
