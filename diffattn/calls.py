@@ -191,7 +191,7 @@ class Recall:
         ambiguous = pending is not None and (pending.ambiguous or not _alike(pending.frame, frame, scope))
         call = Call(timestep=frame.call.timestep, moment=frame.call.moment, dense=frame.call.dense)
         call.pixels = frame.call.pixels
-        readings = {scope: frame.readings[scope]}
+        readings = {} if call.dense else {scope: frame.readings[scope]}  # nobody reads a grid in a dense step
         self._forwards[scope, tokens] = _Forward(Frame(frame.door, call, readings), ambiguous)
 
     def find(self, scope: Scope, tokens: int) -> Frame | None:
@@ -212,9 +212,7 @@ class Recall:
 
 def _alike(one: Frame, other: Frame, scope: Scope) -> bool:
     """Would a layer compute the same in both?"""
-    same_call = (one.call.dense, one.call.moment, one.call.timestep) == (
-        other.call.dense,
-        other.call.moment,
-        other.call.timestep,
-    )
-    return same_call and one.readings[scope].layouts == other.readings[scope].layouts
+    calls = [(frame.call.dense, frame.call.moment, frame.call.timestep) for frame in (one, other)]
+    if calls[0] != calls[1]:
+        return False
+    return one.call.dense or one.readings[scope].layouts == other.readings[scope].layouts

@@ -49,7 +49,8 @@ def enter(layer: Any) -> Tensor:
     """A number for the layer, as the tensor that the operator takes."""
     number = next(_numbers)
     _layers[number] = layer
-    return torch.tensor(number)
+    with torch.inference_mode(False):
+        return torch.tensor(number, device="cpu")
 
 
 def attend(

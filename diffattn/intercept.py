@@ -225,8 +225,14 @@ def swapped_processor(processor: Any, prefix: str, layer: Layer) -> Any:
     own: Any = object.__new__(processor_class(base, prefix))
     own.refresh()  # somebody may have patched the family's module since the class was made
     own.__dict__.update(processor.__dict__)
-    own.__dict__["layer"] = layer
+    own.__dict__.update(layer=layer, original=processor)
     return own
+
+
+def original_of(processor: Any) -> Any:
+    """The family's processor that one of ours was made from; others are their own."""
+    found = processor.__dict__.get("original") if is_ours(processor) else None
+    return without_swap(processor) if found is None else found
 
 
 def layer_of(processor: Any) -> Any:
@@ -287,9 +293,10 @@ def _rebind(function: Any, exit_: Exit) -> tuple[Callable[..., Any], Callable[[]
 
 
 def own_attention(
-    processor: Any, settings: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+    settings: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
 ) -> Tensor:
-    """What a family's processor would compute for (b, h, n, d), by the backend that `settings` names."""
+    """What the family's processor would compute for (b, h, n, d), by the backend of the swapped one, `settings`."""
+    processor = original_of(settings)
     if DISPATCH not in type(processor).__call__.__code__.co_names:
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale)
     from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -314,5 +321,5 @@ def without_swap(processor: Any) -> Any:
 
 
 def settings_of(processor: Any) -> dict[str, Any]:
-    """What a swapped processor's attributes say beside its layer."""
-    return {name: value for name, value in processor.__dict__.items() if name != "layer"}
+    """What a swapped processor's attributes say beside its layer and its original."""
+    return {name: value for name, value in processor.__dict__.items() if name not in ("layer", "original")}

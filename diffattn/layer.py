@@ -72,7 +72,6 @@ class SwappedLayer:
     scope: Scope
     state: State
     index: int
-    original: Any
     min_tokens: int = 0
     weights: nn.Module | None = None
     active: bool = True
@@ -105,6 +104,11 @@ class SwappedLayer:
         if module is None:
             raise ReferenceError(f"the model of layer {self.name} is gone")
         return module
+
+    @property
+    def original(self) -> Any:
+        """The family's own processor."""
+        return intercept.original_of(self.module.processor)
 
     @property
     def grid(self) -> TokenGrid | None:
@@ -164,7 +168,7 @@ class SwappedLayer:
         parallel_config = getattr(processor, "_parallel_config", None)
         dense = situation.dense if situation else self._outcome(query, parallel_config) != SWAPPED
         if dense:
-            out = intercept.own_attention(self.original, processor, query, key, value, mask, scale)
+            out = intercept.own_attention(processor, query, key, value, mask, scale)
             return out, situation or Situation(dense=True)
         return self._swapped(query, key, value, mask, features, scale, parallel_config, situation)
 

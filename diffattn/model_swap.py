@@ -146,8 +146,7 @@ class ModelSwap:
         processors = {}
         for layer in self.layers.values():
             layer.active = True
-            layer.original = intercept.without_swap(layer.module.processor)
-            processors[layer.name] = self._wrap(layer)
+            processors[layer.name] = self._wrap(layer, layer.module.processor)
         self._install_hooks()
         self._scale_rope()
         setattr(self.model, _ATTRIBUTE, self)
@@ -174,9 +173,9 @@ class ModelSwap:
     def _module(self, name: str) -> Any:
         return self.layers[name].module
 
-    def _wrap(self, layer: SwappedLayer) -> Any:
+    def _wrap(self, layer: SwappedLayer, processor: Any) -> Any:
         prefix = type(layer.mechanism).__name__.removesuffix("Attention")
-        return intercept.swapped_processor(layer.original, prefix, layer)
+        return intercept.swapped_processor(intercept.original_of(processor), prefix, layer)
 
     def _install_hooks(self) -> None:
         for entrance in self.entrances:
@@ -300,12 +299,11 @@ class ModelSwap:
         new = {name: self._module(name).processor for name in self._seen if not self.in_place(name)}
         lost = []
         for name, found in new.items():
-            processor = intercept.without_swap(found)  # diffusers builds some anew by their class, and that may be ours
+            processor = intercept.original_of(found)  # diffusers builds some anew by their class, and that may be ours
             if not intercept.has_exit(processor):
                 lost.append(name)
                 continue
-            self.layers[name].original = processor
-            self._module(name).processor = self._wrap(self.layers[name])
+            self._module(name).processor = self._wrap(self.layers[name], processor)
             kind = type(processor).__name__
             self._once(("kept", kind), "%s was set on layers of a swapped %s: it is swapped too", kind, self.name)
         if lost:
@@ -356,8 +354,9 @@ class ModelSwap:
         for name, layer in self.layers.items():
             processor = self._module(name).processor
             if self.in_place(name):
-                layer.original.__dict__.update(intercept.settings_of(processor))
-                self._module(name).processor = layer.original
+                original = intercept.original_of(processor)
+                original.__dict__.update(intercept.settings_of(processor))
+                self._module(name).processor = original
             elif intercept.is_ours(processor):
                 self._module(name).processor = intercept.without_swap(processor)
             elif name in self._seen:

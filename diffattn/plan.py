@@ -101,12 +101,6 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if callable(getattr(module, "processor", None))}
 
 
-def own_processor(module: nn.Module) -> Any:
-    """A layer's processor, or the one under ours."""
-    layer = intercept.layer_of(module.processor)
-    return intercept.without_swap(module.processor) if layer is None else layer.original
-
-
 def plan_all(
     target: Any,
     mechanism: Mechanisms,
@@ -222,7 +216,7 @@ def plan(model: nn.Module, mechanism: Mechanism, *, layers: LayerChoice, backend
         if reason is not None:
             swap.kept[name] = reason
             continue
-        check_processor(own_processor(module))
+        check_processor(intercept.original_of(module.processor))
         entry, owner = entries[name], owner_of(entries[name], name)
         swap.layers[name] = SwappedLayer(
             name=name,
@@ -233,7 +227,6 @@ def plan(model: nn.Module, mechanism: Mechanism, *, layers: LayerChoice, backend
             scope=scopes.setdefault((owner, entry.read), Scope()),
             state=swap.state,
             index=len(swap.layers),
-            original=own_processor(module),
             min_tokens=min_tokens,
             weights=_weights(mechanism, name, module),
         )
@@ -263,7 +256,7 @@ def _reason_to_keep(
         return f"attention within one frame: {mechanism.type} would change nothing"
     if "features" in mechanism.needs and not entries[name].has_features:
         return f"its block is not called with the block's input, which {mechanism.type} compares"
-    processor = own_processor(module)
+    processor = intercept.original_of(module.processor)
     if not intercept.has_exit(processor):
         return f"{type(processor).__name__} computes no softmax attention by a call that can be swapped"
     return None

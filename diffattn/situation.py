@@ -32,7 +32,7 @@ class Situation:
             [*((0, 0, 0, 0, 0) if g is None else (*g.shape, g.before, g.after)), self.dense, self.downsample, *told]
             for g in grids
         ]
-        return torch.tensor(rows, dtype=torch.float64)
+        return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
     @classmethod
     def from_tensor(cls, table: Tensor) -> "Situation":

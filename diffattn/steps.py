@@ -212,8 +212,8 @@ def running_pipeline(model: nn.Module) -> Any:
 
 
 def _runs(holder: Any, model: nn.Module) -> bool:
-    attributes = getattr(holder, "__dict__", None)
-    if isinstance(holder, nn.Module) or not attributes or getattr(holder, "scheduler", None) is None:
+    attributes = {} if isinstance(holder, nn.Module) else getattr(holder, "__dict__", {})
+    if attributes.get("scheduler") is None:
         return False
     return any(
         part is model or getattr(part, "_orig_mod", None) is model or model in _parts_of(part)
