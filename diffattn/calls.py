@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from . import context_parallel
-from .families import Layout, Read, arguments
+from .families import Layout, Read, arguments, flux_ids
 from .grid import TokenGrid
 from .steps import Moment, Run
 
@@ -73,6 +73,15 @@ class Reading:
         """One grid for the whole batch, or one per sample where they differ."""
         first, *others = (layout.grid(tokens) for layout in self.layouts)
         return (first, *others) if any(grid != first for grid in others) else (first,)
+
+    @property
+    def ids(self) -> Tensor | None:
+        """The position ids that the layouts would be read from; None where something else tells them."""
+        module = self._module()
+        if self._unread is None or self._unread[0] is not flux_ids or module is None:
+            return None
+        ids: Tensor = arguments(module, *self._unread[1:])["img_ids"]
+        return ids
 
     def splits_text(self) -> bool:
         """Does context parallelism split text as a stream of its own?"""

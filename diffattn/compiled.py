@@ -19,6 +19,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from . import config
+from .families import flux_ids
+from .mechanisms.base import Context, Mechanism
 from .situation import COLUMNS, Situation
 
 
@@ -181,3 +184,59 @@ class _autograd:
     def __exit__(self, *exception: Any) -> None:
         self._grad.__exit__(*exception)
         self._keys.__exit__(*exception)
+
+
+def attend_at(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    ids: Tensor,
+    scale: float | None,
+    mechanism: Mechanism,
+    backend: str,
+) -> Tensor:
+    """The operator of an exported program, whose grid is that of Flux's position `ids`."""
+    out: Tensor = torch.ops.diffattn.attend_at(query, key, value, mask, ids, scale, config.to_json(mechanism), backend)
+    return out
+
+
+@torch.library.custom_op("diffattn::attend_at", mutates_args=())
+def _attend_at(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    ids: Tensor,
+    scale: float | None,
+    mechanism: str,
+    backend: str,
+) -> Tensor:
+    own: Mechanism = config.from_json(mechanism)
+    grids = [layout.grid(query.shape[2]) for layout in flux_ids(nn.Module(), {"img_ids": ids})]
+    if len(grids) == 1:
+        return own.attend(
+            query, key, value, grids[0], scale=scale, backend=backend, context=Context(mask=mask)
+        ).contiguous()
+    samples = []
+    for i, grid in enumerate(grids):
+        one = slice(i, i + 1)
+        context = Context(mask=mask if mask is None or len(mask) == 1 else mask[one])
+        samples.append(
+            own.attend(query[one], key[one], value[one], grid, scale=scale, backend=backend, context=context)
+        )
+    return torch.cat(samples)
+
+
+@_attend_at.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    ids: Tensor,
+    scale: float | None,
+    mechanism: str,
+    backend: str,
+) -> Tensor:
+    return value.new_empty((*query.shape[:3], value.shape[3]))

@@ -235,6 +235,11 @@ class SwappedLayer:
     ) -> tuple[Tensor, Situation]:
         """The mechanism's output, over all ranks, and what the call was."""
         mask = as_four_axes(mask)
+        ids = self._reading(query.shape[2]).ids if torch.compiler.is_exporting() else None
+        if ids is not None and parallel_config is None and self.weights is None and not self.mechanism.needs:
+            self.traced = self.reached = True
+            out = compiled.attend_at(query, key, value, mask, ids, scale, self.mechanism, self.backend)
+            return out, Situation()
         if parallel_config is None:
             return self._attend_all(query, key, value, mask, features, scale, situation)
         if situation is not None:

@@ -26,12 +26,14 @@ LAYERS = (
     {"swap"},
     {"report"},
     {"adapters"},
-    {"highres", "parallel", "windows", "color", "media", "video", "clip", "measure", "draw", "tiny"},
+    {"highres", "parallel", "windows", "color", "media", "video", "outputs", "clip", "measure", "draw", "tiny"},
     {"bench"},
     {"diffattn"},  # the package itself: the public names
     {"pipelines", "distill"},
     {"cli", "__main__"},
 )
+COMMANDS = {"diffattn.pipelines.long_video.command", "diffattn.pipelines.long_video.__main__"}
+"""They lie beside what they run, and belong to the command line: torchrun starts them as a module."""
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 
 MATHS = {"grid", "options", "config", "kernels", "mechanisms", "positions"}
@@ -61,6 +63,8 @@ FILES = {
 
 def unit_of(module: str) -> str:
     """The part of the library that a dotted name belongs to: "kernels" for "diffattn.kernels.dense.softmax"."""
+    if module in COMMANDS:
+        return "cli"
     parts = module.split(".")
     known = len(parts) > 1 and any(name == f"diffattn.{parts[1]}" for name in FILES)
     return parts[1] if known else "diffattn"

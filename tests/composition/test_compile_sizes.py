@@ -194,12 +194,10 @@ def test_lora_hot_swap(family: str, mechanism: str, tmp_path: Path) -> None:
         assert error(tiny.run(compiled), want[1]) < TOLERANCE
 
 
-ids_unread = pytest.mark.cell(
-    "torch.export", outcome="works", note="with `softmax`; a window has no position ids to read while it is exported"
-)
 one_size = pytest.mark.cell("torch.export", outcome="works", note="a program of a window is for one size")
 EXPORTED = [
-    pytest.param("Flux", "softmax", marks=ids_unread),
+    pytest.param("Flux", "softmax", marks=pytest.mark.cell("torch.export", outcome="works")),
+    pytest.param("Flux", "clear", marks=pytest.mark.cell("torch.export", outcome="works")),
     *(pytest.param(family, "clear", marks=one_size) for family in ("SD3", "Wan", "Qwen-Image")),
 ]
 
@@ -216,10 +214,24 @@ def test_export(family: str, mechanism: str) -> None:
     assert error(got.flatten(), want) < TOLERANCE
 
 
+@pytest.mark.cell("torch.export", family="Flux", outcome="works", note="needs diffattn where it runs")
+@torch.no_grad()
+def test_an_exported_program_reads_the_ids_of_each_call(tmp_path: Path) -> None:
+    """Two shapes of as many tokens, from a file."""
+    tiny = flux()
+    diffattn.apply(tiny.model, "clear", radius=RADIUS)
+    calls = [{**tiny.inputs, **sized(tiny, *size), "return_dict": False} for size in [(4, 6), (3, 8)]]
+    want = [tiny.run(**sized(tiny, *size)) for size in [(4, 6), (3, 8)]]
+    torch.export.save(torch.export.export(tiny.model, (), calls[0], strict=False), tmp_path / "flux.pt2")
+    program = torch.export.load(tmp_path / "flux.pt2").module()
+    for call, one in zip(calls, want, strict=True):
+        assert error(program(**call)[0].flatten(), one) < TOLERANCE
+
+
 @pytest.mark.cell("torch.export", family="Flux", outcome="works")
 @torch.no_grad()
 def test_an_export_that_needs_values_says_so() -> None:
     tiny = flux()
-    diffattn.apply(tiny.model, "clear", radius=RADIUS)
-    with pytest.raises(Exception, match="ids"):
+    diffattn.apply(tiny.model, "token_merge")
+    with pytest.raises(Exception, match="read from the values of img_ids, and torch.export traces without"):
         torch.export.export(tiny.model, (), {**tiny.inputs, "return_dict": False}, strict=False)
