@@ -108,7 +108,7 @@ class Call:
     turns: dict[int, int] = field(default_factory=dict)
     """Layer -> number of its last call in this forward: some families (Mochi) call sample by sample."""
     done: dict[Any, Any] = field(default_factory=dict)
-    """What the layers did: see `diffattn.layer.note`."""
+    """What the layers did: see `diffattn.records`."""
 
 
 @dataclass(frozen=True, eq=False)

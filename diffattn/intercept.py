@@ -235,12 +235,12 @@ def original_of(processor: Any) -> Any:
     return without_swap(processor) if found is None else found
 
 
-def layer_of(processor: Any) -> Any:
+def layer_of(processor: object) -> Any:
     """The layer that a processor of ours belongs to; None for all others."""
     return processor.__dict__.get("layer") if is_ours(processor) else None
 
 
-def is_ours(processor: Any) -> bool:
+def is_ours(processor: object) -> bool:
     """Was it made by `processor_class`?"""
     return isinstance(type(processor), _PassesForBase)
 

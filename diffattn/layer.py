@@ -18,14 +18,9 @@ from . import compiled, context_parallel, intercept
 from .calls import Call, Frame, Reading, Recall, Ref, Scope, find, in_backward
 from .grid import TokenGrid
 from .mechanisms.base import Context, Mechanism
+from .records import DENSE_STEP, EXACT, PAUSED, PERTURBED, SWAPPED, TOO_FEW, Record, note, without_data
 from .situation import Situation
 from .steps import Runs
-
-SWAPPED, EXACT = "swapped", "exact by the model's own kernel"
-DENSE_STEP = "dense in steps that steps= leaves out"
-TOO_FEW = "dense with fewer tokens than min_tokens"
-PERTURBED = "dense in guidance that replaces attention by its values"
-PAUSED = "dense in a pause"
 
 _paused: ContextVar[frozenset["State"]] = ContextVar("diffattn paused", default=frozenset())
 
@@ -280,7 +275,8 @@ class SwappedLayer:
             features = self._take_features(call, len(query)) if features is None else features
             self.last = Record(situation, without_data(query), None if mask is None else without_data(mask))
             if not in_backward():
-                note(call, self, SWAPPED, self.last)
+                self.reached = True
+                note(call.done, self, SWAPPED, self.last)
         if len(situation.grids) == 1:
             return self._attend(query, key, value, mask, features, scale, situation, 0, call), situation
         samples = []
@@ -367,7 +363,8 @@ class SwappedLayer:
 
     def _count(self, outcome: str, query: Tensor, frame: Frame | None) -> None:
         if frame is not None and not in_backward():
-            note(frame.call, self, outcome, Record(Situation(dense=True), without_data(query), None))
+            self.reached = True
+            note(frame.call.done, self, outcome, Record(Situation(dense=True), without_data(query), None))
 
     def assume(self, grid: TokenGrid, query: Tensor) -> None:
         """Take this for the last call, for a table of costs without any."""
@@ -393,29 +390,6 @@ class SwappedLayer:
         query, situation = self.last.query, self.last.situation
         context = self._context(situation, self.last.mask, None)
         return self.mechanism.explain_backend(query, query, query, situation.grids[0], self.backend, context)
-
-
-@dataclass(frozen=True, eq=False)
-class Record:
-    """What one call was: its tensors are without data."""
-
-    situation: Situation
-    query: Tensor
-    mask: Tensor | None
-
-    @property
-    def signature(self) -> tuple[Any, ...]:
-        """Equal for calls that cost the same."""
-        mask = None if self.mask is None else (tuple(self.mask.shape), self.mask.dtype)
-        return self.situation, tuple(self.query.shape), mask
-
-
-def note(call: Call, layer: SwappedLayer, outcome: str, record: Record) -> None:
-    """Count one call of a layer."""
-    layer.reached = True
-    key = id(layer), outcome, record.signature
-    count, first = call.done.get(key, (0, record))
-    call.done[key] = count + 1, first
 
 
 def downsample(pixels: int, grid: TokenGrid) -> int:
@@ -445,11 +419,6 @@ def values_replace_attention() -> bool:
     """
     modes = torch.overrides._get_current_function_mode_stack()
     return any(type(mode).__name__ == "AttentionScoreSkipFunctionMode" for mode in modes)
-
-
-def without_data(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape, dtype and device that holds a single number."""
-    return tensor.new_empty(()).expand(tensor.shape)
 
 
 def as_four_axes(mask: Tensor | None) -> Tensor | None:

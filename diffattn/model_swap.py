@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from . import intercept
 from .calls import Call, Frame, KeepsFrames, Reading, Ref, Scope, find, pop, push
 from .families import Family, Read, arguments
-from .layer import SWAPPED, Features, State, SwappedLayer
+from .layer import Features, State, SwappedLayer
 from .mechanisms.base import Mechanism
+from .records import SWAPPED, Done, add
 
 logger = logging.getLogger("diffattn")
 
@@ -96,13 +97,12 @@ class ModelSwap:
         """The model's parameters that hold an adapter's values."""
         self.loaded = False
         """Did `diffattn.load` put weights in place with it?"""
-        self.done: dict[Any, Any] = {}
-        """What the layers did in the last run, see `diffattn.layer.note`."""
+        self.done: Done = {}
+        """What the layers did in the last run, see `diffattn.records`."""
         self._hooks: list[Any] = []
         self._theta: float | None = None
         self._seen: set[str] = set()
         self._told: set[Any] = set()
-        self._proven = False
         self._actions: list[tuple[Action, Action | None]] = []
 
     @property
@@ -248,9 +248,8 @@ class ModelSwap:
             if call.run is None:
                 self.done = call.done
             else:
-                done = self.done = call.run.done
-                for key, (count, record) in call.done.items():
-                    done[key] = done.get(key, (0, record))[0] + count, record
+                self.done = call.run.done
+                add(self.done, call.done)
         if module is self.ref():
             self._prove(module, call)
 
@@ -296,7 +295,7 @@ class ModelSwap:
         guidance, the user. `restore` takes a swap off.
         """
         self._seen |= {name for name in self.layers if self.in_place(name)}
-        new = {name: self._module(name).processor for name in self._seen if not self.in_place(name)}
+        new = {name: self._module(name).processor for name in self._seen if not self._carried(name)}
         lost = []
         for name, found in new.items():
             processor = intercept.original_of(found)  # diffusers builds some anew by their class, and that may be ours
@@ -348,6 +347,11 @@ class ModelSwap:
     def in_place(self, name: str) -> bool:
         """Does the layer still carry a processor of this swap?"""
         return intercept.layer_of(self._module(name).processor) is self.layers[name]
+
+    def _carried(self, name: str) -> bool:
+        """Is it there, or inside of a processor that somebody has put around it (X-Portrait's readers)?"""
+        inside = vars(self._module(name).processor).values()
+        return self.in_place(name) or any(intercept.layer_of(own) is self.layers[name] for own in inside)
 
     def undo(self) -> None:
         """Give the layers that still carry our processor their own back, and take the hooks away."""

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .grid import TokenGrid
-from .layer import SWAPPED, SwappedLayer
+from .layer import SwappedLayer
 from .mechanisms.softmax import SoftmaxAttention
 from .model_swap import ModelSwap
 from .plan import attention_modules, models_of
+from .records import SWAPPED
 from .swap import swaps_of
 
 

@@ -58,7 +58,7 @@ class Run:
         """That of the first one, where the scheduler does not tell."""
         self.timestep: float | None = None
         self.done: dict[Any, Any] = {}
-        """What the swapped layers did, see `diffattn.layer.note`."""
+        """What the swapped layers did, see `diffattn.records`."""
         self.kept: dict[Any, tuple[Any, dict[str, Any]]] = {}
         self._samples: tuple[int, collections.Counter[Any]] = (-1, collections.Counter())
         self.number = next(_numbers)

@@ -18,7 +18,7 @@ LAYERS = (
     {"grid", "options", "config", "files", "work", "weights", "positions"},
     {"kernels"},
     {"mechanisms"},
-    {"context_parallel", "families", "intercept", "situation", "steps", "unsupported"},
+    {"context_parallel", "families", "intercept", "situation", "records", "steps", "unsupported"},
     {"calls", "compiled"},
     {"layer"},
     {"model_swap"},

@@ -194,6 +194,31 @@ def test_the_swap_goes_on_over_new_processors(tiny: Tiny, caplog: pytest.LogCapt
     assert torch.equal(tiny.run(), plain)
 
 
+class Around:
+    """Somebody's processor around ours."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+def test_a_processor_around_ours_is_nothing_to_warn_of(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
+    diffattn.apply(tiny.model, "clear", radius=2)
+    want = tiny.run()
+    attention = tiny.model.single_transformer_blocks[0].attn
+    ours = attention.processor
+    attention.processor = Around(ours)
+    attention.forward = lambda hidden_states, **kwargs: attention.processor(attention, hidden_states, **kwargs)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="diffattn"):
+        assert torch.equal(tiny.run(), want)
+    assert not caplog.text
+    attention.processor = ours
+    diffattn.restore(tiny.model)
+
+
 class OfAnotherKind:
     """A processor that makes neither of the two attention calls."""
 
