@@ -184,7 +184,7 @@ def test_one_frame(inputs: Path, tmp_path: Path) -> None:
 
 def test_a_run_that_was_killed_goes_on_to_the_same_video(inputs: Path, made: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.mp4"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.run([sys.executable, "-c", KILLED, *line(inputs, output)], env=environment, check=False)
     assert process.returncode == -signal.SIGKILL
     work = WorkFolder(output)
@@ -192,6 +192,11 @@ def test_a_run_that_was_killed_goes_on_to_the_same_video(inputs: Path, made: Pat
     assert "seed=0, and this one has 1: use that" in refusal(inputs, output, "--resume", "--seed", 1)
     other = files.write_points(tmp_path / "other.npy", COUNT, (3,))
     assert "is of a run with faces=" in refusal(inputs, output, "--resume", points=other)
+    for name, path in (
+        ("checkpoint", files.write_checkpoint(tmp_path / "checkpoint", broken=True)),
+        ("driving", files.write_clip(tmp_path / "driving.mp4", COUNT, repeat=2)),
+    ):
+        assert f"is of a run with another {name}" in refusal(inputs, output, "--resume", **{name: path})
     assert "out.mp4.work is of a run that did not end: add --resume" in refusal(inputs, output)
     succeed(inputs, output, "--resume")
     assert np.array_equal(video_of(output), video_of(made / "out.mp4")) and not work.path.exists()
@@ -279,7 +284,9 @@ def test_wrong_options_are_refused(inputs: Path, tmp_path: Path, options: tuple[
 def test_wrong_places_are_refused(inputs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.mp4"
     (tmp_path / "file").touch()
+    (tmp_path / "file.mp4").touch()
     (tmp_path / "empty").mkdir()
+    Image.new("RGB", (16390, 4)).save(tmp_path / "wide.png")
     for text, output, options, places in (
         ("expected a file name that ends in", tmp_path / "out.gif", (), {}),
         ("expected a folder to write to", tmp_path / "file" / "out.mp4", (), {}),
@@ -290,6 +297,9 @@ def test_wrong_places_are_refused(inputs: Path, tmp_path: Path) -> None:
         ("expected a folder from `convert`", out, (), {"checkpoint": tmp_path / "empty"}),
         ("none.png", out, (), {"source": tmp_path / "none.png"}),
         ("expected a picture in", out, (), {"source": tmp_path / "file"}),
+        ("expected frames of at most 16384 pixels a side", out, (), {"source": tmp_path / "wide.png"}),
+        (f"{tmp_path / 'file.mp4'} is there, and --output", tmp_path / "file.mp4", (), {}),
+        (f"{tmp_path / 'file.mp4'} is there, and --preview", out, ("--preview", tmp_path / "file.mp4"), {}),
         ("none.mp4", out, (), {"driving": tmp_path / "none.mp4"}),
         ("empty", out, (), {"driving": tmp_path / "empty"}),
         ("none.npy", out, (), {"points": tmp_path / "none.npy"}),

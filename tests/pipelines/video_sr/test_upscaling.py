@@ -1,6 +1,9 @@
 """An upscaling as a library call: the pipeline's numbers, what is kept on the way, and what is told."""
 
 import contextlib
+import dataclasses
+import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -219,6 +222,31 @@ def test_settings_that_the_video_depends_on_are_compared(inputs: Path, tmp_path:
     with pytest.raises(ValueError, match="--resume: there is no run in"):
         upscaling(inputs, tmp_path / "b.mp4", resume=True).prepared(CPU, torch.float32).__enter__()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4.work"]
+
+
+@pytest.mark.parametrize("name", ["input", "checkpoint"])
+def test_contents_that_changed_since_are_refused(inputs: Path, tmp_path: Path, name: str) -> None:
+    """Under the same name."""
+    own = Path(shutil.copytree(inputs, tmp_path / "own"))
+    with contextlib.suppress(Stop), upscaling(own, tmp_path / "a.mp4").prepared(CPU, torch.float32):
+        raise Stop
+    file = own / "in.mp4" if name == "input" else own / "star" / "scheduler" / "scheduler_config.json"
+    before = file.stat()
+    if name == "input":
+        files.write_clip(file, COUNT, repeat=2)
+    else:
+        file.write_text(file.read_text().replace("{", "{ ", 1).removesuffix("\n"))
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ValueError, match=f"is of a run with another {name}, whose content has changed since"):
+        upscaling(own, tmp_path / "a.mp4", resume=True).prepared(CPU, torch.float32).__enter__()
+
+
+def test_a_video_that_is_there_needs_overwrite(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="a.mp4 is there, and --output would replace it: add --overwrite"):
+        upscaling(inputs, tmp_path / "a.mp4")
+    assert (tmp_path / "a.mp4").read_bytes() == b"mine"
+    dataclasses.replace(upscaling(inputs, tmp_path / "b.mp4"), output=tmp_path / "a.mp4", overwrite=True)
 
 
 def test_a_preparation_that_is_interrupted_leaves_nothing(

@@ -241,7 +241,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_video(
     inputs: Path, made: Path, tmp_path: Path, room: None, patch: str, steps: int
 ) -> None:
     output = tmp_path / "out.mp4"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", KILLED.format(patch=patch), *line(inputs, output)]
     process = subprocess.run(command, env=environment, check=False, capture_output=True)
     assert process.returncode == -signal.SIGKILL, process.stderr
