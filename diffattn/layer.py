@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import compiled, context_parallel, intercept
-from .calls import Call, Frame, Reading, Recall, Ref, Scope, find, in_backward
+from .calls import Call, Frame, Reading, Recall, Ref, Scope, find, in_backward, pop
 from .grid import TokenGrid
 from .mechanisms.base import Context, Mechanism
 from .records import DENSE_STEP, EXACT, PAUSED, PERTURBED, SWAPPED, TOO_FEW, Record, note, without_data
@@ -293,7 +293,11 @@ class SwappedLayer:
         tokens, needs = query.shape[2], self.mechanism.needs
         reading, frame = self._reading(tokens), self._frame(tokens)
         assert frame is not None
-        call, grids = frame.call, reading.grids(tokens)
+        try:
+            call, grids = frame.call, reading.grids(tokens)
+        except Exception:
+            pop(frame.door)  # torch.export does not call the hook of a forward that fails
+            raise
         moment = call.moment
         return Situation(
             grids,

@@ -13,6 +13,7 @@ from models import BUILDERS, Tiny, flux, picture_ids
 from torch import Tensor
 
 import diffattn
+from diffattn import calls
 
 pytestmark = pytest.mark.compile
 
@@ -220,11 +221,11 @@ def test_an_exported_program_reads_the_ids_of_each_call(tmp_path: Path) -> None:
     """Two shapes of as many tokens, from a file."""
     tiny = flux()
     diffattn.apply(tiny.model, "clear", radius=RADIUS)
-    calls = [{**tiny.inputs, **sized(tiny, *size), "return_dict": False} for size in [(4, 6), (3, 8)]]
+    inputs = [{**tiny.inputs, **sized(tiny, *size), "return_dict": False} for size in [(4, 6), (3, 8)]]
     want = [tiny.run(**sized(tiny, *size)) for size in [(4, 6), (3, 8)]]
-    torch.export.save(torch.export.export(tiny.model, (), calls[0], strict=False), tmp_path / "flux.pt2")
+    torch.export.save(torch.export.export(tiny.model, (), inputs[0], strict=False), tmp_path / "flux.pt2")
     program = torch.export.load(tmp_path / "flux.pt2").module()
-    for call, one in zip(calls, want, strict=True):
+    for call, one in zip(inputs, want, strict=True):
         assert error(program(**call)[0].flatten(), one) < TOLERANCE
 
 
@@ -235,3 +236,4 @@ def test_an_export_that_needs_values_says_so() -> None:
     diffattn.apply(tiny.model, "token_merge")
     with pytest.raises(Exception, match="read from the values of img_ids, and torch.export traces without"):
         torch.export.export(tiny.model, (), {**tiny.inputs, "return_dict": False}, strict=False)
+    assert calls._frames.get() == ()
