@@ -134,7 +134,7 @@ def ulysses(**options: Any) -> Any:
 
 
 def reader(*layouts: Layout, joint: bool = True) -> Any:
-    return SimpleNamespace(layouts_of=lambda tokens: layouts, splits_text=lambda: joint)
+    return lambda tokens: SimpleNamespace(layouts=layouts, splits_text=lambda: joint)
 
 
 def test_the_shards_of_a_call() -> None:

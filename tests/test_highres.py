@@ -344,7 +344,6 @@ def test_the_command_line_swaps_the_stages_as_told(pipe: Any, tmp_path: Path) ->
         (["--size", "256x256", "--growth", "1"], "growth must be above 1"),
         (["--size", "256x256", "--height", "256"], "leave --height and --width out"),
         (["--size", "256x256", "--num-images", "2"], "makes one picture"),
-        (["--size", "256x256", "--mechanism", "clear", "-o", "radius=4", "--compare"], "--compare makes"),
         (["--via", "64"], "add --size"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

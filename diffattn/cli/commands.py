@@ -194,6 +194,8 @@ def generate(
         return
     if compare:
         full, lines = making.make_compared(pipe, request, enlargement, native, results)
+        if enlargement.size is not None:
+            report = [report[0], *(f"{swap}, {line}" for line in report[1:])]
         report += lines
         making.save(full, place.full, fps)
     typer.echo("\n".join([*report, *(f"wrote {path}" for path in making.save(results, output, fps))]))

@@ -209,9 +209,9 @@ class Enlargement:
             **swap.for_stages(),
             **{name: value for name, value in options.items() if value is not None},
         )
-        name = f"{swap}, " if swap.wanted else "own attention, "
-        lines = [f"{s.size[0]}x{s.size[1]}: {s.steps} steps, {s.seconds:.1f} s" for s in result.stages]
-        return [[result.picture]], [lines[0], *(name + line for line in lines[1:])]
+        return [[result.picture]], [
+            f"{s.size[0]}x{s.size[1]}: {s.steps} steps, {s.seconds:.1f} s" for s in result.stages
+        ]
 
 
 def make(pipe: Any, arguments: dict[str, Any]) -> tuple[list[Frames], float]:
@@ -241,7 +241,7 @@ def make_compared(
     """The same by the model's own attention, and lines that compare them."""
     if enlargement.size is not None:  # its swap was that of the stages alone
         full, lines = enlargement.make(pipe, request, Swap(None), native)
-        return full, [*lines[1:], f"PSNR between them {distance(results, full)}"]
+        return full, [*(f"own attention, {line}" for line in lines[1:]), f"PSNR between them {distance(results, full)}"]
     restore(pipe)
     full, seconds = make(pipe, request.arguments(pipe, native))
     return full, [f"own attention: {seconds:.1f} s; PSNR between them {distance(results, full)}"]

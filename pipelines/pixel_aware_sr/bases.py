@@ -47,13 +47,14 @@ def check_base(source: Source, classes: dict[str, Any]) -> None:
     own = {name: entry[1] for name, entry in index.items() if isinstance(entry, (list, tuple)) and len(entry) == 2}
     kinds = {True: "SDXL", False: "Stable Diffusion 1.5"}
     is_xl = "text_encoder_2" in classes
-    if own.get("unet") == wanted["unet"] and (own.get("text_encoder_2") is not None) != is_xl:
+    is_unet = str(own.get("unet")).endswith(wanted["unet"])  # PASD's own saved pipelines have a subclass of it
+    if is_unet and (own.get("text_encoder_2") is not None) != is_xl:
         raise ValueError(
             f"expected a base model of the kind of {kinds[is_xl]}; {str(source)!r} is of that of {kinds[not is_xl]}"
         )
     for name, cls in wanted.items():
         found = own.get(name) or "missing"
-        if not (found in (cls, f"{cls}Fast") or (name == "unet" and found.endswith(cls))):
+        if not (found in (cls, f"{cls}Fast") or (name == "unet" and is_unet)):
             raise ValueError(
                 f"expected a base model of the kind of {kinds[is_xl]}, with {name} of {cls}; {str(source)!r} is a "
                 f"{index.get('_class_name')}, and its {name} is {found}; name another"

@@ -91,7 +91,7 @@ def check_attention(case: GoldenCase) -> None:
         eps=config["qk_norm_eps"],
     )
     attention.load_state_dict(tensors.under("attn."))
-    processor = processor_class(type(attention.processor), "Golden", {})()
+    processor = processor_class(type(attention.processor), "Golden")()
     processor.layer = FixedLayer(mechanism, grid_of(config), tensors.get("processor.spatial_weight"))
     attention.set_processor(processor)
     with torch.no_grad():
