@@ -204,8 +204,8 @@ class ModelSwap:
         self._keep_swapped()
         self._keep_frames()
         state = self.state
-        pipeline, inside = state.runs.pipeline_of(module)
-        call = Call(run=state.runs.enter(pipeline))
+        caller = state.runs.caller_of(module)
+        call = Call(run=state.runs.enter(caller.pipeline))
         if not (family.latent or state.counts_steps or "timestep" in state.needs):
             return call
         given = arguments(module, args, kwargs)
@@ -216,9 +216,7 @@ class ModelSwap:
             call.timestep = largest(given[family.timestep])
         if state.chosen is not None or (state.counts_steps and call.run is not None):
             timestep = given[family.timestep]
-            call.moment = state.runs.moment(
-                pipeline, lambda: largest(timestep), in_pipeline=inside, with_sigma="sigma" in state.needs
-            )
+            call.moment = state.runs.moment(caller, lambda: largest(timestep), with_sigma="sigma" in state.needs)
         if state.chosen is not None and call.moment is not None:
             call.dense = not state.chosen(call.moment.step, call.moment.total)
             self._warn_of_no_step(call)

@@ -19,6 +19,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,8 +28,8 @@ NOT_FLOW_MATCHING = ("sigma_data", "sigma_max")
 """Config names of schedulers that count sigma from 0 to infinity, though they have no `alphas_cumprod`."""
 RUNGE_KUTTA_CALLS = 4
 """Model calls in a step of PNDM's start."""
-HOLDERS = ("self", "components", "pipe", "pipeline")
-"""Names by which the functions of pipelines and of modular blocks hold their pipeline."""
+OWN, BY_HAND = ("self", "components"), ("pipe", "pipeline")
+"""Names by which the functions of pipelines and of modular blocks hold their pipeline, and loops by hand theirs."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,17 @@ class Moment:
     def progress(self) -> float:
         """Fraction of the run's steps already done, in [0, 1)."""
         return min(self.step / self.total, 1.0)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """The pipeline whose scheduler counts."""
+
+    pipeline: Any
+    inside: bool = False
+    """Is it running? Outside, a scheduler that has not begun may never be asked to: a loop by hand."""
+    executed: int | None = None
+    """Timesteps that it goes through; None: all."""
 
 
 class Run:
@@ -98,12 +110,9 @@ class Runs:
         given = self._pipeline() if self._pipeline is not None else None
         return Runs(memo.get(id(given), given))
 
-    def pipeline_of(self, model: nn.Module) -> tuple[Any, bool]:
-        """The pipeline that calls `model` now, and True; else the one given to `apply`, or None, and False."""
-        found = running_pipeline(model)
-        if found is not None:
-            return found, True
-        return (None if self._pipeline is None else self._pipeline()), False
+    def caller_of(self, model: nn.Module) -> Caller:
+        """What calls `model` now; in a loop that holds no pipeline, the one given to `apply`, or none."""
+        return find_caller(model) or Caller(None if self._pipeline is None else self._pipeline())
 
     def enter(self, pipeline: Any) -> Run | None:
         """The run that the pipeline's scheduler is in; None without a scheduler that has timesteps."""
@@ -117,14 +126,12 @@ class Runs:
                 run = self._runs[scheduler] = Run(schedule)
             return run
 
-    def moment(
-        self, pipeline: Any, timestep: Callable[[], float], *, in_pipeline: bool = False, with_sigma: bool = False
-    ) -> Moment:
-        """Where the run of `pipeline` stands; `timestep` gives that of the model call, and may wait for the device.
+    def moment(self, caller: Caller, timestep: Callable[[], float], with_sigma: bool = False) -> Moment:
+        """Where the caller's run stands; `timestep` gives that of the model call, and may wait for the device.
 
-        Outside of the pipeline (`in_pipeline`) a scheduler that has not begun may never be asked to: a loop by hand.
         Raises `ValueError` where the scheduler has no timesteps.
         """
+        pipeline = caller.pipeline
         scheduler: Any = getattr(pipeline, "scheduler", None)
         run = self.enter(pipeline)
         if run is None:
@@ -136,27 +143,27 @@ class Runs:
                 f"that has no step schedule"
             )
         length = len(scheduler.timesteps)
-        executed = min(getattr(pipeline, "_num_timesteps", None) or length, length)
+        executed = min(caller.executed or length, length)
         with self.lock:
-            place, first = _place(scheduler, run, length, executed, timestep, in_pipeline)
+            place, first = _place(scheduler, run, length, executed, timestep, caller.inside)
             if place < run.place:  # the scheduler began again by itself
                 run.kept.clear()
             run.place = place
-        numbers = step_numbers(scheduler)[: max(1, min(executed, length - first))]
+        numbers = step_numbers(scheduler)[: max(1, place - first + 1, min(executed, length - first))]
         step = numbers[min(max(place - first, 0), len(numbers) - 1)]
         sigma = noise_share(scheduler, place) if with_sigma else None
         return Moment(step, numbers[-1] + 1, place, sigma)
 
 
 def _place(
-    scheduler: Any, run: Run, length: int, executed: int, timestep: Callable[[], float], in_pipeline: bool
+    scheduler: Any, run: Run, length: int, executed: int, timestep: Callable[[], float], inside: bool
 ) -> tuple[int, int]:
     """Index into `scheduler.timesteps` of the next model call, and of the first one of the run."""
     begin = getattr(scheduler, "begin_index", None)
     first = length - executed if begin is None else begin
     if getattr(scheduler, "step_index", None) is not None:
         place = scheduler.step_index
-    elif in_pipeline and hasattr(scheduler, "step_index"):
+    elif inside and hasattr(scheduler, "step_index"):
         place = first
     elif hasattr(scheduler, "counter"):  # PNDM's counts from 0 wherever it begins
         place = first + scheduler.counter
@@ -197,18 +204,24 @@ def step_numbers(scheduler: Any) -> list[int]:
     return [call // order for call in range(length)]
 
 
-def running_pipeline(model: nn.Module) -> Any:
-    """The innermost pipeline on the call stack that has `model` among its parts and a scheduler; else None."""
-    frame = sys._getframe(1)
+def find_caller(model: nn.Module) -> Caller | None:
+    """The innermost function on the call stack that holds a pipeline with `model` among its parts and a scheduler."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        variables = frame.f_code.co_varnames
-        for name in HOLDERS:
-            if name in variables:
+        for name in (*OWN, *BY_HAND):
+            if name in frame.f_code.co_varnames:
                 holder = frame.f_locals.get(name)
                 if holder is not None and _runs(holder, model):
-                    return holder
-        frame = frame.f_back  # type: ignore[assignment]
+                    return _caller(holder, frame.f_locals.get("timesteps")) if name in OWN else Caller(holder)
+        frame = frame.f_back
     return None
+
+
+def _caller(pipeline: Any, timesteps: Any) -> Caller:
+    """A pipeline that runs; its function's own `timesteps` are those that it goes through, fewer in image-to-image."""
+    if isinstance(timesteps, (Tensor, list)) and len(timesteps):
+        return Caller(pipeline, inside=True, executed=len(timesteps))
+    return Caller(pipeline, inside=True, executed=getattr(pipeline, "_num_timesteps", None))
 
 
 def _runs(holder: Any, model: nn.Module) -> bool:

@@ -66,14 +66,15 @@ class Handle:
             yield
 
     def restore(self) -> None:
-        """Put the models' own attention back; raises `ValueError` where it is back already or was swapped anew."""
-        stale = [swap for swap in self._swaps if not _in_place(swap)]
-        if stale:
-            raise ValueError(
-                f"this handle's swap of a {stale[0].family.name} model is no longer in place: nothing to restore"
-            )
+        """Put the models' own attention back; raises `ValueError` where all is back already or was swapped anew."""
+        placed = [swap for swap in self._swaps if _in_place(swap)]
+        if not placed:
+            raise ValueError(f"this handle's swap of {self._swaps[0].name} is no longer in place: nothing to restore")
         for swap in self._swaps:
-            swap.undo()
+            if swap in placed:
+                swap.undo()
+            else:
+                logger.warning("this handle's swap of %s is no longer in place: left as it is", swap.name)
 
     def __enter__(self) -> "Handle":
         return self

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 import diffattn
 from diffattn.mechanisms.base import Mechanism
-from diffattn.steps import Runs, noise_share
+from diffattn.steps import Caller, Runs, noise_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +226,45 @@ def test_image_to_image_counts_the_steps_it_makes(case: Any, seen: list[float]) 
     assert seen == [1 / 3] * case.calls_per_step + [2 / 3] * case.calls_per_step
 
 
+def test_a_loop_by_hand_after_a_shorter_run_of_the_pipeline(seen: list[float]) -> None:
+    case = Flux()
+    pipe = case.pipe()
+    pipe.set_progress_bar_config(disable=True)
+    case.run(pipe, 2)  # leaves its number of timesteps behind
+    model, inputs = pipe.transformer, flux().inputs
+    diffattn.apply(pipe, Probe(), layers=case.layer, steps=slice(2, 5))
+    pipe.scheduler.set_timesteps(6)
+    sample = torch.zeros(1, 2)
+    for timestep in pipe.scheduler.timesteps:
+        model(**{**inputs, "timestep": timestep.expand(2) / 1000})
+        sample = pipe.scheduler.step(sample, timestep, sample).prev_sample
+    assert seen == [2 / 6, 3 / 6, 4 / 6]
+
+
+class Shorter(FluxPipeline):
+    """Somebody's pipeline, with a loop of its own that says nothing of its timesteps."""
+
+    def __call__(self, **call: Any) -> Any:
+        self.scheduler.set_timesteps(6)
+        sample = torch.zeros(1, 2)
+        for t in self.scheduler.timesteps:
+            self.transformer(**{**call, "timestep": t.expand(2) / 1000})
+            sample = self.scheduler.step(sample, t, sample).prev_sample
+
+
+def test_a_pipeline_of_ones_own_after_a_stock_run(seen: list[float]) -> None:
+    case = Flux()
+    stock = case.pipe()
+    stock.set_progress_bar_config(disable=True)
+    pipe = Shorter(stock.scheduler, stock.vae, None, None, None, None, stock.transformer)
+    case.run(stock, 2)
+    diffattn.apply(pipe, Probe(), layers=case.layer, steps=slice(2, 5))
+    for _ in range(2):
+        seen.clear()
+        pipe(**flux().inputs)
+        assert seen == [2 / 6, 3 / 6, 4 / 6]
+
+
 def test_an_interrupted_run_does_not_count_on(seen: list[float]) -> None:
     case = Flux()
     pipe = case.pipe()
@@ -257,7 +296,7 @@ def test_a_scheduler_without_timesteps_is_refused() -> None:
 
     pipeline = Pipeline()
     with pytest.raises(ValueError, match="apply without steps="):
-        Runs(pipeline).moment(pipeline, lambda: 1.0)
+        Runs(pipeline).moment(Caller(pipeline), lambda: 1.0)
 
 
 def test_steps_need_a_pipeline() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import gamut
-from .opening import Pixels
+from .opening import Pixels, pyav
 
 logger = logging.getLogger("diffattn")
 
@@ -42,6 +42,8 @@ class Shown:
     def __init__(self, path: str | Path) -> None:
         self.path = path
         self._told: set[str] = set()
+        # one for all frames: each would set up tables of its own
+        self._reformatter = pyav().video.reformatter.VideoReformatter()
 
     def __call__(self, frame: Any) -> Pixels:
         """uint8 RGB `(height, width, 3)`; raises `ValueError` for colours without a conversion."""
@@ -55,7 +57,7 @@ class Shown:
             self._tell(f"{gamut.describe(primaries, curve)} converted to BT.709")
             pixels = gamut.to_bt709(_planes(frame), primaries, curve)
         else:
-            pixels = _to_rgb(frame)
+            pixels = self._to_rgb(frame)
         return np.ascontiguousarray(_upright(self._opaque(frame, pixels), frame))
 
     def _tell(self, what: str) -> None:
@@ -72,6 +74,11 @@ class Shown:
             f"{primaries} and transfer {curve} of ITU-T H.273; convert it to BT.709 first"
         )
 
+    def _to_rgb(self, frame: Any) -> Pixels:
+        given = {"format": "rgb24", "src_colorspace": _matrix(frame), "interpolation": READ, "threads": 1}
+        pixels: Pixels = self._reformatter.reformat(frame, **given).to_ndarray()
+        return pixels
+
     def _opaque(self, frame: Any, pixels: Pixels) -> Pixels:
         """On white, as pictures are."""
         if not any(component.is_alpha for component in frame.format.components):
@@ -81,11 +88,6 @@ class Shown:
             return pixels
         self._tell("transparent in places; put on white")
         return ((pixels * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-
-
-def _to_rgb(frame: Any) -> Pixels:
-    pixels: Pixels = frame.to_ndarray(format="rgb24", src_colorspace=_matrix(frame), interpolation=READ)
-    return pixels
 
 
 def _planes(frame: Any) -> NDArray[np.uint16]:

@@ -493,7 +493,7 @@ def test_a_lora_is_loaded_or_refused(models: Path, inputs: Path, tmp_path: Path)
 def test_the_module_is_the_command(models: Path, inputs: Path, tmp_path: Path) -> None:
     program = f"""
 import dataclasses, runpy, torch
-torch.set_num_threads(1)
+torch.set_num_threads({torch.get_num_threads()})
 from diffattn.pipelines.pixel_aware_sr import PASDPipeline
 PASDPipeline.defaults = dataclasses.replace(PASDPipeline.defaults, **{QUICK!r})
 runpy.run_module("diffattn.pipelines.pixel_aware_sr", run_name="__main__", alter_sys=True)
