@@ -263,3 +263,18 @@ def test_processors_are_checked_likewise() -> None:
         diffattn.attn_processors(sd15().model, "clear", radius=2, min_tokens="5")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="layers must be"):
         diffattn.attn_processors(sd15().model, "clear", radius=2, layers=5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("clear", {"radius": 1e308}), ("clear", {"radius": 2**31}), ("clear", {"radius": 2, "ntk_factor": 1e300}),
+        ("clear", {"radius": 2, "down_factor": 2**31 - 1}), ("agent", {"num_agents": 10**12}),
+        ("neighborhood", {"kernel_size": (3, 10**15)}), ("dual_scope", {"padding": 10**10}),
+    ],
+)  # fmt: skip
+def test_numbers_that_nothing_holds_are_refused(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="at most") as error:
+        config.create(name, **options)
+    assert "\n" not in str(error.value)
+    config.create("agent", agents="merge", seed=2**40)

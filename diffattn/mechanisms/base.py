@@ -1,6 +1,6 @@
 """What every attention mechanism is: a frozen config that can attend, count its cost and check a grid."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from .. import config, options
 from ..grid import TokenGrid
 from ..kernels.pattern import Pattern
+
+LARGEST = 2**31 - 1
+"""Of all numbers in options but seeds: squares of sizes are computed in 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,13 @@ class Mechanism:
         return False
 
     def __post_init__(self) -> None:
-        options.check_fields(self, getattr(self, "type", type(self).__name__))
+        name = getattr(self, "type", type(self).__name__)
+        options.check_fields(self, name)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            numbers = value if isinstance(value, tuple) else (value,)
+            if field.name != "seed" and any(isinstance(n, (int, float)) and abs(n) > LARGEST for n in numbers):
+                raise ValueError(f"{name}: {field.name} must be at most {LARGEST}, got {options.shown(value)}")
 
     @property
     def needs(self) -> frozenset[str]:

@@ -100,7 +100,9 @@ class ClearAttention(Mechanism):
     """Radius of the window in tokens, exclusive: 1 is the token alone, 2 a square of 9, 8 a disc of 193."""
     radius_t: Annotated[float | None, POSITIVE] = None
     """Radius along the frames; None makes the window a ball."""
-    down_factor: Annotated[int | None, Must("None or an int of at least 2", lambda factor: factor >= 2)] = None
+    down_factor: Annotated[
+        int | None, Must("None or an int of at least 2 and at most 4096", lambda factor: 2 <= factor <= 4096)
+    ] = None
     """Side of the blocks that pooled keys stand for; None for no pooled keys."""
     proportional: bool = False
     """Scale the logits by sqrt(log_L0 L), for sequences longer than those of training."""
