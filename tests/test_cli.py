@@ -293,7 +293,8 @@ def test_generate_replaces_videos_when_asked_alone(model: str, tmp_path: Path) -
     assert (tmp_path / "a.mp4").read_bytes() == b"mine"
     (tmp_path / "a.png").write_bytes(b"an earlier picture")
     succeed(*basics, tmp_path / "a.png")
-    assert Image.open(tmp_path / "a.png").size == (128, 128)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (128, 128)
 
 
 def test_a_large_picture_is_compared_with_the_models_own_attention(model: str, tmp_path: Path) -> None:

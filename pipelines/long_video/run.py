@@ -119,6 +119,7 @@ def prepare(
     how = {"work": str(work.path), "save_every": request.save_every, "resume": request.resume}
     ranks.agree("how to run", how)
     plan = FramePlan.split(config.frames, ranks.mesh, config.lengths)
+    ranks.together(lambda: check_output(request.output, config.height, config.width, overwrite=True))
     checkpoints = Checkpoints(work.path, config, plan, request.save_every)
     last = ranks.together(lambda: _last_checkpoint(request, work, checkpoints))
     ranks.agree("the checkpoint", {"folder": None if last is None else last.name})
