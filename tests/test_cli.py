@@ -287,6 +287,7 @@ def test_videos_are_written_as_frames_where_nothing_can_encode_them(
 
 
 def test_generate_replaces_videos_when_asked_alone(model: str, tmp_path: Path) -> None:
+    pytest.importorskip("av")
     basics = ["generate", model, "--prompt", "x", "--steps", 1, "--output"]
     (tmp_path / "a.mp4").write_bytes(b"mine")
     assert "a.mp4 is there, and --output would replace it: add --overwrite" in refusal(*basics, tmp_path / "a.mp4")
