@@ -10,6 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+PART = ".diffattn-part"
+"""In the temporary names of `written`, and in no other: what a killed run left is told from others' hidden files."""
+
 
 @contextlib.contextmanager
 def written(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -19,7 +22,7 @@ def written(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=f"{PART}{target.suffix}", dir=target.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -54,7 +57,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-_TEMPORARY = re.compile(r"\.(?P<stem>.+)-[a-z0-9_]{8}(?P<ending>\.[^.]*)?")
+_TEMPORARY = re.compile(r"\.(?P<stem>.+)-[a-z0-9_]{8}" + re.escape(PART) + r"(?P<ending>\.[^.]*)?")
 
 
 def final_name(name: str) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .files import final_name
+from .files import PART, final_name
 from .media import LONGEST_SIDE
 from .video import ENDINGS
 from .video import LONGEST_SIDE as LONGEST_VIDEO_SIDE
@@ -132,7 +132,7 @@ def _try_place(folder: Path, name: str, option: str) -> None:
             f"expected a folder to write to for {option}; got {folder}, and {there} is a file; give another name"
         )
     try:
-        with tempfile.NamedTemporaryFile(prefix=f".{Path(name).stem}-", suffix=Path(name).suffix, dir=there):
+        with tempfile.NamedTemporaryFile(prefix=f".{Path(name).stem}-", suffix=PART + Path(name).suffix, dir=there):
             pass
     except OSError as error:
         raise ValueError(

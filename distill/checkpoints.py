@@ -8,12 +8,12 @@ and numbers only: it is read with `weights_only=True`.
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from diffattn.files import remove_empty, remove_own
 from diffattn.weights import check_finite, load
 
 from .config import DistillConfig, from_dict
@@ -30,32 +30,44 @@ def find(run: Path) -> dict[int, Path]:
     if not (run / "checkpoints").is_dir():
         return {}
     found = {path: _NAME.fullmatch(path.name) for path in (run / "checkpoints").iterdir()}
-    return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
+    return dict(
+        sorted(
+            (int(match[1]), path)
+            for path, match in found.items()
+            if match and any((path / name).exists() for name in ("state.pt", "config.json"))
+        )
+    )
 
 
 def write(run: Path, step: int, state: dict[str, Any], config: DistillConfig, keep: int) -> Path:
     """Write the state after `step` steps and remove all but the last `keep` checkpoints."""
     target = folder_of(run, step)
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    _drop(partial)
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
         torch.save({**state, "step": step}, partial / "state.pt")
         (partial / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        shutil.rmtree(target, ignore_errors=True)
+        _drop(target)
         partial.rename(target)
     except (OSError, RuntimeError) as error:  # torch tells a full disk by the latter
-        shutil.rmtree(partial, ignore_errors=True)
+        _drop(partial)
         why = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise OSError(
             f"cannot write the checkpoint {target}: {why}; what was there before is whole, free space"
         ) from error
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _drop(partial)
         raise
     for path in list(find(run).values())[:-keep]:
-        shutil.rmtree(path)
+        _drop(path)
     return target
+
+
+def _drop(checkpoint: Path) -> None:
+    """Remove the files of a checkpoint; its folder stays where anything else is in it."""
+    remove_own(checkpoint, (r"state\.pt", r"config\.json"))
+    remove_empty(checkpoint)
 
 
 def read(folder: Path, config: DistillConfig) -> dict[str, Any]:

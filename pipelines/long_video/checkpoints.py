@@ -94,8 +94,13 @@ class Checkpoints:
         """The manifest; raises `ValueError` where the checkpoint is of another video, or lacks a file."""
         try:
             manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            lacking = [name for name in ("step", "config", "files", "numbers") if name not in manifest]
+            if lacking:
+                raise ValueError(f"it lacks {', '.join(lacking)}")
+            if not all(isinstance(name, str) and _FILE.fullmatch(name) for name in manifest["files"]):
+                raise ValueError("its files are not named as those of a checkpoint")
             former = LongVideoConfig.from_dict(manifest["config"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"cannot read {folder / MANIFEST}: {error}; remove {folder}") from error
         different = self.config.same_video(former)
         if different:

@@ -17,6 +17,7 @@ import typer
 
 from diffattn.cli.frame import CHATTY, DEBUG, INTERRUPTED, WRONG_INPUT, App, is_expected
 from diffattn.cli.long_videos import EXAMPLES, long_video
+from diffattn.options import shown
 
 from .official import read_settings
 from .ranks import Ranks
@@ -99,8 +100,8 @@ def _execute(options: Options) -> None:
 
 def parse_lengths(text: str) -> tuple[int, ...]:
     """`100,60` as numbers of frames."""
-    if not all(part.strip().isdecimal() for part in text.split(",")):
-        raise ValueError(f"--lengths must be numbers of frames with commas between, such as 100,60, got {text!r}")
+    if not all(part.strip().isdecimal() and len(part.strip()) <= 9 for part in text.split(",")):
+        raise ValueError(f"--lengths must be numbers of frames with commas between, such as 100,60, got {shown(text)}")
     return tuple(int(part) for part in text.split(","))
 
 

@@ -11,10 +11,25 @@ from typing import Any, Literal
 
 from diffattn.mechanisms.dual_scope import EARLY, LATE, DualScopeAttention
 from diffattn.mechanisms.scopes import Phase
+from diffattn.options import shown
 from diffattn.parallel.noise import FrameNoise
 
 from .prompts import PromptRange, as_ranges, check_ranges
 
+MOST = {
+    "frames": 1_000_000,
+    "height": 16_384,
+    "width": 16_384,
+    "steps": 1000,
+    "fps": 1000,
+    "model_fps": 1000,
+    "blend": 1_000_000,
+    "padding": 10_000,
+    "top_k": 10_000,
+}
+"""The steps are those that models train with, and others are beyond what any machine or file holds."""
+LARGEST_SCALE = 1e4
+"""Beyond it, float16 overflows."""
 SCHEDULERS = ("own", "dpmsolver++", "sde-dpmsolver++")
 
 
@@ -65,12 +80,16 @@ class LongVideoConfig:
     """The model's "own", or DPM-Solver++ by its schedule: "dpmsolver++", "sde-dpmsolver++" (the released code's)."""
 
     def __post_init__(self) -> None:
-        for name in ("frames", "height", "width", "steps", "fps", "model_fps"):
-            _check_int(name, getattr(self, name), 1)
-        _check_int("blend", self.blend, 0)
+        for name in ("frames", "height", "width", "steps", "fps", "model_fps", "blend", "padding", "top_k"):
+            _check_int(name, getattr(self, name), 0 if name in ("blend", "padding", "top_k") else 1, MOST.get(name))
         for name in ("guidance", "attn_scale"):
-            if not _is_number(getattr(self, name)):
-                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
+            if not _is_number(getattr(self, name)) or abs(getattr(self, name)) > LARGEST_SCALE:
+                raise ValueError(
+                    f"{name} must be a number of at most {LARGEST_SCALE:g} in size, got {shown(getattr(self, name))}"
+                )
+        for text in (self.negative_prompt, *(part.prompt for part in self.prompts)):
+            if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ValueError(f"a prompt must be text of whole characters, got {text!a}; write it as UTF-8")
         for name in ("model", "negative_prompt", "unet"):
             value = getattr(self, name)
             if not isinstance(value, str) and (name != "unet" or value is not None):
@@ -150,7 +169,12 @@ def check_names(values: Any, known: list[str], where: str) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that no float holds
+        return False
 
 
 def _check_phase(name: str, value: Any) -> None:
@@ -158,11 +182,13 @@ def _check_phase(name: str, value: Any) -> None:
     if value is None:
         return
     if not isinstance(value, tuple) or len(value) != 3 or not all(map(_is_number, value[1:])):
-        raise ValueError(f"{name} must be [t, local_bias, global_bias] or null, got {value!r}")
+        raise ValueError(f"{name} must be [t, local_bias, global_bias] or null, got {shown(value)}")
     if value[0] is not None and not _is_number(value[0]):
-        raise ValueError(f"the t of {name} must be a number or null, got {value[0]!r}")
+        raise ValueError(f"the t of {name} must be a number or null, got {shown(value[0])}")
 
 
-def _check_int(name: str, value: Any, least: int) -> None:
+def _check_int(name: str, value: Any, least: int, most: int | None = None) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {shown(value)}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}, got {shown(value)}")

@@ -54,7 +54,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file; what is no JSON raises `ValueError` with the place."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON file: {error}") from None
 
 

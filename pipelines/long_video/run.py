@@ -121,6 +121,7 @@ def prepare(
     plan = FramePlan.split(config.frames, ranks.mesh, config.lengths)
     ranks.together(lambda: check_output(request.output, config.height, config.width, overwrite=True))
     checkpoints = Checkpoints(work.path, config, plan, request.save_every)
+    ranks.together(work.check_place)
     last = ranks.together(lambda: _last_checkpoint(request, work, checkpoints))
     ranks.agree("the checkpoint", {"folder": None if last is None else last.name})
     ranks.together(lambda: _check_output(request, work, config))
@@ -167,6 +168,8 @@ def _last_checkpoint(request: Request, work: WorkFolder, checkpoints: Checkpoint
         return None
     if not found:
         raise ValueError(f"--resume: there is no checkpoint in {work.path}; leave --resume out")
+    if not work.is_of_run:
+        raise ValueError(f"--resume: {work.path} bears no mark of a run (settings.json); leave --resume out")
     last = found[max(found)]
     checkpoints.check(last)
     return last
