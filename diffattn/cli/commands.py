@@ -16,7 +16,6 @@ from .frame import (
     Grid,
     Layers,
     Options,
-    Overwrite,
     Seed,
     Threads,
     UnusedSeed,
@@ -118,9 +117,9 @@ def generate(
     width: Annotated[int | None, typer.Option(min=1, help="In pixels.")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.")] = None,
     fps: Annotated[int, typer.Option(min=1, help="Frames a second in an .mp4 file.")] = 8,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=10_000, help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
-    num_images: Annotated[int | None, typer.Option(min=1, help="Pictures of the same prompt.")] = None,
+    num_images: Annotated[int | None, typer.Option(min=1, max=1000, help="Pictures of the same prompt.")] = None,
     size: Annotated[
         str | None,
         typer.Option(
@@ -145,7 +144,10 @@ def generate(
         typer.Option("--parallel", help="Rows of the picture shared out among the processes that torchrun started."),
     ] = False,
     offload: Annotated[bool, typer.Option("--offload", help="Keep on the GPU only the model that is at work.")] = False,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace videos and frames that are there; pictures are replaced anyway."),
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",

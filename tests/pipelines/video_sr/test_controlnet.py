@@ -119,8 +119,11 @@ def test_a_folder_gives_the_same_branch(branch, tmp_path) -> None:
     branch.save_pretrained(tmp_path)
     loaded = STARControlNetModel.from_pretrained(tmp_path)
     assert loaded.config.liem and loaded.config.transformer_in_heads == 3
+    own, read = branch.state_dict(), loaded.state_dict()
+    assert own.keys() == read.keys() and all(torch.equal(own[key], read[key]) for key in own)
     for got, want in zip(run(loaded), run(branch), strict=True):
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        # the same weights at other addresses: some kernels sum what is not aligned in another order
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     half = STARControlNetModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     for got, want in zip(run(half, tiny_star.latents().bfloat16()), run(branch), strict=True):
         assert got.dtype == torch.bfloat16 and (got.float() - want).norm() < 0.1 * want.norm()
