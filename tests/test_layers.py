@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
-    {"grid", "options", "config", "files", "work", "weights", "positions"},
+    {"grid", "options", "config", "files", "weights", "positions"},
     {"kernels"},
     {"mechanisms"},
     {"context_parallel", "families", "intercept", "situation", "records", "steps", "unsupported"},
@@ -26,7 +26,7 @@ LAYERS = (
     {"swap"},
     {"report"},
     {"adapters"},
-    {"highres", "parallel", "windows", "color", "media", "video", "outputs", "clip", "measure", "draw", "tiny"},
+    {"highres", "parallel", "windows", "color", "media", "video", "outputs", "work", "clip", "measure", "draw", "tiny"},
     {"bench"},
     {"diffattn"},  # the package itself: the public names
     {"pipelines", "distill"},

@@ -151,8 +151,8 @@ def test_a_range_of_frames(tmp_path: Path, arguments: dict[str, int], want: list
 
 def test_frames_come_as_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No more than the frames asked for become RGB, so memory does not grow with the video."""
-    made, convert = [], colours._to_rgb
-    monkeypatch.setattr(colours, "_to_rgb", lambda frame: made.append(frame.pts) or convert(frame))
+    made, convert = [], colours.Shown._to_rgb
+    monkeypatch.setattr(colours.Shown, "_to_rgb", lambda self, frame: made.append(frame.pts) or convert(self, frame))
     frames = read_frames(CLIP)
     assert not made
     assert len(list(islice(frames, 3))) == 3 and len(made) == 3

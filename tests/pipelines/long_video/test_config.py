@@ -66,7 +66,7 @@ def test_the_json_form_gives_the_config_back() -> None:
         ({"seed": -1}, "seed must be an int"),
         ({"mode": "fast"}, "mode must be 'clean' or 'official'"),
         ({"scheduler": "euler"}, "scheduler must be one of"),
-        ({"padding": -1}, "padding must be an int"),
+        ({"padding": -1}, "padding must be (an int|a whole number of at least 0)"),
         ({"guidance": float("nan")}, "guidance must be a number"),
     ],
 )
@@ -170,7 +170,7 @@ RANGES = [{"frames": [0, 7], "prompt": "a"}]
         ({"prompts": [{"frames": 7, "prompt": "a"}]}, "prompts, entry 1: expected"),
         ({"frames": "7"}, "frames must be a whole number"),
         ({"frames": 7.0}, "frames must be a whole number"),
-        ({"guidance": "9"}, "guidance must be a number, got '9'"),
+        ({"guidance": "9"}, "guidance must be a number of at most 10000 in size, got '9'"),
         ({"guidance": True}, "guidance must be a number"),
         ({"attn_scale": None}, "attn_scale must be a number"),
         ({"model": 3}, "model must be a text, got 3"),
