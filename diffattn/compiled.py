@@ -10,6 +10,10 @@ constants of a graph and contents of tensors are not.
 
 `situation` is saved for the backward pass, which computes the mechanism again with gradients and costs one further
 forward of it. CUDA graphs are kept off the operator: they would replay one call's grid and step in all others.
+
+torch.export traces a mechanism's own operations, for the one size that it is given. Position ids have no values then;
+there the program calls `diffattn::attend_at`, which reads the grid from the ids of each call. It needs diffattn where
+it runs.
 """
 
 import itertools

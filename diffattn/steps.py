@@ -2,8 +2,8 @@
 
 Few pipelines tell their models the step. The scheduler that runs is that of the pipeline that runs, which is found on
 the call stack: pipelines are copied, share their models and are made from one another, and one that was not there at
-`apply` is as good as that one. A loop written by hand has none there; then it is the scheduler of the pipeline given
-to `apply`.
+`apply` is as good as that one. A loop written by hand is one around its own `pipe` or `pipeline`; one that holds none
+is around the pipeline given to `apply`.
 
 Where it stands, its place in `scheduler.timesteps`, is the scheduler's own step index or counter. The older ones have
 neither: for them it is the place of the timestep that the model got, or the number of its changes. Several places
@@ -60,7 +60,7 @@ class Caller:
 
 
 class Run:
-    """One run of a scheduler, and what lives as long: what was computed, and what mechanisms keep (`Runs.memory`)."""
+    """One run of a scheduler, and what lives as long: what was computed, and what mechanisms keep (`memory`)."""
 
     def __init__(self, schedule: Tensor | None) -> None:
         self.schedule = schedule
