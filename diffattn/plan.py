@@ -14,7 +14,7 @@ from .layer import SwappedLayer
 from .mechanisms.base import Mechanism
 from .model_swap import Entrance, ModelSwap
 from .options import at_least, check_fields, read, shown
-from .steps import Runs
+from .steps import Runs, single_models
 from .unsupported import check_processor, check_supported
 
 COMPONENTS = ("unet", "transformer", "transformer_2")
@@ -76,24 +76,9 @@ def models_of(target: Any, components: ComponentChoice = None) -> list[nn.Module
     return single_models(parts[name] for name in chosen)
 
 
-def single_models(parts: Iterable[nn.Module]) -> list[nn.Module]:
-    """The models among parts of a pipeline, each once: the nets of diffusers' Multi...ControlNetModel classes too."""
-    found: dict[int, nn.Module] = {}
-    for part in map(unwrap, parts):
-        nets = getattr(part, "nets", None)
-        for model in map(unwrap, nets) if isinstance(nets, nn.ModuleList) else [part]:
-            found[id(model)] = model
-    return list(found.values())
-
-
 def names_in(choice: str | Iterable[str]) -> list[str]:
     """The names of a choice, of one or several."""
     return [choice] if isinstance(choice, str) else list(choice)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile(model)`."""
-    return getattr(model, "_orig_mod", model)
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -17,7 +17,7 @@ import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -228,17 +228,23 @@ def _runs(holder: Any, model: nn.Module) -> bool:
     attributes = {} if isinstance(holder, nn.Module) else getattr(holder, "__dict__", {})
     if attributes.get("scheduler") is None:
         return False
-    return any(
-        part is model or getattr(part, "_orig_mod", None) is model or model in _parts_of(part)
-        for part in attributes.values()
-        if isinstance(part, nn.Module)
-    )
+    parts = single_models(part for part in attributes.values() if isinstance(part, nn.Module))
+    return any(part is model for part in parts)
 
 
-def _parts_of(part: nn.Module) -> list[nn.Module]:
-    """The networks of a wrapper such as `MultiControlNetModel`."""
-    nets = getattr(part, "nets", None)
-    return list(nets) if isinstance(nets, nn.ModuleList) else []
+def single_models(parts: Iterable[nn.Module]) -> list[nn.Module]:
+    """The models among parts of a pipeline, each once: the nets of diffusers' Multi...ControlNetModel classes too."""
+    found: dict[int, nn.Module] = {}
+    for part in map(unwrap, parts):
+        nets = getattr(part, "nets", None)
+        for model in map(unwrap, nets) if isinstance(nets, nn.ModuleList) else [part]:
+            found[id(model)] = model
+    return list(found.values())
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile(model)`."""
+    return getattr(model, "_orig_mod", model)
 
 
 def noise_share(scheduler: Any, index: int) -> float:

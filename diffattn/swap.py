@@ -27,8 +27,8 @@ from .plan import (
     plan_all,
     resolve,
     resolve_all,
-    single_models,
 )
+from .steps import single_models
 
 logger = logging.getLogger("diffattn")
 
