@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import diffattn
 from diffattn.mechanisms.base import Mechanism
+from diffattn.parallel.collectives import leave_group
 
 HERE = Path(__file__).resolve().parent
 RANKS = 2
@@ -292,7 +293,7 @@ def main(rank: int, rendezvous: str, results: str, device: str = "cpu") -> None:
         except Exception:
             found[name] = {"failed": traceback.format_exc()}
     Path(results).write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":

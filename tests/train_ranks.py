@@ -42,6 +42,8 @@ def run_ranks(folder: Path, ranks: int, cases: Cases, timeout: float = 400) -> l
 def main(rank: int, ranks: int, folder: Path, cases: Cases) -> None:
     import torch.distributed as dist
 
+    from diffattn.parallel.collectives import leave_group
+
     if ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
         # accelerate asks for all that torchrun sets; the group is there already, so the port is not used
@@ -49,8 +51,7 @@ def main(rank: int, ranks: int, folder: Path, cases: Cases) -> None:
         os.environ.update({name: str(value) for name, value in named.items()}, MASTER_ADDR="127.0.0.1")
     found = train_all(ranks, folder, cases)
     (folder / f"{rank}.json").write_text(json.dumps(found))
-    if ranks > 1:
-        dist.destroy_process_group()
+    leave_group()
 
 
 def train_all(ranks: int, folder: Path, cases: Cases) -> Cases:

@@ -43,6 +43,7 @@ def run(
     """Train a student by a preset or config file, export it as an adapter, and evaluate it."""
     import diffattn.distill.config as configs
     import diffattn.distill.run as running
+    from diffattn.parallel.collectives import leave_group
 
     if preset is None and config is None:
         raise ValueError(f"name a --preset ({', '.join(configs.PRESETS)}) or a --config file")
@@ -57,6 +58,7 @@ def run(
     with quiet():
         try:
             setting, outcome = running.train(chosen, output, resume=resume == "auto", progress=True)
+            leave_group()
         except FloatingPointError as error:  # one line, as all that settings are to blame for
             raise ValueError(str(error)) from error
         except RuntimeError as error:  # torch's class for this as well

@@ -35,9 +35,13 @@ def joined(wanted: bool) -> Iterator[Any]:
     import torch
     import torch.distributed as dist
 
+    from ..parallel.collectives import leave_group
+
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
         yield dist.device_mesh.init_device_mesh(kind, (dist.get_world_size(),))
+        leave_group()
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # after an error the others may never come
+            dist.destroy_process_group()

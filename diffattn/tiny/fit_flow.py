@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from diffattn.parallel.collectives import leave_group
 from diffattn.tiny.components import build_clip, build_t5, build_transformer
 from diffattn.tiny.fast_flux import FastFlux, zero_modulation
 from diffattn.tiny.fit import Plan, Trainer
@@ -191,5 +192,4 @@ def fit_flow(rank: int, plan: FlowPlan, folder: Path, resume: bool, niceness: in
         progress.set_postfix(loss=f"{running:.4f}", refresh=False)
         if rank == 0:
             trainer.save()
-    if plan.workers > 1:
-        dist.destroy_process_group()
+    leave_group()

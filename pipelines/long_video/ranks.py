@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from diffattn.parallel.collectives import leave_group
+
 Found = TypeVar("Found")
 SLACK = 60
 """Seconds that collectives wait longer than the watch, which knows better whom they wait for."""
@@ -81,4 +83,4 @@ class Ranks:
     def close(self) -> None:
         """Leave the group."""
         if self.mesh is not None:
-            dist.destroy_process_group()
+            leave_group()
