@@ -16,8 +16,8 @@ from .mechanisms import (
     SoftmaxAttention,
     TokenMergeAttention,
 )
-from .report import summary
-from .swap import Handle, apply, attn_processors, restore
+from .swap.apply import Handle, apply, attn_processors, restore
+from .swap.report import summary
 
 __all__ = [
     "AgentAttention",

@@ -29,8 +29,8 @@ from PIL import Image
 from .grid import TokenGrid
 from .mechanisms import ClearAttention, Mechanism, SoftmaxAttention
 from .mechanisms.softmax import OFFICIAL_TRAIN_TOKENS
-from .plan import resolve
-from .swap import Handle, apply, swaps_of
+from .swap.apply import Handle, apply, swaps_of
+from .swap.plan import resolve
 
 Size = tuple[int, int]
 """Height and width in pixels."""

@@ -18,7 +18,7 @@ from diffattn import config as mechanisms
 from diffattn.mechanisms import Mechanism
 from diffattn.options import Must, Text, check_fields, known, shown
 
-from .losses import LossWeights
+from .training.losses import LossWeights
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 NOT_NEGATIVE = Must("0 or more", lambda value: value >= 0)

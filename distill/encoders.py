@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffattn.plan import models_of
+from diffattn.swap.plan import models_of
 
 Facts = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -46,7 +46,7 @@ def encoder_of(model: nn.Module) -> Encoder:
     known = ", ".join(name for row in ENCODERS for name in row.models)
     raise ValueError(
         f"{type(model).__name__} has no cache yet; known: {known}. One row in diffattn.distill.encoders adds it, or "
-        f"give the Trainer a Source of your own, see diffattn.distill.data"
+        f"give the Trainer a Source of your own, see diffattn.distill.data.samples"
     )
 
 
@@ -168,7 +168,7 @@ def _cogvideox_facts(model: Any) -> Facts:
     if model.config.patch_size_t is not None:
         raise ValueError(
             f"{type(model).__name__} takes {model.config.patch_size_t} frames in a patch, and a cached picture has "
-            f"one; give the Trainer a Source of your own, see diffattn.distill.data"
+            f"one; give the Trainer a Source of your own, see diffattn.distill.data.samples"
         )
     facts = _facts_by("text_embed_dim")(model)
     # Learned and sinusoidal positions are counted from the end of the text.
@@ -182,7 +182,7 @@ def _unet_facts(model: Any) -> Facts:
         raise ValueError(
             f"expected a UNet conditioned by text alone, as SD 1.5 and SDXL are, got addition_embed_type "
             f"{size.addition_embed_type!r}, encoder_hid_dim_type {size.encoder_hid_dim_type!r}, class_embed_type "
-            f"{size.class_embed_type!r}; give the Trainer a Source of your own, see diffattn.distill.data"
+            f"{size.class_embed_type!r}; give the Trainer a Source of your own, see diffattn.distill.data.samples"
         )
     pooled = None
     if size.addition_embed_type is not None:

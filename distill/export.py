@@ -10,21 +10,19 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffattn.adapters as adapters
 from diffattn.adapters.files import FILE_NAME, LORA_NAME
 from diffattn.adapters.saving import base_model_of, is_hub_id
-from diffattn.files import write_text, written
+from diffattn.files.writing import write_text, written
 from diffattn.mechanisms import Mechanism
 from diffattn.mechanisms.base import changed_options
 
-from .evaluate import Evaluation
+from .evaluation.evaluate import Evaluation
 from .loading import TINY
+from .setting import Setting
 from .student import Student
-
-if TYPE_CHECKING:
-    from .run import Setting
 
 CARD = "README.md"
 FIGURES = {"sheet.png": "Teacher, student and swap alone", "loss.png": "Losses of the training"}
@@ -36,7 +34,7 @@ WHAT = {
 
 
 def export(
-    source: "Setting | Student",
+    source: Setting | Student,
     folder: Path,
     evaluation: Evaluation | Mapping[str, Any] | None = None,
     *,
@@ -81,7 +79,7 @@ def mechanism_of(student: Student) -> Mechanism:
     return student.handle.layers[0].mechanism
 
 
-def base_of(source: "Setting | Student") -> str:
+def base_of(source: Setting | Student) -> str:
     """What the student was made from: a hub id, `tiny`, or "" where it was a folder of this disk."""
     if isinstance(source, Student):
         return base_model_of(source.model)
@@ -90,7 +88,7 @@ def base_of(source: "Setting | Student") -> str:
 
 
 def card(
-    source: "Setting | Student", base: str, name: str, files: Iterable[str], evaluation: Mapping[str, Any] | None
+    source: Setting | Student, base: str, name: str, files: Iterable[str], evaluation: Mapping[str, Any] | None
 ) -> str:
     """The model card of a folder with `files`, called `name` by those who load it."""
     from huggingface_hub import ModelCard, ModelCardData
@@ -128,7 +126,7 @@ def applied(mechanism: Mechanism, layers: str | None) -> str:
     return f"diffattn.apply({', '.join(['pipe', repr(mechanism.type), *(f'{k}={v!r}' for k, v in options.items())])})"
 
 
-def snippet(source: "Setting | Student", base: str, name: str) -> str:
+def snippet(source: Setting | Student, base: str, name: str) -> str:
     """Python that loads the base model and the folder, and draws where the pipeline is known."""
     where = {TINY: 'diffattn.tiny.path("flux")', "": '"base-model"'}.get(base, f'"{base}"')
     lines = [

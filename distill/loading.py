@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 import diffattn
-from diffattn.plan import COMPONENTS
+from diffattn.swap.plan import COMPONENTS
 
 from .config import DistillConfig
 from .encoders import Facts, vae_facts

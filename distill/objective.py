@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data import Batch
+from .data.samples import Batch
 
 
 @dataclass(frozen=True)

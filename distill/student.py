@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from diffattn.kernels.choose import BACKENDS
 from diffattn.mechanisms import Mechanism
-from diffattn.plan import LayerChoice, plan_all
-from diffattn.swap import Handle, commit
+from diffattn.swap.apply import Handle, commit
+from diffattn.swap.plan import LayerChoice, plan_all
 
 Trainable = Literal["projections", "lora", "mechanism"]
 

@@ -15,7 +15,7 @@ import torch
 import typer
 from diffattn.pipelines.long_video import LongVideoConfig, LongVideoPipeline, PromptRange
 from diffattn.pipelines.long_video.loading import open_parts
-from diffattn.pipelines.long_video.run import native_settings
+from diffattn.pipelines.long_video.run.run import native_settings
 from PIL import Image
 
 from diffattn.parallel import FramePlan

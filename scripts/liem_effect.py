@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from diffattn.pipelines.video_sr.components import STARSizes, build_networks
 from diffattn.pipelines.video_sr.gates import measure_gates
+from diffattn.pipelines.video_sr.i2vgenxl.networks.components import STARSizes, build_networks
 from diffattn.pipelines.video_sr.liem import LIEMSpatial, LIEMTemporal
 from torch import nn
 

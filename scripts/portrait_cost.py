@@ -13,12 +13,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from diffattn.pipelines.portrait_animation import Sizes, XPortraitPipeline
-from diffattn.pipelines.portrait_animation.components import build_networks, official_scheduler
-from diffattn.pipelines.portrait_animation.denoiser import Condition, Denoiser, Networks
-from diffattn.pipelines.portrait_animation.features import EncodedWhenRead, Frames
-from diffattn.pipelines.portrait_animation.reference import ReferenceBank
-from diffattn.pipelines.portrait_animation.sampling import set_timesteps
-from diffattn.pipelines.portrait_animation.windows import Windows, plain_windows
+from diffattn.pipelines.portrait_animation.networks.components import build_networks, official_scheduler
+from diffattn.pipelines.portrait_animation.networks.reference import ReferenceBank
+from diffattn.pipelines.portrait_animation.sampling.denoiser import Condition, Denoiser, Networks
+from diffattn.pipelines.portrait_animation.sampling.features import EncodedWhenRead, Frames
+from diffattn.pipelines.portrait_animation.sampling.start import set_timesteps
+from diffattn.pipelines.portrait_animation.sampling.windows import Windows, plain_windows
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 

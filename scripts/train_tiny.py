@@ -26,16 +26,16 @@ import numpy as np
 import torch
 import typer
 from diffusers import AutoencoderKL, FluxPipeline, TextToVideoSDPipeline
+from tiny_training.components import build_vae
+from tiny_training.export import export_pipeline, export_video_pipeline, folder_size
+from tiny_training.fit_flow import FlowPlan, fit_flow
+from tiny_training.fit_vae import fit_vae, refine_decoder
+from tiny_training.fit_video import VideoPlan, draw_frames, fit_video
 
 from diffattn import tiny
 from diffattn.tiny import moving, shapes
-from diffattn.tiny.components import build_vae
 from diffattn.tiny.evaluate import generate, judge, write_sheet
 from diffattn.tiny.evaluate_video import generate_videos, judge_videos, write_strips
-from diffattn.tiny.export import export_pipeline, export_video_pipeline, folder_size
-from diffattn.tiny.fit_flow import FlowPlan, fit_flow
-from diffattn.tiny.fit_vae import fit_vae, refine_decoder
-from diffattn.tiny.fit_video import VideoPlan, draw_frames, fit_video
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 

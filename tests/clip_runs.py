@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffattn.parallel.noise import FrameNoise
-from diffattn.parallel.plan import FramePlan
+from diffattn.parallel.operations.noise import FrameNoise
+from diffattn.parallel.operations.shares import FramePlan
 
 SPLITS: dict[int, list[tuple[int, ...]]] = {
     6: [(3, 3), (1, 5), (2, 1, 3), (1, 2, 2, 1)],

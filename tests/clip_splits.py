@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from diffattn.parallel.plan import FramePlan
+from diffattn.parallel.operations.shares import FramePlan
 
 SPLITS: list[tuple[int, ...]] = [
     (7,),

@@ -21,7 +21,7 @@ from diffattn import ClearAttention, SoftmaxAttention, generate_large, tiny
 from diffattn.cli import app
 from diffattn.highres import LargeResult, Stage, stage_sizes
 from diffattn.measure import psnr
-from diffattn.swap import swaps_of
+from diffattn.swap.apply import swaps_of
 
 PROMPT = "a large red circle at the top left on a blue background"
 TEXT = 32

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,31 +16,28 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
-    {"grid", "options", "config", "files", "weights", "positions"},
+    {"grid", "options", "config", "files", "errors"},
     {"kernels"},
     {"mechanisms"},
-    {"context_parallel", "families", "intercept", "situation", "records", "steps", "unsupported"},
-    {"calls", "compiled"},
-    {"layer"},
-    {"model_swap"},
-    {"plan"},
+    {"families"},
     {"swap"},
-    {"report"},
     {"adapters"},
-    {"highres", "parallel", "windows", "color", "media", "video", "outputs", "work", "clip", "measure", "draw", "tiny"},
-    {"bench"},
+    {"media"},
+    {"measure", "video"},
+    {"highres", "parallel", "tiny"},
     {"diffattn"},  # the package itself: the public names
     {"pipelines", "distill"},
     {"cli", "__main__"},
 )
-COMMANDS = {"diffattn.pipelines.long_video.command", "diffattn.pipelines.long_video.__main__"}
-"""They lie beside what they run, and belong to the command line: torchrun starts them as a module."""
+COMMANDS = {"diffattn.pipelines.long_video.__main__"}
+"""Belongs to the command line: torchrun starts it as a module."""
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 
-MATHS = {"grid", "options", "config", "kernels", "mechanisms", "positions"}
-OPERATIONS = {"collectives", "conv", "gather", "group_norm", "halo", "merge", "noise", "plan", "prompts"}
-"""Of `diffattn.parallel`: they know torch and each other."""
+MATHS = {"grid", "options", "config", "kernels", "mechanisms", "families"}
+OPERATIONS = "diffattn.parallel.operations."
+"""They know torch and each other."""
 NOT_MATHS = {"accelerate", "diffusers", "huggingface_hub", "peft", "transformers"}
+MOST_LOOSE, MOST_IN_FOLDER, MOST_LINES, MOST_LINES_OF_FUNCTION = 8, 15, 400, 60
 EXTRAS = {
     "av", "dlib", "face_recognition_models", "matplotlib", "natten", "peft", "prodigyopt", "torchmetrics",
     "webdataset", "xformers",
@@ -120,17 +118,55 @@ def test_no_two_parts_import_each_other() -> None:
     graphlib.TopologicalSorter(graph).prepare()
 
 
+def file_of(imported: str) -> str:
+    """The module that an imported dotted name is, or lies in."""
+    while imported not in FILES:
+        imported = imported.rpartition(".")[0]
+    return imported
+
+
+def test_no_files_import_each_other() -> None:
+    graph = {
+        module: {file_of(name) for name in imports_of(module) if name.split(".")[0] == "diffattn"} - {module}
+        for module in FILES
+    }
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_rooms_stay_small() -> None:
+    loose = sorted(file.name for file in (ROOT / "diffattn").glob("*.py"))
+    assert len(loose) <= MOST_LOOSE, loose
+    folders = Counter(file.parent for file in FILES.values())
+    assert {str(folder): n for folder, n in folders.items() if n > MOST_IN_FOLDER} == {}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_files_and_functions_stay_short(module: str) -> None:
+    text = FILES[module].read_text()
+    assert len(text.splitlines()) <= MOST_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert lines_of_code(node) <= MOST_LINES_OF_FUNCTION, node.name
+
+
+def lines_of_code(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without its list of parameters and its docstring, which are data."""
+    assert function.end_lineno is not None
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return 1 + function.end_lineno - body[0].lineno if body else 1
+
+
 @pytest.mark.parametrize("module", [name for name in FILES if unit_of(name) in MATHS])
 def test_the_maths_knows_torch_only(module: str) -> None:
     assert not NOT_MATHS & {name.split(".")[0] for name in imports_of(module)}
 
 
-@pytest.mark.parametrize("name", sorted(OPERATIONS))
-def test_parallel_operations_know_torch_and_each_other(name: str) -> None:
-    inside = {f"diffattn.parallel.{other}" for other in OPERATIONS}
-    for imported in imports_of(f"diffattn.parallel.{name}"):
-        top = imported.split(".")[0]
-        assert top in {"torch", *sys.stdlib_module_names} or imported.rpartition(".")[0] in inside, imported
+@pytest.mark.parametrize("module", [name for name in FILES if name.startswith(OPERATIONS)])
+def test_parallel_operations_know_torch_and_each_other(module: str) -> None:
+    for imported in imports_of(module):
+        assert imported.split(".")[0] in {"torch", *sys.stdlib_module_names} or imported.startswith(OPERATIONS), (
+            imported
+        )
 
 
 @pytest.mark.parametrize("module", FILES)

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from diffattn.distill.config import DistillConfig
-from diffattn.distill.data import Sample
-from diffattn.distill.losses import LossWeights
+from diffattn.distill.data.samples import Sample
+from diffattn.distill.training.losses import LossWeights
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import Tensor
 

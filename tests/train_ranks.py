@@ -65,9 +65,9 @@ def train(
     import torch
     from accelerate import Accelerator
     from diffattn.distill.config import from_dict
-    from diffattn.distill.sharding import is_sharded, whole
     from diffattn.distill.student import make_student
-    from diffattn.distill.trainer import Trainer
+    from diffattn.distill.training.sharding import is_sharded, whole
+    from diffattn.distill.training.trainer import Trainer
     from torch.nn.parallel import DistributedDataParallel
     from toys import Noise, config, flux_model, scheduler
 

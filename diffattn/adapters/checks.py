@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ..model_swap import ModelSwap
+from ..swap.model_swap import ModelSwap
 from .files import Adapter
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")

@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import config
+from ..files.weights import check_finite, check_numbers
 from ..mechanisms.base import Mechanism
 from ..options import shown
-from ..plan import resolve
-from ..weights import check_finite, check_numbers
+from ..swap.plan import resolve
 
 FILE_NAME = "adapter.safetensors"
 LORA_NAME = "pytorch_lora_weights.safetensors"

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calls import Ref
-from ..model_swap import ModelSwap
 from ..options import read, shown
-from ..plan import ComponentChoice, StepChoice, models_of, plan_all
-from ..swap import Handle, commit
+from ..swap.apply import Handle, commit
+from ..swap.calls.frames import Ref
+from ..swap.model_swap import ModelSwap
+from ..swap.plan import ComponentChoice, StepChoice, models_of, plan_all
 from . import lora
 from .checks import check_class, check_names, check_writable, expected_parameters, mechanism_weights
 from .files import FILE_NAME, Adapter, open_all

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..calls import Ref
-from ..files import written
-from ..model_swap import ModelSwap
+from ..files.writing import written
+from ..swap.calls.frames import Ref
+from ..swap.model_swap import ModelSwap
 from .checks import check_names, check_unfused
 from .files import Adapter
 

@@ -11,9 +11,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import write_json, written
-from ..model_swap import ModelSwap
-from ..swap import swaps_of
+from ..files.writing import write_json, written
+from ..swap.apply import swaps_of
+from ..swap.model_swap import ModelSwap
 from . import lora
 from .checks import mechanism_weights, stored_name
 from .files import CONFIG_NAME, FILE_NAME, LORA_NAME

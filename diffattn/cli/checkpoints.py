@@ -13,9 +13,9 @@ from torch import nn
 
 from ..grid import TokenGrid
 from ..mechanisms.base import Mechanism
-from ..plan import COMPONENTS
-from ..report import Summary, summary
-from ..swap import Handle, apply
+from ..swap.apply import Handle, apply
+from ..swap.plan import COMPONENTS
+from ..swap.report import Summary, summary
 
 BUNDLED = "tiny"
 

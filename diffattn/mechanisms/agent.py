@@ -42,11 +42,11 @@ from torch.nn import functional as F
 from ..config import register
 from ..grid import TokenGrid
 from ..options import FINITE, Must, at_least
-from . import merging
-from .agent_weights import AgentWeights
 from .base import Context, Mechanism, default_scale
-from .merging import Stage
-from .pooling import averages_per_axis, pool, pool_groups
+from .parts import merging
+from .parts.agent_weights import AgentWeights
+from .parts.merging import Stage
+from .parts.pooling import averages_per_axis, pool, pool_groups
 from .softmax import softmax_reference
 
 DEFAULT_AGENTS = 256

@@ -38,8 +38,8 @@ from ..config import register
 from ..grid import TokenGrid
 from ..options import POSITIVE, Must, at_least
 from .base import Context, Mechanism, default_scale
-from .scope_attention import Keys, add_model_mask, attend_scopes, block_frames, four_axes
-from .scopes import Phase, Scopes, count_pairs, global_frames, official_global_frames, phase_biases
+from .parts.scope_attention import Keys, add_model_mask, attend_scopes, block_frames, four_axes
+from .parts.scopes import Phase, Scopes, count_pairs, global_frames, official_global_frames, phase_biases
 from .softmax import softmax_reference
 
 LATE, EARLY = Phase(800, local_bias=10.0), Phase(800, global_bias=10.0)

@@ -39,7 +39,7 @@ from ..config import register
 from ..grid import TokenGrid
 from ..options import POSITIVE, Must
 from .base import Context, Mechanism, default_scale
-from .linear_weights import LinearWeights, plus_minus
+from .parts.linear_weights import LinearWeights, plus_minus
 
 FEATURE_MAPS = ("elu", "relu", "identity", "learned")
 NORMALIZATIONS = ("division", "subtraction")

@@ -35,9 +35,9 @@ from torch.nn import functional as F
 from ..config import register
 from ..grid import TokenGrid
 from ..options import Must, at_least
-from . import merging
 from .base import Context, Mechanism
-from .merging import Merging, at_least_float32
+from .parts import merging
+from .parts.merging import Merging, at_least_float32
 from .softmax import softmax_reference
 
 STRIDE = Must(

@@ -4,16 +4,16 @@ The law: the result does not depend on the number of ranks, nor on how the work 
 """
 
 from .attention import ClipAttention
-from .clip_family import ClipFamily
-from .conv import halo_conv, padded_layer
 from .frames import CLIP_FAMILIES, apply_on_clips
-from .gather import gather_frames
-from .group_norm import distributed_group_norm
-from .halo import halo_exchange, pad_frames
-from .merge import merge_attention, merge_over_ranks, partial_attention
-from .noise import FrameNoise
-from .plan import FramePlan, Traffic
+from .operations.conv import halo_conv, padded_layer
+from .operations.gather import gather_frames
+from .operations.group_norm import distributed_group_norm
+from .operations.halo import halo_exchange, pad_frames
+from .operations.merge import merge_attention, merge_over_ranks, partial_attention
+from .operations.noise import FrameNoise
+from .operations.shares import FramePlan, Traffic
 from .prompts import frame_prompts, hold, linear
+from .video_models.clip_family import ClipFamily
 
 __all__ = [
     "CLIP_FAMILIES",

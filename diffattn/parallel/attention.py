@@ -24,13 +24,13 @@ from torch import Tensor
 from ..grid import TokenGrid
 from ..mechanisms.base import Context, Mechanism, default_scale
 from ..mechanisms.dual_scope import DualScopeAttention
-from ..mechanisms.scope_attention import JoinedKeys, Keys, attend_scopes, four_axes
-from ..mechanisms.scopes import Scopes
-from .collectives import tie
-from .gather import gather_frames
-from .halo import halo_parts, pad_frames
-from .merge import merge_over_ranks, partial_attention
-from .plan import FramePlan
+from ..mechanisms.parts.scope_attention import JoinedKeys, Keys, attend_scopes, four_axes
+from ..mechanisms.parts.scopes import Scopes
+from .operations.collectives import tie
+from .operations.gather import gather_frames
+from .operations.halo import halo_parts, pad_frames
+from .operations.merge import merge_over_ranks, partial_attention
+from .operations.shares import FramePlan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,16 +24,16 @@ from torch import nn
 from ..families import family_of, find_layers
 from ..mechanisms.base import Mechanism
 from ..mechanisms.dual_scope import DualScopeAttention
-from ..model_swap import ModelSwap
-from ..plan import models_of, plan_all, resolve
-from ..swap import Handle, commit
-from .animatediff import ANIMATEDIFF
+from ..swap.apply import Handle, commit
+from ..swap.model_swap import ModelSwap
+from ..swap.plan import models_of, plan_all, resolve
 from .attention import ClipAttention, official_on
-from .clip_family import ClipFamily
-from .cogvideox import COGVIDEOX
-from .plan import FramePlan
-from .unet3d import UNET3D
-from .wan import WAN
+from .operations.shares import FramePlan
+from .video_models.animatediff import ANIMATEDIFF
+from .video_models.clip_family import ClipFamily
+from .video_models.cogvideox import COGVIDEOX
+from .video_models.unet3d import UNET3D
+from .video_models.wan import WAN
 
 logger = logging.getLogger("diffattn")
 

@@ -11,10 +11,10 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from ..families import arguments
-from .conv import LAYER_HALO, crop_frames
-from .group_norm import distributed_group_norm
-from .halo import halo_exchange, pad_frames
-from .plan import FramePlan
+from .operations.conv import LAYER_HALO, crop_frames
+from .operations.group_norm import distributed_group_norm
+from .operations.halo import halo_exchange, pad_frames
+from .operations.shares import FramePlan
 
 NAME = "diffattn_clips"
 """Under which diffusers' registry knows our hooks; a module has one of them."""
@@ -76,7 +76,7 @@ class HaloConv(ModelHook):  # type: ignore[misc]
 
 
 class PaddedConvLayer(ModelHook):  # type: ignore[misc]
-    """A `TemporalConvLayer` as the released code computes it: `diffattn.parallel.conv.padded_layer`."""
+    """A `TemporalConvLayer` as the released code computes it: `diffattn.parallel.operations.conv.padded_layer`."""
 
     def __init__(self, plan: FramePlan, halo: int = LAYER_HALO) -> None:
         super().__init__()

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..families import find_layers, flux_ids
-from ..model_swap import ModelSwap
-from ..swap import Handle, swaps_of
-from .gather import gather_frames
+from ..swap.apply import Handle, swaps_of
+from ..swap.model_swap import ModelSwap
 from .hooks import named_call
+from .operations.gather import gather_frames
+from .operations.shares import FramePlan
 from .patches import PatchAttention, Patches, TextMode
-from .plan import FramePlan
 
 Call = dict[str, Any]
 WHOLE = ("controlnet_block_samples", "controlnet_single_block_samples", "block_controlnet_hidden_states")

@@ -25,10 +25,10 @@ from torch.nn import functional as F
 from ..grid import TokenGrid
 from ..mechanisms.base import Context, Mechanism
 from ..mechanisms.clear import ClearAttention
-from .collectives import all_gather
-from .halo import halo_exchange, pad_frames
-from .merge import merge_over_ranks, partial_attention
-from .plan import FramePlan, Traffic
+from .operations.collectives import all_gather
+from .operations.halo import halo_exchange, pad_frames
+from .operations.merge import merge_over_ranks, partial_attention
+from .operations.shares import FramePlan, Traffic
 
 TextMode = Literal["exact", "paper"]
 

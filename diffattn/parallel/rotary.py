@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from ..grid import TokenGrid
 from ..mechanisms.base import Context
-from ..mechanisms.scope_attention import JoinedKeys, Keys, add_model_mask
+from ..mechanisms.parts.scope_attention import JoinedKeys, Keys, add_model_mask
 from .attention import ClipAttention
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 SIDE = 128
 """Side of a picture in pixels."""
@@ -177,3 +178,13 @@ def outline_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) ->
         return np.minimum(bar, post)
     sides = (2.0 * np.abs(x) - y) / np.sqrt(5.0) - 0.45 * radius
     return np.maximum(sides, y - 0.9 * radius)
+
+
+def to_tensor(drawn: np.ndarray) -> torch.Tensor:
+    """Uint8 pictures (batch, side, side, 3) as float32 (batch, 3, side, side) in -1..1."""
+    return torch.from_numpy(drawn).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
+
+
+def pixels(batch: list[Scene], rng: np.random.Generator) -> torch.Tensor:
+    """Jittered pictures of a batch of scenes, float32 (batch, 3, side, side) in -1..1."""
+    return to_tensor(np.stack([render(scene, rng) for scene in batch]))

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from .command import main
+from diffattn.cli.commands.long_video import main
 
 if __name__ == "__main__":
     code = main()

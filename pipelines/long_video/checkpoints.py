@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffattn.files import remove_empty, remove_own, write_json, written
-from diffattn.parallel.plan import FramePlan
+from diffattn.files.writing import remove_empty, remove_own, write_json, written
+from diffattn.parallel.operations.shares import FramePlan
 
 from .config import LongVideoConfig
 

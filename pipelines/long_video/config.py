@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from diffattn.mechanisms.dual_scope import EARLY, LATE, DualScopeAttention
-from diffattn.mechanisms.scopes import Phase
+from diffattn.mechanisms.parts.scopes import Phase
 from diffattn.options import shown
-from diffattn.parallel.noise import FrameNoise
+from diffattn.parallel.operations.noise import FrameNoise
 
 from .prompts import PromptRange, as_ranges, check_ranges
 

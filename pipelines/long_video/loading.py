@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from diffattn import tiny
-from diffattn.weights import check_keys
+from diffattn.files.weights import check_keys
 
 RECIPES = {"videocrafter2": ("cerspense/zeroscope_v2_576w", "adamdad/videocrafterv2_diffusers")}
 """Name -> where the parts come from, and where the UNet does."""

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffattn.files import remove_empty
-from diffattn.outputs import check_frames, trim_frames
+from diffattn.files.writing import remove_empty
+from diffattn.media.outputs import check_frames, trim_frames
 from diffattn.parallel import FrameNoise, FramePlan, apply_on_clips, frame_prompts
 
 from .checkpoints import Checkpoints, State

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from diffattn.files import written
-from diffattn.outputs import VIDEO_ENDINGS, check_file, check_frames, check_video_size
-from diffattn.video import VideoWriter, pyav
+from diffattn.files.writing import written
+from diffattn.media.outputs import VIDEO_ENDINGS, check_file, check_frames, check_video_size
+from diffattn.media.video import VideoWriter, pyav
 
 
 def check_output(output: Path, height: int, width: int, *, overwrite: bool = False, count: int | None = None) -> None:

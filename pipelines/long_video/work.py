@@ -6,7 +6,7 @@
     parts/           of a video file, a rank each, before they are joined
 """
 
-from diffattn import work
+from diffattn.media import work
 
 
 class WorkFolder(work.WorkFolder):

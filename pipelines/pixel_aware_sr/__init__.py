@@ -1,10 +1,12 @@
 """PASD: pixel-aware super-resolution, stylization and colorization under Stable Diffusion (arXiv 2308.14469)."""
 
-from .controlnet import PASDControlNetModel
-from .loading import PASDNetworks, load_paca, load_pasd, save_paca
+from diffattn.pipelines import keep_paths
+
+from .checkpoint.loading import PASDNetworks, load_paca, load_pasd, save_paca
+from .networks.controlnet import PASDControlNetModel
+from .networks.unet import PASDUNet2DConditionModel
 from .pipeline import PASDPipeline
 from .pipeline_xl import PASDXLPipeline
-from .unet import PASDUNet2DConditionModel
 
 __all__ = [
     "PASDControlNetModel",
@@ -16,3 +18,11 @@ __all__ = [
     "load_pasd",
     "save_paca",
 ]
+
+keep_paths(
+    __name__,
+    {
+        "controlnet": "networks.controlnet",
+        "unet": "networks.unet",
+    },
+)

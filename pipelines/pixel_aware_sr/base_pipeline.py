@@ -13,17 +13,17 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput, StableDiffus
 from PIL import Image
 from torch import Tensor
 
-from diffattn.windows import gaussian_weights, official_tiles, tiles
+from diffattn.media.windows import gaussian_weights, official_tiles, tiles
 
 from . import prompts
-from .controlnet import PASDControlNetModel
-from .denoiser import Denoiser, TextCondition, TilePlan
-from .output import as_output, finish
-from .preprocess import prepare
+from .networks.controlnet import PASDControlNetModel
+from .networks.unet import PASDUNet2DConditionModel
+from .sampling.denoiser import Denoiser, TextCondition, TilePlan
+from .sampling.output import as_output, finish
+from .sampling.preprocess import prepare
+from .sampling.starting import Generators, add_noise_twice, draw
+from .sampling.vae_tiles import padded_tiles, run_in_tiles
 from .settings import CELL, Defaults, check_choices, check_level, check_tiles
-from .starting import Generators, add_noise_twice, draw
-from .unet import PASDUNet2DConditionModel
-from .vae_tiles import padded_tiles, run_in_tiles
 
 Pictures = Image.Image | Tensor | Any
 """One picture or several of one size: of Pillow, or arrays and tensors as diffusers' image processor takes them."""

@@ -21,12 +21,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import prompts
 from .base_pipeline import PixelAwarePipeline, check_parts
-from .bases import check_sizes, open_base, open_style, restyle, scheduler_config
-from .controlnet import PASDControlNetModel
-from .denoiser import TextCondition
-from .loading import load_pasd
+from .checkpoint.bases import check_sizes, open_base, open_style, restyle, scheduler_config
+from .checkpoint.loading import load_pasd
+from .networks.controlnet import PASDControlNetModel
+from .networks.unet import PASDUNet2DConditionModel
+from .sampling.denoiser import TextCondition
 from .settings import CELL, SD15
-from .unet import PASDUNet2DConditionModel
 
 PARTS = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}
 """What comes from the base model."""

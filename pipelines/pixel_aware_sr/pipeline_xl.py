@@ -15,13 +15,13 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from . import prompts
 from .base_pipeline import PixelAwarePipeline, check_parts
-from .bases import check_sizes, open_base, scheduler_config
-from .controlnet import PASDControlNetModel
-from .denoiser import TextCondition
-from .loading import load_pasd
+from .checkpoint.bases import check_sizes, open_base, scheduler_config
+from .checkpoint.loading import load_pasd
+from .networks.controlnet import PASDControlNetModel
+from .networks.unet import PASDUNet2DConditionModel
+from .sampling.denoiser import TextCondition
+from .sampling.starting import Generators, draw, mix
 from .settings import CELL, SDXL
-from .starting import Generators, draw, mix
-from .unet import PASDUNet2DConditionModel
 
 PARTS = {
     "vae": AutoencoderKL,

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .denoiser import MODES
-from .features import CELL
+from .sampling.denoiser import MODES
+from .sampling.features import CELL
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 

@@ -22,14 +22,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .checks import check_choices, check_frames, check_numbers, check_offsets, check_parts, check_windows
-from .denoiser import Condition, Denoiser, Networks
-from .features import CELL, encode_once
-from .inputs import Pictures, as_tensor
-from .null_text import NullText
-from .reference_unet import XPortraitReferenceUNet
-from .sampling import noisy_start, set_timesteps
-from .unet import XPortraitUNet
-from .windows import Windows, circular_windows, plain_windows
+from .networks.null_text import NullText
+from .networks.reference_unet import XPortraitReferenceUNet
+from .networks.unet import XPortraitUNet
+from .sampling.denoiser import Condition, Denoiser, Networks
+from .sampling.features import CELL, encode_once
+from .sampling.inputs import Pictures, as_tensor
+from .sampling.start import noisy_start, set_timesteps
+from .sampling.windows import Windows, circular_windows, plain_windows
 
 Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 

@@ -1,15 +1,17 @@
 """STAR: real-world video super-resolution with text-to-video models (arXiv 2501.02976)."""
 
-from .cogvideox_pipeline import CogVideoXSTARPipeline
-from .cogvideox_scheduler import STARCogVideoXScheduler
-from .cogvideox_transformer import STARCogVideoXTransformer3DModel
-from .controlnet import STARControlNetModel
-from .convert import convert, load_official
-from .losses import DynamicFrequencyLoss
-from .pipeline import STARPipeline
-from .scheduler import STARScheduler
-from .settings import UpscaleSettings
-from .unet import STARUNet3DConditionModel
+from diffattn.pipelines import keep_paths
+
+from .cogvideox.pipeline import CogVideoXSTARPipeline
+from .cogvideox.scheduler import STARCogVideoXScheduler
+from .cogvideox.transformer import STARCogVideoXTransformer3DModel
+from .i2vgenxl.checkpoint.convert import convert, load_official
+from .i2vgenxl.networks.controlnet import STARControlNetModel
+from .i2vgenxl.networks.unet import STARUNet3DConditionModel
+from .i2vgenxl.pipeline import STARPipeline
+from .i2vgenxl.scheduler import STARScheduler
+from .i2vgenxl.settings import UpscaleSettings
+from .training.losses import DynamicFrequencyLoss
 
 __all__ = [
     "CogVideoXSTARPipeline",
@@ -24,3 +26,16 @@ __all__ = [
     "convert",
     "load_official",
 ]
+
+keep_paths(
+    __name__,
+    {
+        "cogvideox_convert": "cogvideox.convert",
+        "cogvideox_scheduler": "cogvideox.scheduler",
+        "cogvideox_transformer": "cogvideox.transformer",
+        "controlnet": "i2vgenxl.networks.controlnet",
+        "convert": "i2vgenxl.checkpoint.convert",
+        "scheduler": "i2vgenxl.scheduler",
+        "unet": "i2vgenxl.networks.unet",
+    },
+)

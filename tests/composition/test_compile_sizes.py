@@ -13,7 +13,7 @@ from models import BUILDERS, Tiny, flux, picture_ids
 from torch import Tensor
 
 import diffattn
-from diffattn import calls
+from diffattn.swap.calls import frames
 
 pytestmark = pytest.mark.compile
 
@@ -236,4 +236,4 @@ def test_an_export_that_needs_values_says_so() -> None:
     diffattn.apply(tiny.model, "token_merge")
     with pytest.raises(Exception, match="read from the values of img_ids, and torch.export traces without"):
         torch.export.export(tiny.model, (), {**tiny.inputs, "return_dict": False}, strict=False)
-    assert calls._frames.get() == ()
+    assert frames._frames.get() == ()

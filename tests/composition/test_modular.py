@@ -24,7 +24,7 @@ from tiny_pipelines import TinyPipeline, flux, flux_call, wan
 from torch import Tensor
 
 import diffattn
-from diffattn.calls import find
+from diffattn.swap.calls.frames import find
 
 in_both_orders = pytest.mark.parametrize("order", ["before", "after"])
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import diffattn
 from diffattn.adapters import expected_parameters
-from diffattn.plan import plan_all, resolve
+from diffattn.swap.plan import plan_all, resolve
 
 
 def needs(package: str) -> pytest.MarkDecorator:

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import text_pipelines
 import torch
-from diffattn.distill.cache import write_cache
-from diffattn.distill.cache_facts import FACTS
 from diffattn.distill.config import DistillConfig, override, preset
+from diffattn.distill.data.cache import write_cache
+from diffattn.distill.data.cache_facts import FACTS
 from diffattn.distill.run import evaluate_run, open_run, open_setting, train
+from diffattn.distill.training import checkpoints
 from diffusers import FluxPipeline
 from PIL import Image
 
 import diffattn
 from diffattn import ClearAttention, tiny
-from diffattn.distill import checkpoints
 
 ENCODING = {
     "SD3": ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"),

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffattn.distill.capture import layers_at
 from diffattn.distill.config import PRESETS, DistillConfig, from_dict, override, preset, read_config
 from diffattn.distill.student import make_student
-from diffattn.distill.trainer import attention_layers
+from diffattn.distill.training.capture import layers_at
+from diffattn.distill.training.trainer import attention_layers
 from diffusers import FluxTransformer2DModel
 
 from diffattn import AgentAttention, ClearAttention

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import text_pipelines
 import torch
-from diffattn.distill.cache import CacheSource, write_cache
-from diffattn.distill.cache_facts import FACTS, SAMPLE
-from diffattn.distill.data import collate
+from diffattn.distill.data.cache import CacheSource, write_cache
+from diffattn.distill.data.cache_facts import FACTS, SAMPLE
+from diffattn.distill.data.pictures import Counts, load_picture
+from diffattn.distill.data.samples import collate
 from diffattn.distill.encoders import encoder_of, model_facts, model_of, text_length_of, vae_facts
 from diffattn.distill.inputs import inputs_of, predict
 from diffattn.distill.objective import Noised
-from diffattn.distill.pictures import Counts, load_picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from text_pipelines import CALL, PIPELINES, SIZE

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffattn.distill.config import override, preset
-from diffattn.distill.evaluate import evaluate
+from diffattn.distill.evaluation.evaluate import evaluate
 from diffattn.distill.export import CARD, export
 from diffattn.distill.run import Setting, evaluate_run, export_run, open_setting, train
 from diffattn.distill.student import make_student
@@ -193,8 +193,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of a short run with a LoRA, evaluated."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffattn.distill.run.TRAINING_PICTURES", 8)
-        patch.setattr("diffattn.distill.run.HELD_OUT_PICTURES", 2)
+        patch.setattr("diffattn.distill.setting.TRAINING_PICTURES", 8)
+        patch.setattr("diffattn.distill.setting.HELD_OUT_PICTURES", 2)
         options = ["steps=2", "batch_size=2", "warmup=0", "mechanism.radius=2", "trainable=lora", "lora_rank=2"]
         setting, outcome = train(override(preset("tiny"), [*options, "ema=0.5"]), folder)
         assert outcome.finished

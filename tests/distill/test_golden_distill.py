@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from diffattn.distill.capture import Capture
 from diffattn.distill.inputs import pack, predict
-from diffattn.distill.losses import LossWeights, losses
 from diffattn.distill.objective import Noised
 from diffattn.distill.student import make_student
+from diffattn.distill.training.capture import Capture
+from diffattn.distill.training.losses import LossWeights, losses
 from diffusers import FluxTransformer2DModel
 from golden_clear import grid_of, ids_of, mechanism_of
 from golden_record import Record

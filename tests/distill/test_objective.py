@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffattn.distill.capture import Capture
-from diffattn.distill.data import Batch, Sample, collate, index_at, places
+from diffattn.distill.data.samples import Batch, Sample, collate, index_at, places
 from diffattn.distill.inputs import inputs_of, pack, predict, unpack
-from diffattn.distill.losses import squared_error
 from diffattn.distill.objective import Noised, add_noise
 from diffattn.distill.student import make_student
+from diffattn.distill.training.capture import Capture
+from diffattn.distill.training.losses import squared_error
 from diffusers import (
     CogVideoXDDIMScheduler,
     DDIMScheduler,

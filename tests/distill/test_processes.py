@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from diffattn.distill.cache_facts import FACTS, LATENTS, PROMPT
+from diffattn.distill.data.cache_facts import FACTS, LATENTS, PROMPT
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]

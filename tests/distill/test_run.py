@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from diffattn.distill.config import override, preset
-from diffattn.distill.evaluate import LEVELS, MODELS
-from diffattn.distill.evaluation_page import markdown
+from diffattn.distill.data.shapes import Shapes, held_out
+from diffattn.distill.evaluation.evaluate import LEVELS, MODELS
+from diffattn.distill.evaluation.page import markdown
 from diffattn.distill.run import Setting, draw_losses, evaluate_run, export, open_run, open_setting, train
-from diffattn.distill.shapes_data import Shapes, held_out
-from diffattn.distill.trainer import LOG
+from diffattn.distill.training import checkpoints
+from diffattn.distill.training.trainer import LOG
 from diffusers import FluxPipeline
 from models import BUILDERS
 from PIL import Image
@@ -20,7 +21,6 @@ from PIL import Image
 import diffattn
 from diffattn import LinearAttention, SoftmaxAttention, TokenGrid, tiny
 from diffattn.cli import main
-from diffattn.distill import checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,8 +39,8 @@ def size_of(path: Path) -> tuple[int, int]:
 def trained(folder: Path) -> Setting:
     """A short run with few pictures."""
     patch = pytest.MonkeyPatch()
-    patch.setattr("diffattn.distill.run.TRAINING_PICTURES", 24)
-    patch.setattr("diffattn.distill.run.HELD_OUT_PICTURES", 4)
+    patch.setattr("diffattn.distill.setting.TRAINING_PICTURES", 24)
+    patch.setattr("diffattn.distill.setting.HELD_OUT_PICTURES", 4)
     config = override(preset("tiny"), ["steps=8", "batch_size=2", "warmup=0", "save_every=4", "mechanism.radius=2"])
     setting, outcome = train(config, folder)
     assert outcome.finished
@@ -50,8 +50,8 @@ def trained(folder: Path) -> Setting:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffattn.distill.run.TRAINING_PICTURES", 24)
-    monkeypatch.setattr("diffattn.distill.run.HELD_OUT_PICTURES", 4)
+    monkeypatch.setattr("diffattn.distill.setting.TRAINING_PICTURES", 24)
+    monkeypatch.setattr("diffattn.distill.setting.HELD_OUT_PICTURES", 4)
 
 
 def test_the_adapter_brings_the_students_attention_to_the_stock_pipeline(trained: Setting, folder: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffattn.distill.data import collate
+from diffattn.distill.data.samples import collate
 from diffattn.distill.inputs import predict
 from diffattn.distill.objective import add_noise
 from diffattn.distill.student import Student, make_student

@@ -15,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffattn import config
 from diffattn.grid import TokenGrid
 from diffattn.mechanisms.agent import AgentAttention, Plan, worthwhile
-from diffattn.mechanisms.agent_weights import AgentWeights
 from diffattn.mechanisms.base import Context
-from diffattn.mechanisms.merging import Stage
-from diffattn.mechanisms.pooling import averages_per_axis, pool, pool_groups
+from diffattn.mechanisms.parts.agent_weights import AgentWeights
+from diffattn.mechanisms.parts.merging import Stage
+from diffattn.mechanisms.parts.pooling import averages_per_axis, pool, pool_groups
 
 CONFIGS = {
     "default": AgentAttention(),

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from diffattn.grid import TokenGrid
 from diffattn.mechanisms.agent import AgentAttention, agent_attention, worthwhile
-from diffattn.mechanisms.agent_weights import BIAS_SIZE, AgentWeights
 from diffattn.mechanisms.base import Context, default_scale
-from diffattn.mechanisms.merging import Merging, count_merged, destinations, match
+from diffattn.mechanisms.parts.agent_weights import BIAS_SIZE, AgentWeights
+from diffattn.mechanisms.parts.merging import Merging, count_merged, destinations, match
 
 Tensors = Mapping[str, Tensor]
 

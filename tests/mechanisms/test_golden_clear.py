@@ -23,8 +23,8 @@ from torch.nn import functional
 
 import diffattn
 from diffattn import TokenGrid
-from diffattn.intercept import processor_class
 from diffattn.mechanisms.base import Context, Mechanism
+from diffattn.swap.intercept import processor_class
 
 ATTENTION, MASKS, MODELS = {"local", "full", "down"}, {"mask"}, {"model_local", "model_full", "model_down"}
 CASES = [case for case in golden_cases("clear") if case.values[0] is None or case.values[0].kind != "distill_loss"]

@@ -22,7 +22,7 @@ from diffattn import config
 from diffattn.grid import TokenGrid
 from diffattn.mechanisms.base import Context
 from diffattn.mechanisms.linear import LinearAttention
-from diffattn.mechanisms.linear_weights import LinearWeights
+from diffattn.mechanisms.parts.linear_weights import LinearWeights
 from diffattn.mechanisms.softmax import softmax_reference
 
 CONFIGS = {

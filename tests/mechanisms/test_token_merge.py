@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import diffattn
 from diffattn import config
 from diffattn.grid import TokenGrid
-from diffattn.mechanisms import merging
 from diffattn.mechanisms.base import Context
+from diffattn.mechanisms.parts import merging
 from diffattn.mechanisms.softmax import softmax_reference
 from diffattn.mechanisms.token_merge import TokenMergeAttention
 

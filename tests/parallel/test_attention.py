@@ -16,10 +16,10 @@ from torch.profiler import ProfilerActivity, profile
 from diffattn.grid import TokenGrid
 from diffattn.mechanisms.base import Context
 from diffattn.mechanisms.dual_scope import DualScopeAttention
-from diffattn.mechanisms.scopes import Phase
+from diffattn.mechanisms.parts.scopes import Phase
 from diffattn.mechanisms.softmax import softmax_reference
 from diffattn.parallel.attention import ClipAttention
-from diffattn.parallel.plan import FramePlan
+from diffattn.parallel.operations.shares import FramePlan
 
 FREE = dict(local_phase=None, global_phase=None)
 MECHANISMS = {

@@ -30,9 +30,9 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from diffattn.mechanisms.dual_scope import DualScopeAttention
-from diffattn.parallel import collectives
 from diffattn.parallel.frames import apply_on_clips
-from diffattn.parallel.plan import FramePlan
+from diffattn.parallel.operations import collectives
+from diffattn.parallel.operations.shares import FramePlan
 from scripts import long_video_model
 
 WINDOW = DualScopeAttention(padding=1, top_k=4, local_phase=None, global_phase=None)

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 import diffattn
 from diffattn.mechanisms.dual_scope import DualScopeAttention
 from diffattn.parallel.frames import apply_on_clips
-from diffattn.parallel.plan import FramePlan
+from diffattn.parallel.operations.shares import FramePlan
 from diffattn.parallel.prompts import frame_prompts
 
 FRAMES = 8
@@ -264,7 +264,7 @@ def test_a_failure_half_way_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatc
     def fail(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("half way")
 
-    monkeypatch.setattr("diffattn.parallel.unet3d.HaloConv", fail)
+    monkeypatch.setattr("diffattn.parallel.video_models.unet3d.HaloConv", fail)
     with pytest.raises(RuntimeError, match="half way"):
         apply_on_clips(tiny.model, FramePlan((FRAMES,)), DUAL)
     assert state_of(tiny.model) == before

@@ -26,12 +26,12 @@ from torch.nn import functional
 from diffattn.grid import TokenGrid
 from diffattn.mechanisms.base import Context
 from diffattn.parallel.attention import ClipAttention
-from diffattn.parallel.conv import LAYER_HALO
 from diffattn.parallel.frames import apply_on_clips
-from diffattn.parallel.group_norm import distributed_group_norm
 from diffattn.parallel.hooks import PaddedConvLayer, attach
-from diffattn.parallel.plan import FramePlan
-from diffattn.parallel.unet3d import attach_unet3d
+from diffattn.parallel.operations.conv import LAYER_HALO
+from diffattn.parallel.operations.group_norm import distributed_group_norm
+from diffattn.parallel.operations.shares import FramePlan
+from diffattn.parallel.video_models.unet3d import attach_unet3d
 
 
 class Layer(nn.Module):

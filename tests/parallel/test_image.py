@@ -23,7 +23,7 @@ from diffattn import ClearAttention, generate_large, tiny
 from diffattn.cli import app
 from diffattn.parallel.image import shard
 from diffattn.parallel.patches import PatchAttention, Patches
-from diffattn.swap import swaps_of
+from diffattn.swap.apply import swaps_of
 
 TOLERANCE = 1e-5
 """Of the largest output: SD3's toy in float32 is 3e-5 away from itself in float64, with outputs of up to 7."""

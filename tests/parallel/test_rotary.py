@@ -13,7 +13,7 @@ from diffattn.grid import TokenGrid
 from diffattn.mechanisms.base import Context
 from diffattn.mechanisms.dual_scope import DualScopeAttention
 from diffattn.mechanisms.softmax import softmax_reference
-from diffattn.parallel.plan import FramePlan
+from diffattn.parallel.operations.shares import FramePlan
 from diffattn.parallel.rotary import RotaryClipAttention
 
 CELLS, TEXT, PADDING, TOP_K, TRAINED = 2, 3, 1, 4, 5

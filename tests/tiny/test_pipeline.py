@@ -6,10 +6,10 @@ import torch
 from diffusers import FluxPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_training.export import folder_size, name_as_the_hub_does
 
 from diffattn import tiny
 from diffattn.tiny.evaluate import generate, judge
-from diffattn.tiny.export import folder_size, name_as_the_hub_does
 from diffattn.tiny.shapes import held_out_scenes
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")

@@ -3,12 +3,11 @@
 import pytest
 import torch
 from diffusers import FluxPipeline
-
-from diffattn.tiny.components import CLIP_DIM, IMAGE_TOKENS, T5_DIM, build_transformer
-from diffattn.tiny.fast_flux import FastFlux
-from diffattn.tiny.fit import Plan, Trainer, load_averaged
-from diffattn.tiny.fit_flow import FlowPlan, object_tokens, pack
-from diffattn.tiny.text import MAX_TOKENS
+from tiny_training.components import CLIP_DIM, IMAGE_TOKENS, T5_DIM, build_transformer
+from tiny_training.fast_flux import FastFlux
+from tiny_training.fit import Plan, Trainer, load_averaged
+from tiny_training.fit_flow import FlowPlan, object_tokens, pack
+from tiny_training.text import MAX_TOKENS
 
 
 def test_fast_forward_agrees_with_the_transformer():

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import TextToVideoSDPipeline
+from tiny_training.components import build_unet, build_vae, build_video_scheduler
+from tiny_training.export import fold_shift, folder_size
+from tiny_training.fast_unet import FrameConv, identity_temporal, quicken, temporal_layers, without_temporal
+from tiny_training.fit_video import Clips, TinyVideo, VideoPlan, draw_laps, object_cells
 
 from diffattn import tiny
-from diffattn.tiny.components import build_unet, build_vae, build_video_scheduler
 from diffattn.tiny.evaluate_video import generate_videos, judge_videos
-from diffattn.tiny.export import fold_shift, folder_size
-from diffattn.tiny.fast_unet import FrameConv, identity_temporal, quicken, temporal_layers, without_temporal
-from diffattn.tiny.fit_video import Clips, TinyVideo, VideoPlan, draw_laps, object_cells
 from diffattn.tiny.moving import caption, held_out_scenes, is_held_out
 from diffattn.tiny.track import figures, follow, majority
 

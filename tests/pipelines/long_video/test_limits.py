@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diffattn.pipelines.long_video.command import parse_lengths
 from diffattn.pipelines.long_video.config import LongVideoConfig
 from diffattn.pipelines.long_video.prompts import PromptRange, read_json
+from diffattn.pipelines.long_video.run.command import parse_lengths
 
 
 @pytest.mark.parametrize(

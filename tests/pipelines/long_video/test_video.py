@@ -49,7 +49,7 @@ def test_a_video_has_the_colours_of_the_pictures(tmp_path: Path) -> None:
     """In high definition too, where files that name no colours are taken for BT.709; and the same in every run."""
     import av
 
-    from diffattn.video import read_frames
+    from diffattn.media.video import read_frames
 
     blocks = np.random.default_rng(0).integers(20, 236, (3, 4, 3))
     want = np.kron(blocks, np.ones((240, 32, 1), int)).astype(np.uint8)

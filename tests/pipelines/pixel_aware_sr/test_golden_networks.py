@@ -9,11 +9,11 @@ import pytest
 import torch
 from diffattn.pipelines.pixel_aware_sr import PASDControlNetModel, PASDUNet2DConditionModel
 from diffattn.pipelines.pixel_aware_sr.base_pipeline import plan_tiles
-from diffattn.pipelines.pixel_aware_sr.controlnet import RRDB, DegradationRemoval
-from diffattn.pipelines.pixel_aware_sr.denoiser import Denoiser, TextCondition
-from diffattn.pipelines.pixel_aware_sr.loading import variant_of
-from diffattn.pipelines.pixel_aware_sr.paca import PixelAttention, add_pixel_attention, as_tokens, hand_out
-from diffattn.pipelines.pixel_aware_sr.starting import XL_SHARE, add_noise_twice, mix
+from diffattn.pipelines.pixel_aware_sr.checkpoint.loading import variant_of
+from diffattn.pipelines.pixel_aware_sr.networks.controlnet import RRDB, DegradationRemoval
+from diffattn.pipelines.pixel_aware_sr.networks.paca import PixelAttention, add_pixel_attention, as_tokens, hand_out
+from diffattn.pipelines.pixel_aware_sr.sampling.denoiser import Denoiser, TextCondition
+from diffattn.pipelines.pixel_aware_sr.sampling.starting import XL_SHARE, add_noise_twice, mix
 from diffusers.models.unets import unet_2d_blocks
 from golden_record import Record
 from golden_vectors import GoldenCase, assert_golden, golden_cases, run_golden, with_a_key_more

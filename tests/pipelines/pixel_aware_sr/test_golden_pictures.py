@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffattn.pipelines.pixel_aware_sr.preprocess import prepare, restore_size, target_size
-from diffattn.pipelines.pixel_aware_sr.vae_tiles import DECODER_MARGIN, ENCODER_MARGIN, padded_tiles
+from diffattn.pipelines.pixel_aware_sr.sampling.preprocess import prepare, restore_size, target_size
+from diffattn.pipelines.pixel_aware_sr.sampling.vae_tiles import DECODER_MARGIN, ENCODER_MARGIN, padded_tiles
 from golden_vectors import GoldenCase, assert_golden, golden_cases, run_golden, with_a_key_more, write_case
 from PIL import Image
 from torch import Tensor
 
-from diffattn.color import adain_fix, blur, keep_luma, to_bytes, wavelet_fix, wavelet_split
-from diffattn.windows import Tile, gaussian_weights
+from diffattn.media.color import adain_fix, blur, keep_luma, to_bytes, wavelet_fix, wavelet_split
+from diffattn.media.windows import Tile, gaussian_weights
 
 
 def color_fix(case: GoldenCase) -> None:

@@ -10,12 +10,12 @@ import pytest
 import tiny_pasd
 import torch
 from diffattn.pipelines.pixel_aware_sr import PASDPipeline, PASDXLPipeline, base_pipeline, prompts
-from diffattn.pipelines.pixel_aware_sr.controlnet import DegradationRemoval
+from diffattn.pipelines.pixel_aware_sr.networks.controlnet import DegradationRemoval
 from PIL import Image
 
 import diffattn
-from diffattn.color import wavelet_split
-from diffattn.windows import tiles
+from diffattn.media.color import wavelet_split
+from diffattn.media.windows import tiles
 
 ROOT = Path(__file__).resolve().parents[3]
 

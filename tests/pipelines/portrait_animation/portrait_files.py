@@ -11,7 +11,7 @@ import tiny_portrait
 from diffusers import LCMScheduler
 from PIL import Image
 
-from diffattn.video import VideoWriter
+from diffattn.media.video import VideoWriter
 
 FACE = np.random.default_rng(5).random((68, 2))
 """In a unit square."""

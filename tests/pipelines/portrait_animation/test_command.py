@@ -23,12 +23,12 @@ pytest.importorskip("av", reason="needs PyAV, the extra `video`")
 
 import av
 import portrait_files as files
-from diffattn.pipelines.portrait_animation.paste import face_box
-from diffattn.pipelines.portrait_animation.work import WorkFolder
+from diffattn.pipelines.portrait_animation.face.paste import face_box
+from diffattn.pipelines.portrait_animation.run.work import WorkFolder
 
 from diffattn.cli import app
-from diffattn.media import read_picture
-from diffattn.video import VideoWriter, probe, read_frames
+from diffattn.media.pictures import read_picture
+from diffattn.media.video import VideoWriter, probe, read_frames
 
 ROOT = Path(__file__).resolve().parents[3]
 DATA = ROOT / "tests" / "data"

@@ -24,7 +24,7 @@ def script():
 @torch.no_grad()
 def test_the_released_pattern_gives_the_same_video_with_many_more_calls(script):
     """With the recorded weights, over two windows that overlap."""
-    from diffattn.pipelines.portrait_animation.convert import load_networks
+    from diffattn.pipelines.portrait_animation.checkpoint.convert import load_networks
 
     run = script.Run(script.GOLDEN, 20, 2)
     recorded = load_networks(tiny_weights(FOLDER), FOLDER, tiny_sizes(FOLDER), null_text=torch.zeros(1, 5, 24))

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffattn.pipelines.portrait_animation.alignment import Alignment, align_faces, best_frame, resize
-from diffattn.pipelines.portrait_animation.face import scale_points
-from diffattn.pipelines.portrait_animation.patches import local_control, patch_boxes
+from diffattn.pipelines.portrait_animation.face.alignment import Alignment, align_faces, best_frame, resize
+from diffattn.pipelines.portrait_animation.face.detection import scale_points
+from diffattn.pipelines.portrait_animation.face.patches import local_control, patch_boxes
 from golden_portrait import FACES, SYSTEM, PortraitCase, read_json
 from golden_vectors import golden_root, run_golden
 from safetensors.torch import save_file

@@ -12,20 +12,20 @@ from typing import Any
 import pytest
 import torch
 from diffattn.pipelines.portrait_animation import Sizes, select_frames
-from diffattn.pipelines.portrait_animation.components import (
+from diffattn.pipelines.portrait_animation.checkpoint.convert import UNUSED, load_networks, official_names, same_shape
+from diffattn.pipelines.portrait_animation.checkpoint.names import motion_name
+from diffattn.pipelines.portrait_animation.networks.components import (
     PREFIXES,
     build_networks,
     build_text_encoder,
     official_scheduler,
 )
-from diffattn.pipelines.portrait_animation.convert import UNUSED, load_networks, official_names, same_shape
-from diffattn.pipelines.portrait_animation.denoiser import Condition, Denoiser, Networks
-from diffattn.pipelines.portrait_animation.features import encode_once
-from diffattn.pipelines.portrait_animation.names import motion_name
-from diffattn.pipelines.portrait_animation.reference import Reader, ReferenceBank, Writer
-from diffattn.pipelines.portrait_animation.sampling import set_timesteps
-from diffattn.pipelines.portrait_animation.unet import FrameGroupNorm
-from diffattn.pipelines.portrait_animation.windows import circular_windows, plain_windows
+from diffattn.pipelines.portrait_animation.networks.reference import Reader, ReferenceBank, Writer
+from diffattn.pipelines.portrait_animation.networks.unet import FrameGroupNorm
+from diffattn.pipelines.portrait_animation.sampling.denoiser import Condition, Denoiser, Networks
+from diffattn.pipelines.portrait_animation.sampling.features import encode_once
+from diffattn.pipelines.portrait_animation.sampling.start import set_timesteps
+from diffattn.pipelines.portrait_animation.sampling.windows import circular_windows, plain_windows
 from diffusers import Transformer2DModel
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from golden_portrait import (
@@ -44,7 +44,7 @@ from golden_vectors import OWN_SET, run_golden
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffattn.windows import blend_windows
+from diffattn.media.windows import blend_windows
 
 Tensors = dict[str, Tensor]
 TEXT = "cond_stage_model.transformer."

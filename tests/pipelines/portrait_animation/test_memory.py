@@ -8,7 +8,7 @@ from pathlib import Path
 import portrait_files as files
 import pytest
 
-from diffattn.video import probe
+from diffattn.media.video import probe
 
 RUN = """
 import atexit, re, sys

@@ -10,7 +10,7 @@ import pytest
 import tiny_portrait
 import torch
 from diffattn.pipelines.portrait_animation import NullText, XPortraitPipeline
-from diffattn.pipelines.portrait_animation.components import official_scheduler
+from diffattn.pipelines.portrait_animation.networks.components import official_scheduler
 from PIL import Image
 from tiny_portrait import generator, pictures, run
 

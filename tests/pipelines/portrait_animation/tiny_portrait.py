@@ -6,8 +6,12 @@ from typing import Any
 import models
 import torch
 from diffattn.pipelines.portrait_animation import Sizes, XPortraitPipeline
-from diffattn.pipelines.portrait_animation.components import build_networks, build_text_encoder, official_scheduler
-from diffattn.pipelines.portrait_animation.convert import official_names
+from diffattn.pipelines.portrait_animation.checkpoint.convert import official_names
+from diffattn.pipelines.portrait_animation.networks.components import (
+    build_networks,
+    build_text_encoder,
+    official_scheduler,
+)
 from PIL import Image
 from torch import Tensor
 

@@ -8,7 +8,7 @@ import av
 import numpy as np
 import star_runs
 
-from diffattn.video import VideoWriter, read_frames
+from diffattn.media.video import VideoWriter, read_frames
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 CARPHONE = DATA / "carphone.mp4"

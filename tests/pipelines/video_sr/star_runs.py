@@ -5,8 +5,8 @@ from typing import Any
 
 import tiny_star
 import torch
-from diffattn.pipelines.video_sr.pipeline import STARPipeline
-from diffattn.pipelines.video_sr.scheduler import STARScheduler
+from diffattn.pipelines.video_sr.i2vgenxl.pipeline import STARPipeline
+from diffattn.pipelines.video_sr.i2vgenxl.scheduler import STARScheduler
 from torch import Tensor, nn
 from torch.nn import functional
 

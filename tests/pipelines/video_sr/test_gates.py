@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import tiny_star
 import torch
-from diffattn.pipelines.video_sr.controlnet import STARControlNetModel
 from diffattn.pipelines.video_sr.gates import GateReport, measure_gates
+from diffattn.pipelines.video_sr.i2vgenxl.networks.controlnet import STARControlNetModel
+from diffattn.pipelines.video_sr.i2vgenxl.networks.unet import STARUNet3DConditionModel
 from diffattn.pipelines.video_sr.liem import LIEMSpatial, LIEMTemporal
-from diffattn.pipelines.video_sr.unet import STARUNet3DConditionModel
 
 SIZE = {"frames": 2, "height": 10, "width": 16}
 

@@ -5,17 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from diffattn.pipelines.video_sr.cogvideox_convert import (
+from diffattn.pipelines.video_sr.cogvideox.convert import (
     PREFIX,
     CogVideoXSizes,
     load_transformer,
     lora_rank,
     official_shapes,
 )
-from diffattn.pipelines.video_sr.cogvideox_denoiser import Denoiser
-from diffattn.pipelines.video_sr.cogvideox_names import UNUSED
-from diffattn.pipelines.video_sr.cogvideox_scheduler import STARCogVideoXScheduler
-from diffattn.pipelines.video_sr.cogvideox_transformer import STARCogVideoXTransformer3DModel
+from diffattn.pipelines.video_sr.cogvideox.denoiser import Denoiser
+from diffattn.pipelines.video_sr.cogvideox.names import UNUSED
+from diffattn.pipelines.video_sr.cogvideox.scheduler import STARCogVideoXScheduler
+from diffattn.pipelines.video_sr.cogvideox.transformer import STARCogVideoXTransformer3DModel
 from golden_star import star_cases
 from golden_vectors import GoldenCase, assert_golden, of_float32
 from tiny_cogvideox import sizes_of

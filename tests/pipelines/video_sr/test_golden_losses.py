@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from diffattn.pipelines.video_sr.losses import DynamicFrequencyLoss, star_loss
+from diffattn.pipelines.video_sr.training.losses import DynamicFrequencyLoss, star_loss
 from golden_record import Record
 from golden_star import group_of, star_cases
 from golden_vectors import GoldenCase, assert_golden

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffattn.pipelines.video_sr.components import STARSizes, build_networks
-from diffattn.pipelines.video_sr.convert import load_networks, official_places
-from diffattn.pipelines.video_sr.guidance import guide
+from diffattn.pipelines.video_sr.i2vgenxl.checkpoint.convert import load_networks, official_places
+from diffattn.pipelines.video_sr.i2vgenxl.checkpoint.names import official_names
+from diffattn.pipelines.video_sr.i2vgenxl.guidance import guide
+from diffattn.pipelines.video_sr.i2vgenxl.networks.components import STARSizes, build_networks
+from diffattn.pipelines.video_sr.i2vgenxl.networks.unet import DOWNSAMPLE_PADDING, CroppedUpsample
+from diffattn.pipelines.video_sr.i2vgenxl.scheduler import STARScheduler
 from diffattn.pipelines.video_sr.liem import LIEMSpatial, LIEMTemporal, add_liem, add_spatial, add_temporal
-from diffattn.pipelines.video_sr.names import official_names
-from diffattn.pipelines.video_sr.scheduler import STARScheduler
-from diffattn.pipelines.video_sr.unet import DOWNSAMPLE_PADDING, CroppedUpsample
 from diffusers import Transformer2DModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.downsampling import Downsample2D

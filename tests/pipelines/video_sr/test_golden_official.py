@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from diffattn.pipelines.video_sr.chunks import kept, official_chunks, plan_windows
-from diffattn.pipelines.video_sr.guidance import guide
-from diffattn.pipelines.video_sr.padding import official_padding, official_target
-from diffattn.pipelines.video_sr.scheduler import FAST_STEPS, STARScheduler
+from diffattn.pipelines.video_sr.clips.chunks import kept, official_chunks, plan_windows
+from diffattn.pipelines.video_sr.i2vgenxl.guidance import guide
+from diffattn.pipelines.video_sr.i2vgenxl.padding import official_padding, official_target
+from diffattn.pipelines.video_sr.i2vgenxl.scheduler import FAST_STEPS, STARScheduler
 from golden_record import Record
 from golden_star import star_cases
 from golden_vectors import GoldenCase, assert_golden, of_float32, run_golden, with_a_key_more, write_case
 from torch import Tensor
 
-from diffattn.color import adain_fix, to_bytes, wavelet_fix, wavelet_split
+from diffattn.media.color import adain_fix, to_bytes, wavelet_fix, wavelet_split
 
 Tensors = dict[str, Tensor]
 

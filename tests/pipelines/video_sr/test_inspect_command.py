@@ -9,9 +9,9 @@ import pytest
 import star_runs
 import tiny_star
 import torch
-from diffattn.pipelines.video_sr import opening
-from diffattn.pipelines.video_sr.components import STARSizes
 from diffattn.pipelines.video_sr.gates import measure_gates
+from diffattn.pipelines.video_sr.i2vgenxl.networks.components import STARSizes
+from diffattn.pipelines.video_sr.run import opening
 from typer.testing import CliRunner, Result
 
 from diffattn.cli import app

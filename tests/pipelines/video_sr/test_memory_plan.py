@@ -9,10 +9,10 @@ from typing import Any
 import clip_files as files
 import pytest
 import torch
-from diffattn.pipelines.video_sr import memory
-from diffattn.pipelines.video_sr.memory import LiveBytes, MemoryPlan, plan_memory
-from diffattn.pipelines.video_sr.plan import Plan, plan_upscaling
-from diffattn.pipelines.video_sr.settings import UpscaleSettings
+from diffattn.pipelines.video_sr.i2vgenxl.settings import UpscaleSettings
+from diffattn.pipelines.video_sr.i2vgenxl.sizes import Plan, plan_upscaling
+from diffattn.pipelines.video_sr.run import memory
+from diffattn.pipelines.video_sr.run.memory import LiveBytes, MemoryPlan, plan_memory
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 Usage = namedtuple("Usage", "total used free")

@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from diffattn.pipelines.video_sr.settings import UpscaleSettings
+from diffattn.pipelines.video_sr.i2vgenxl.settings import UpscaleSettings
 from star_runs import StubUNet, StubVAE, run, stubbed
 
 SLOPE = 0.01

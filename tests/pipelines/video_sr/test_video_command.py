@@ -18,16 +18,16 @@ import clip_files as files
 import numpy as np
 import pytest
 import torch
-from diffattn.pipelines.video_sr import memory
-from diffattn.pipelines.video_sr import upscaling as module
-from diffattn.pipelines.video_sr.memory import MemoryPlan
-from diffattn.pipelines.video_sr.work import WorkFolder
+from diffattn.pipelines.video_sr.run import memory
+from diffattn.pipelines.video_sr.run import upscaling as module
+from diffattn.pipelines.video_sr.run.memory import MemoryPlan
+from diffattn.pipelines.video_sr.run.work import WorkFolder
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from diffattn.cli import app
-from diffattn.video import VideoWriter, probe, read_frames
+from diffattn.media.video import VideoWriter, probe, read_frames
 
 ROOT = Path(__file__).resolve().parents[3]
 COUNT = 5

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from diffattn.pipelines.video_sr.cogvideox_convert import PREFIX, CogVideoXSizes, official_shapes
-from diffattn.pipelines.video_sr.cogvideox_names import official_place
-from diffattn.pipelines.video_sr.cogvideox_pipeline import CogVideoXSTARPipeline
-from diffattn.pipelines.video_sr.cogvideox_scheduler import STARCogVideoXScheduler
-from diffattn.pipelines.video_sr.cogvideox_transformer import STARCogVideoXTransformer3DModel
+from diffattn.pipelines.video_sr.cogvideox.convert import PREFIX, CogVideoXSizes, official_shapes
+from diffattn.pipelines.video_sr.cogvideox.names import official_place
+from diffattn.pipelines.video_sr.cogvideox.pipeline import CogVideoXSTARPipeline
+from diffattn.pipelines.video_sr.cogvideox.scheduler import STARCogVideoXScheduler
+from diffattn.pipelines.video_sr.cogvideox.transformer import STARCogVideoXTransformer3DModel
 from diffusers import AutoencoderKLCogVideoX
 from golden_vectors import GoldenCase
 from text_pipelines import t5, tokenizer

@@ -6,9 +6,9 @@ from typing import Any
 import diffusers
 import text_pipelines
 import torch
-from diffattn.pipelines.video_sr.controlnet import STARControlNetModel
-from diffattn.pipelines.video_sr.names import CONTROL, official_names
-from diffattn.pipelines.video_sr.unet import STARUNet3DConditionModel
+from diffattn.pipelines.video_sr.i2vgenxl.checkpoint.names import CONTROL, official_names
+from diffattn.pipelines.video_sr.i2vgenxl.networks.controlnet import STARControlNetModel
+from diffattn.pipelines.video_sr.i2vgenxl.networks.unet import STARUNet3DConditionModel
 from torch import Tensor, nn
 
 TEXT = 12

@@ -1,5 +1,5 @@
 """`DiffusionPipeline.from_pretrained(folder, custom_pipeline=<this folder>, trust_remote_code=True)`."""
 
-from diffattn.pipelines.video_sr.cogvideox_pipeline import CogVideoXSTARPipeline
+from diffattn.pipelines.video_sr.cogvideox.pipeline import CogVideoXSTARPipeline
 
 __all__ = ["CogVideoXSTARPipeline"]

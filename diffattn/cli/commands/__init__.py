@@ -1,0 +1,31 @@
+"""The commands, one file each. They read options, call the library and print; heavy modules are imported inside."""
+
+from . import (
+    animate,
+    bench,
+    demo,
+    distill,
+    generate,
+    inspect_star,
+    list_,
+    long_video,
+    mask,
+    summary,
+    upscale,
+    video_upscale,
+)
+
+__all__ = [
+    "animate",
+    "bench",
+    "demo",
+    "distill",
+    "generate",
+    "inspect_star",
+    "list_",
+    "long_video",
+    "mask",
+    "summary",
+    "upscale",
+    "video_upscale",
+]

@@ -1,0 +1,75 @@
+"""The command `diffattn demo`: the same prompts and seeds by full and by cheap attention."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..frame import (
+    Device,
+    Dtype,
+    Seed,
+    Threads,
+    app,
+    cpu_threads,
+    examples,
+    opened,
+    output_option,
+    quiet,
+    whole,
+)
+
+
+@app.command(
+    epilog=examples(
+        "diffattn demo",
+        "diffattn demo --radius 4 --prompt 'a red circle at the top' --output outputs/mine",
+        "diffattn demo --model ./my-pipeline --prompt 'a lake' --steps 10 --device cuda",
+    )
+)
+def demo(
+    model: Annotated[
+        str, typer.Option(help="Bundled pipeline (tiny), folder or hub id of a text-to-image pipeline.")
+    ] = "tiny",
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Repeatable. Default: four that the bundled pipeline never saw.")
+    ] = None,
+    radius: Annotated[
+        list[float] | None, typer.Option(min=1.0, help="Radius of CLEAR in tokens; repeatable. Default: 4 and 8.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's own.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="In pixels. Default: the pipeline's own.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="In pixels. Default: the pipeline's own.")] = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    output: Annotated[
+        Path, output_option("Folder for sheet.png and demo.json; those of a former demo are replaced.")
+    ] = Path("outputs/demo"),
+) -> None:
+    """Draw the same prompts by full and by cheap attention: one sheet of pictures, one table."""
+    from diffattn.media.outputs import check_folder
+
+    from .. import demonstration
+    from ..checkpoints import locate, native_call
+    from ..generation import check_sides, makes_video
+
+    check_folder(output)
+    locate(model)
+    prompts = prompt or demonstration.default_prompts(model)
+    methods = demonstration.default_methods(whole(radius or (4, 8)))
+    pipe = opened(model, device, dtype)
+    if makes_video(pipe):
+        raise ValueError(
+            f"{type(pipe).__name__} makes videos, and the demonstration draws pictures; name another model"
+        )
+    check_sides(pipe, height, width)
+    given = {"num_inference_steps": steps, "height": height, "width": width}
+    call = {**native_call(model), **{key: value for key, value in given.items() if value is not None}}
+    with quiet(ours=True), cpu_threads(threads or (1 if native_call(model) else None)):
+        result = demonstration.run(pipe, prompts, methods, seed=seed, call=call, progress=True)
+    sheet, numbers = demonstration.save(result, output)
+    Console().print(demonstration.table(result))
+    typer.echo("\n".join([*demonstration.remarks(result), f"wrote {sheet} and {numbers} in {result.elapsed:.0f} s"]))

@@ -1,0 +1,133 @@
+"""The command `diffattn upscale`: pictures in files restored, enlarged, stylized or colorized by PASD."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ..frame import Device, Dtype, Layers, Options, Seed, app, examples, output_option, quiet
+
+MODELS = "--checkpoint pasd/checkpoint-100000 --base ./sd15"
+TILES = "Tiles"
+
+
+@app.command(
+    epilog=examples(
+        "diffattn upscale photo.jpg --checkpoint pasd --base stable-diffusion-v1-5/stable-diffusion-v1-5",
+        f"diffattn upscale scans 'more/*.png' {MODELS} --scale 2 --prompt 'a harbour' --compare --output restored",
+        f"diffattn upscale old.png {MODELS} --colorize --format png",
+        f"diffattn upscale portrait.png {MODELS} --scale 1 --stylize ./cartoon.safetensors --style-weight 0.8",
+    )
+)
+def upscale(
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders, patterns such as '*.png'.")],
+    checkpoint: Annotated[Path, typer.Option(help="Folder of a PASD checkpoint, with unet and controlnet in it.")],
+    base: Annotated[
+        str, typer.Option(metavar="MODEL", help="Folder or hub id of its base model: Stable Diffusion 1.5, or SDXL.")
+    ],
+    scale: Annotated[float | None, typer.Option(help="Factor of both sides, above 0. Default: 4.")] = None,
+    prompt: Annotated[str, typer.Option(help="What all the pictures show.")] = "",
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What they are not to look like. Default: the authors'.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: 20, or 25 for SDXL.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: 9, or 7 for SDXL.")] = None,
+    conditioning_scale: Annotated[
+        float | None, typer.Option(help="Weight of the picture. Default: 1, or 0.8 for SDXL.")
+    ] = None,
+    stylize: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Folder, hub id or .safetensors file of a model in the base's place."),
+    ] = None,
+    style_weight: Annotated[
+        float | None, typer.Option(help="With --stylize: share of its U-Net, from 0 to 1. Default: 1.")
+    ] = None,
+    lora: Annotated[Path | None, typer.Option(help="LoRA for the base model, a .safetensors file.")] = None,
+    colorize: Annotated[
+        bool, typer.Option("--colorize", help="Give gray pictures colours, at their own size; keeps their luma.")
+    ] = False,
+    color_fix: Annotated[
+        Literal["wavelet", "adain", "none"] | None,
+        typer.Option(help="How the result gets the colours of the input. Default: wavelet."),
+    ] = None,
+    official: Annotated[
+        bool, typer.Option("--official", help="Also what the released code does where it is wrong.")
+    ] = False,
+    tile: Annotated[
+        int, typer.Option(help="Longest side in pixels that is restored at once.", rich_help_panel=TILES)
+    ] = 1024,
+    tile_overlap: Annotated[int, typer.Option(help="In pixels.", rich_help_panel=TILES)] = 128,
+    tile_batch: Annotated[
+        int, typer.Option(help="Tiles at a time: faster on a GPU, for more memory.", rich_help_panel=TILES)
+    ] = 1,
+    mechanism: Annotated[
+        str | None, typer.Option(help="Short name, see `diffattn list`. Default: the model's own attention.")
+    ] = None,
+    option: Options = None,
+    layers: Layers = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also NAME-compare.png: input, enlarged bicubically, and result.")
+    ] = False,
+    format_: Annotated[
+        Literal["png", "jpg", "webp"] | None,
+        typer.Option("--format", help="Default: that of the input where it can be written, else png."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Make what is there anew; without it whole pictures are skipped.")
+    ] = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    output: Annotated[Path, output_option("Folder of the results, named as the inputs.")] = Path("outputs/upscaled"),
+) -> None:
+    """Restore and enlarge pictures by PASD; or stylize or colorize them.
+
+    Opacity and colour profile are kept, pictures are turned as EXIF says, 16 bits a channel become 8.
+
+    The exit code is 1 where a picture failed; the others are made all the same.
+    """
+    with quiet():  # diffusers and transformers speak of missing extras when they are imported
+        import diffattn.pipelines.pixel_aware_sr.run.batch as batch
+        import diffattn.pipelines.pixel_aware_sr.run.command as pasd
+
+    from ..arguments import parse_device, parse_dtype, parse_mechanism
+    from ..checkpoints import locate
+    from ..generation import Swap
+
+    restoration = pasd.Restoration(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        scale=scale,
+        colorize=colorize,
+        steps=steps,
+        guidance=guidance,
+        conditioning_scale=conditioning_scale,
+        tile=tile,
+        tile_overlap=tile_overlap,
+        tile_batch=tile_batch,
+        color_fix=color_fix,
+        official=official,
+        seed=seed,
+    )
+    networks = pasd.Networks(
+        checkpoint=checkpoint,
+        base=locate(base),
+        stylize=None if stylize is None else locate(stylize),
+        style_weight=style_weight,
+        lora=lora,
+    )
+    swap, where = Swap(mechanism, option or (), layers), parse_device(device)
+    number = parse_dtype(dtype, where)
+    if mechanism is not None:
+        parse_mechanism(mechanism, option or ())  # wrong options are told before the networks are opened
+    jobs = batch.plan_jobs(inputs, output, ending=format_ and f".{format_}", sheets=compare)
+    with quiet():
+        pipe = networks.open(where, number)
+        pipe.set_progress_bar_config(disable=None, leave=False)
+        swap.put(pipe)
+        tally = batch.run_jobs(
+            jobs, lambda picture: restoration.restore(pipe, picture), factor=restoration.factor, overwrite=overwrite
+        )
+    typer.echo(str(tally))
+    if tally.failed:
+        raise typer.Exit(1)

@@ -1,0 +1,149 @@
+"""The command `diffattn video-upscale`: a video restored and enlarged by STAR."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from tqdm import tqdm
+
+from ..frame import Device, Dtype, Overwrite, Seed, app, complain, examples, output_option, quiet
+from ..videos import bar, once, parse_rate
+
+MODEL = "--checkpoint star"
+INPUT, MEMORY = "Input", "Memory"
+FAILED = 1
+
+
+@app.command(
+    "video-upscale",
+    epilog=examples(
+        f"diffattn video-upscale old.mp4 {MODEL} --output new.mp4",
+        f"diffattn video-upscale old.mp4 {MODEL} --scale 2 --prompt 'boats in a harbour' --frames 48 --output look.mp4",
+        f"diffattn video-upscale old.mp4 {MODEL} --tile 768 --decode-tile 768 --decode-chunk 4 --offload "
+        "--output new.mp4",
+        f"diffattn video-upscale old.mp4 {MODEL} --output new.mp4 --resume",
+    ),
+)
+def video_upscale(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Video, or folder of its frames.")],
+    checkpoint: Annotated[Path, typer.Option(help="Folder of the converted STAR checkpoint, I2VGen-XL variant.")],
+    output: Annotated[Path, output_option("Video, .mp4, .mov or .mkv; with the input's sound.")],
+    scale: Annotated[float, typer.Option(help="Factor of both sides, from 1.")] = 4.0,
+    steps: Annotated[int, typer.Option(help="Denoising steps; 15 means 14, as released.")] = 15,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 for none, in half the time.")] = 7.5,
+    prompt: Annotated[str, typer.Option(help="What the video shows; words for quality follow.")] = "a good video",
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What it is not to look like. Default: blur, noise, compression and the like.")
+    ] = None,
+    color: Annotated[
+        Literal["adain", "wavelet", "none"],
+        typer.Option(help="How the result gets the colours of the input: mean and deviation, or low frequencies."),
+    ] = "adain",
+    official: Annotated[
+        bool,
+        typer.Option("--official", help="Pad, cut, sample and decode as the released code, without cross-fades."),
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was stopped, from its folder OUTPUT.work.")
+    ] = False,
+    overwrite: Overwrite = False,
+    start: Annotated[int, typer.Option(min=0, help="First frame used.", rich_help_panel=INPUT)] = 0,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Most frames used. Default: all.", rich_help_panel=INPUT)
+    ] = None,
+    fps: Annotated[
+        str | None, typer.Option(help="Rate of a folder, such as 30000/1001. Default: 25.", rich_help_panel=INPUT)
+    ] = None,
+    window: Annotated[
+        int, typer.Option(help="Frames that are computed together, at best 32.", rich_help_panel=MEMORY)
+    ] = 32,
+    overlap: Annotated[
+        int | None,
+        typer.Option(help="Frames that neighbouring windows share. Default: half of --window.", rich_help_panel=MEMORY),
+    ] = None,
+    tile: Annotated[
+        int | None,
+        typer.Option(
+            help="Side in pixels of the result that is computed at once. Default: all.", rich_help_panel=MEMORY
+        ),
+    ] = None,
+    tile_overlap: Annotated[
+        int, typer.Option(help="Pixels that neighbouring tiles share.", rich_help_panel=MEMORY)
+    ] = 64,
+    decode_chunk: Annotated[int, typer.Option(help="Frames that are decoded together.", rich_help_panel=MEMORY)] = 8,
+    decode_tile: Annotated[
+        int | None,
+        typer.Option(
+            help="Side in pixels of the result that is decoded at once; tones may differ a little from those of whole "
+            "frames. Default: all.",
+            rich_help_panel=MEMORY,
+        ),
+    ] = None,
+    offload: Annotated[
+        bool,
+        typer.Option("--offload", help="Keep on the GPU only what computes at the moment.", rich_help_panel=MEMORY),
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Begin even if memory or disk seem too small.", rich_help_panel=MEMORY),
+    ] = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Restore and enlarge a video by STAR.
+
+    The result has the frames, the rate and the sound of the input, the right way up; an odd side gets its last row or
+    column twice. What the run needs of memory and disk is told before it begins. A stopped run goes on with --resume.
+
+    The exit code is 1 where the run fails on the way, 2 where it cannot begin.
+    """
+    with quiet():  # diffusers and transformers speak of missing extras when they are imported
+        import diffattn.pipelines.video_sr.run.upscaling as star
+        from diffattn.media.clip import Clip
+
+    from ..arguments import parse_device, parse_dtype
+
+    where = parse_device(device)
+    number = parse_dtype(dtype, where)
+    if offload and where.type == "cpu":
+        raise ValueError("--offload moves parts to a GPU and back, and this is --device cpu: leave --offload out")
+    upscaling = star.Upscaling(
+        clip=Clip(path=source, start=start, count=frames, fps=parse_rate(fps)),
+        checkpoint=checkpoint,
+        output=output,
+        scale=scale,
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        resume=resume,
+        overwrite=overwrite,
+        settings=star.UpscaleSettings(
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            window=window,
+            overlap=window // 2 if overlap is None else overlap,
+            tile=tile,
+            tile_overlap=tile_overlap,
+            decode_chunk=decode_chunk,
+            decode_overlap=min(2, decode_chunk - 1),
+            decode_tile=decode_tile,
+            color_fix=None if color == "none" else color,
+            official=official,
+            seed=seed,
+        ),
+    )
+    room: dict[str, Any] = {"offload": offload, "force": force}
+    with quiet(), once(), upscaling.prepared(where, number, **room, progress=bar, tell=tell) as run:
+        run.pipe.set_progress_bar_config(disable=True)
+        try:
+            run.make()
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            complain(RuntimeError(f"{error or 'out of memory'}; what is done is kept: go on with --resume"))
+            raise typer.Exit(FAILED) from error
+    typer.echo(str(output))
+
+
+def tell(text: str) -> None:
+    """A line that leaves progress bars whole."""
+    tqdm.write(f"diffattn: {text}", file=sys.stderr)

@@ -1,0 +1,50 @@
+"""One row per diffusers model family: which layers may be swapped, and where their tokens lie.
+
+A row names the model classes, the attention layers (regular expressions on dotted module names, with the kind of each)
+and the reader that turns the arguments of a module's forward into a `Layout`. Nothing else of a family is needed:
+projections, norms, rotary embeddings and masks stay with its own processor (`diffattn.swap.intercept`).
+
+A layer's tokens are its grid cells and the rest, on one side or both. The grid comes from the reader, the number of
+tokens from the call itself, so text lengths are never read. Where no other tokens come along, the row says so, and any
+that come are an error: they would be taken for text.
+"""
+
+from torch import nn
+
+from . import controlnets, image_transformers, unets, video_transformers
+from .layout import Arguments, Family, Layers, Layout, Read, arguments, find_layers, owner_of
+from .readers import feature_map, flux_ids, frames_of, picture, video
+
+__all__ = [
+    "FAMILIES",
+    "Arguments",
+    "Family",
+    "Layers",
+    "Layout",
+    "Read",
+    "arguments",
+    "family_of",
+    "feature_map",
+    "find_layers",
+    "flux_ids",
+    "frames_of",
+    "owner_of",
+    "picture",
+    "video",
+]
+
+FAMILIES: list[Family] = [*image_transformers.ROWS, *video_transformers.ROWS, *controlnets.ROWS, *unets.ROWS]
+"""All known families; `FAMILIES.append(Family(...))` adds one at run time."""
+
+
+def family_of(model: nn.Module) -> Family:
+    """The row of a model, by the names of its class and base classes; unknown ones raise `ValueError`."""
+    names = {cls.__name__ for cls in type(model).__mro__}
+    for family in FAMILIES:
+        if names & set(family.models):
+            return family
+    known = ", ".join(sorted(name for family in FAMILIES for name in family.models))
+    raise ValueError(
+        f"{type(model).__name__} belongs to no known model family; known: {known}. "
+        f"A family is one row: see CONTRIBUTING.md, and diffattn.families.FAMILIES"
+    )

@@ -1,0 +1,110 @@
+"""Where the tokens of an attention layer lie, and which layers a model family has: what a row says."""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..grid import TokenGrid
+
+Arguments = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A grid and how many other tokens lie on its sides: None is unknown until the call, and takes what is left.
+
+    With 0 on both sides the layer sees the cells alone.
+    """
+
+    height: int
+    width: int
+    frames: int = 1
+    before: int | None = None
+    after: int | None = 0
+
+    def grid(self, tokens: int) -> TokenGrid:
+        """The grid of a call with this many tokens; raises `ValueError` where they are not the layout's."""
+        cells = self.frames * self.height * self.width
+        known = (self.before or 0) + (self.after or 0)
+        rest = tokens - cells - known
+        if rest < 0 or (rest and self.before is not None and self.after is not None):
+            raise ValueError(
+                f"the layer sees {tokens} tokens, but the model was called for a grid of "
+                f"{self.frames} x {self.height} x {self.width} = {cells} cells{self._others(known)}: a use of the "
+                f"model that is not known; call diffattn.restore first"
+            )
+        before = rest if self.before is None else self.before
+        return TokenGrid(self.height, self.width, self.frames, before, tokens - cells - before)
+
+    def _others(self, known: int) -> str:
+        if self.before is None or self.after is None:
+            return f" and {known} or more other tokens" if known else ""
+        return f" and {known} other tokens" if known else " and no other tokens"
+
+
+Read = Callable[[nn.Module, Arguments], tuple[Layout, ...]]
+"""Module and the named arguments of its forward -> one layout for the whole batch, or one per sample."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Attention layers of one kind: those whose dotted name matches `name` as a whole."""
+
+    name: str
+    kind: str
+    read: Read
+    owner: str | None = None
+    """Regular expression for the module whose forward is read: a group of `name`'s match start; None: the model."""
+    has_features: bool = True
+    """Is the first argument of the block around the layer its input, which some mechanisms compare?"""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row."""
+
+    name: str
+    models: tuple[str, ...]
+    """Class names of the models, subclasses included."""
+    layers: tuple[Layers, ...]
+    timestep: str = "timestep"
+    """Argument of the model's forward that carries the timestep."""
+    rope: str | None = None
+    """Dotted name of a rotary embedding whose `theta` is read at every forward."""
+    latent: str | None = None
+    """Argument of the model's forward that holds the latent picture (..., height, width), where levels differ."""
+
+
+def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """The arguments of one forward by name; also where a hook has replaced `module.forward`."""
+    bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def transformer(pattern: str, read: Read) -> tuple[Layers, ...]:
+    return (Layers(pattern, "spatial", read),)
+
+
+def find_layers(family: Family, names: Iterable[str]) -> dict[str, Layers]:
+    """Dotted names of the attention layers that the family's row describes; the first matching entry counts."""
+    found = {}
+    for name in names:
+        for layers in family.layers:
+            if re.fullmatch(layers.name, name):
+                found[name] = layers
+                break
+    return found
+
+
+def owner_of(layers: Layers, name: str) -> str:
+    """Dotted name of the module whose forward tells the grid of layer `name`; "" is the model itself."""
+    if layers.owner is None:
+        return ""
+    match = re.fullmatch(layers.owner, name)
+    assert match is not None
+    return match[1]

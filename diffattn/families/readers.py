@@ -1,0 +1,181 @@
+"""Readers: from the arguments of a module's forward to the layout of its tokens."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .layout import Arguments, Layout, Read
+from .positions import picture_size, video_size
+
+
+def _patch(module: nn.Module, name: str, axis: int = -1) -> int:
+    """A patch size of the model's config: one for all axes, one per axis, or None for no patches."""
+    config: Any = module.config
+    size: Any = config[name]
+    return int(size[axis] if isinstance(size, (tuple, list)) else size or 1)
+
+
+def picture(argument: str = "hidden_states", before: int | None = None, after: int | None = 0) -> Read:
+    """(b, c, height, width) latents in patches of `patch_size`; text before them unless told otherwise."""
+
+    def read(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+        height, width = call[argument].shape[-2:]
+        patch = _patch(module, "patch_size")
+        return (Layout(height // patch, width // patch, before=before, after=after),)
+
+    return read
+
+
+def video(frames_axis: int, before: int | None = None, after: int | None = 0, patch_t: str | None = None) -> Read:
+    """5-D latents with frames on `frames_axis`, in patches of `patch_size` and the frames that `patch_t` names.
+
+    Text lies before them unless told otherwise.
+    """
+
+    def read(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+        latents = call["hidden_states"]
+        height, width = latents.shape[-2:]
+        patch = _patch(module, "patch_size")
+        frames = latents.shape[frames_axis] // (_patch(module, patch_t, axis=0) if patch_t else 1)
+        return (Layout(height // patch, width // patch, frames, before=before, after=after),)
+
+    return read
+
+
+def flux_ids(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+    """Flux's `img_ids` (n, 3 or 4) or (b, n, 3 or 4): picture number, row, column, ...
+
+    Pictures after the first are references. Text comes before.
+    """
+    return _common(_first_picture(module, ids) for ids in _samples(_values(call, "img_ids"), axes=2))
+
+
+def _first_picture(module: nn.Module, ids: Tensor) -> Layout:
+    number, rows, columns = ids[:, :3].unbind(1)
+    others = torch.nonzero(number != number[0])
+    tokens = int(others[0]) if len(others) else len(ids)
+    if len(others) and number[0] == 1 and _is_a(module, "FluxTransformer2DModel"):
+        raise ValueError(
+            f"img_ids list {len(number.unique())} pictures that begin with number 1, as those of VisualCloze do: "
+            f"examples first, what is made last; a window would lie on an example: call diffattn.restore first"
+        )
+    size = picture_size(rows[:tokens], columns[:tokens])
+    if size is None:
+        raise ValueError(
+            f"img_ids must list a picture of {len(rows[:tokens].unique())} x {len(columns[:tokens].unique())} tokens "
+            f"row by row, got {tokens} tokens, which do not"
+        )
+    return Layout(*size, after=len(ids) - tokens)
+
+
+def _is_a(module: nn.Module, name: str) -> bool:
+    return any(cls.__name__ == name for cls in type(module).__mro__)
+
+
+def _values(call: Arguments, name: str) -> Tensor:
+    """An argument whose values are read, copied to the CPU at once."""
+    tensor = call[name]
+    if tensor is None:
+        raise ValueError(f"the grid is read from {name}, which this call of the model leaves out")
+    if isinstance(tensor, FakeTensor) or tensor.is_meta:
+        raise ValueError(
+            f"the grid is read from the values of {name}, and torch.export traces without values: export with exact "
+            f"attention, or call diffattn.restore first"
+        )
+    values: Tensor = tensor.detach().cpu()
+    return values
+
+
+def _samples(values: Tensor, axes: int) -> list[Tensor]:
+    """Those of a batch, each with `axes` axes; one where all are equal."""
+    if values.ndim == axes:
+        return [values]
+    return [values[0]] if bool((values == values[:1]).all()) else list(values)
+
+
+def _common(layouts: Iterable[Layout]) -> tuple[Layout, ...]:
+    """One layout for the whole batch where its samples have the same."""
+    first, *others = layouts
+    return (first, *others) if any(other != first for other in others) else (first,)
+
+
+def qwen_shapes(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+    """Qwen-Image's `img_shapes`: per sample a list of (frames, height, width), those after the first references."""
+    shapes = call["img_shapes"]
+    if shapes is None:
+        raise ValueError("the grid is read from img_shapes, which this call of the model leaves out")
+    first, *others = (
+        shapes[0] if isinstance(shapes[0], (list, tuple)) and isinstance(shapes[0][0], (list, tuple)) else shapes[:1]
+    )
+    frames, height, width = first
+    return (Layout(height, width, frames, after=sum(f * h * w for f, h, w in others)),)
+
+
+def z_image(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+    """Z-Image's list of (c, frames, height, width), picture first, then padding and text."""
+    pictures = call["x"]
+    if isinstance(pictures[0], list):
+        raise NotImplementedError(
+            "Z-Image's omni mode puts several pictures into one sequence: not supported, restore first"
+        )
+    patch, patch_t = call["patch_size"], call["f_patch_size"]
+    return _common(
+        Layout(height // patch, width // patch, frames // patch_t, before=0, after=None)
+        for frames, height, width in (x.shape[-3:] for x in pictures)
+    )
+
+
+def lumina(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+    """Lumina2: each sample is its own caption without padding, the picture, then padding."""
+    height, width = (side // _patch(module, "patch_size") for side in call["hidden_states"].shape[-2:])
+    lengths = call["encoder_attention_mask"].sum(dim=1).tolist()
+    return _common(Layout(height, width, before=int(length), after=None) for length in lengths)
+
+
+def ltx(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+    """LTX's `video_coords` (b, 3, n), else its num_frames, height and width.
+
+    With coordinates the model looks at nothing else. Frames that are conditions lie before the video or after it.
+    """
+    if call.get("video_coords") is None:
+        frames, height, width = call["num_frames"], call["height"], call["width"]
+        if frames is None or height is None or width is None:
+            raise ValueError(
+                "the grid is read from video_coords, or from num_frames, height and width, and this call of the model "
+                "leaves out both"
+            )
+        return (Layout(height, width, frames, before=0),)
+    return _common(_video(coordinates) for coordinates in _samples(_values(call, "video_coords"), axes=2))
+
+
+def _video(coordinates: Tensor) -> Layout:
+    size = video_size(coordinates)
+    if size is None:
+        counts = " x ".join(str(len(axis.unique())) for axis in coordinates)
+        raise ValueError(
+            f"video_coords must list a video from time 0 on, frame by frame and row by row, with other frames of its "
+            f"size before or after it; got {coordinates.shape[1]} tokens with {counts} different times, rows and "
+            f"columns; call diffattn.restore first"
+        )
+    frames, height, width, before, after = size
+    return Layout(height, width, frames, before, after)
+
+
+def feature_map(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+    """One level of a UNet: (b, c, height, width) features."""
+    height, width = call["hidden_states"].shape[-2:]
+    return (Layout(height, width, after=0, before=0),)
+
+
+def frames_of(argument: str) -> Read:
+    """Temporal attention: a sequence of frames for each place; `argument` is their number, or a tensor of it."""
+
+    def read(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+        value = call[argument]
+        frames = value.shape[-1] if isinstance(value, Tensor) else value
+        return (Layout(1, 1, int(frames), before=0, after=0),)
+
+    return read

@@ -1,0 +1,45 @@
+"""UNets: attention within feature maps, and along the frames of motion modules."""
+
+from .layout import Family, Layers
+from .readers import feature_map, frames_of
+
+_BLOCK = r"\.transformer_blocks\.\d+\."
+
+
+_UNET_LAYERS = (
+    Layers(rf".*motion_modules\.\d+{_BLOCK}attn[12]", "temporal", frames_of("num_frames"), rf"(.*){_BLOCK}.*"),
+    Layers(
+        rf"(?:.*\.)?(?:temp_attentions\.\d+|transformer_in){_BLOCK}attn[12]",
+        "temporal",
+        frames_of("num_frames"),
+        rf"(.*){_BLOCK}.*",
+    ),
+    Layers(
+        r".*attentions\.\d+\.temporal_transformer_blocks\.\d+\.attn1",
+        "temporal",
+        frames_of("image_only_indicator"),
+        r"(.*)\.temporal_transformer_blocks\.\d+\..*",
+    ),
+    Layers(rf".*attentions\.\d+{_BLOCK}attn1", "spatial", feature_map, rf"(.*){_BLOCK}.*"),
+    # PASD's attention to the ControlNet's residual, which has a token for each of the features' own
+    Layers(
+        rf".*(pixel_attentions\.\d+{_BLOCK}attn2|attentions\.\d+{_BLOCK}attn2_plus)",
+        "spatial",
+        feature_map,
+        rf"(.*){_BLOCK}.*",
+    ),
+)
+
+
+ROWS: tuple[Family, ...] = (
+    Family(
+        "Stable Diffusion UNet",
+        ("UNet2DConditionModel", "ControlNetModel", "ControlNetUnionModel"),
+        _UNET_LAYERS,
+        latent="sample",
+    ),
+    Family("AnimateDiff", ("UNetMotionModel",), _UNET_LAYERS, latent="sample"),
+    Family("SVD", ("UNetSpatioTemporalConditionModel",), _UNET_LAYERS, latent="sample"),
+    Family("I2VGen-XL", ("I2VGenXLUNet",), _UNET_LAYERS, latent="sample"),
+    Family("UNet3D", ("UNet3DConditionModel", "STARControlNetModel"), _UNET_LAYERS, latent="sample"),
+)

@@ -1,0 +1,1 @@
+"""Pictures and videos: in files, in colours, in windows, drawn."""

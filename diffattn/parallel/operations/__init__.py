@@ -1,0 +1,1 @@
+"""Operations between ranks; they know torch and each other."""

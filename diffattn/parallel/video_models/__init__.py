@@ -1,0 +1,1 @@
+"""Video models on clips: one file and one row (`ClipFamily`) for each."""

@@ -1,0 +1,47 @@
+"""What is true of one attention call beside its tensors."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffattn.grid import TokenGrid
+
+COLUMNS = 10
+"""Numbers of a situation as a tensor, for each sample."""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Grid and step of one call. `dense`: the model's own attention computes it, and nobody read a grid."""
+
+    grids: tuple[TokenGrid, ...] = ()
+    """One for the whole batch, or one per sample."""
+    dense: bool = False
+    downsample: int = 1
+    progress: float | None = None
+    timestep: float | None = None
+    sigma: float | None = None
+
+    def to_tensor(self, samples: int) -> Tensor:
+        """`(samples, 10)` float64 on the CPU: what a compiled graph saves for its backward pass."""
+        grids = self.grids * samples if len(self.grids) == 1 else self.grids or (None,) * samples
+        told = [math.nan if value is None else value for value in (self.progress, self.timestep, self.sigma)]
+        rows = [
+            [*((0, 0, 0, 0, 0) if g is None else (*g.shape, g.before, g.after)), self.dense, self.downsample, *told]
+            for g in grids
+        ]
+        return torch.tensor(rows, dtype=torch.float64, device="cpu")
+
+    @classmethod
+    def from_tensor(cls, table: Tensor) -> "Situation":
+        """Undo `to_tensor`."""
+        rows = table.tolist()
+        places = [tuple(map(int, row[:5])) for row in rows]
+        if len(set(places)) == 1:
+            places = places[:1]
+        grids = tuple(TokenGrid(h, w, f, before, after) for f, h, w, before, after in places if f)
+        _, _, _, _, _, dense, downsample, *told = rows[0]
+        progress, timestep, sigma = (None if math.isnan(value) else value for value in told)
+        return cls(grids, bool(dense), int(downsample), progress, timestep, sigma)

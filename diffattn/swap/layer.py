@@ -1,0 +1,399 @@
+"""One swapped layer: takes the queries, keys and values of its attention call to the mechanism.
+
+What is true of one call (grid, step, the block's input) is looked up when the call comes (`swap.calls.frames`), and put
+into a `Situation`; nothing of it stays on the layer. Under `torch.compile` the lookup and the mechanism are one custom
+operator (`swap.compiled`), so that a graph knows neither sizes nor steps.
+"""
+
+import copy
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..grid import TokenGrid
+from ..mechanisms.base import Context, Mechanism
+from . import compiled, context_parallel, intercept
+from .calls.frames import Call, Frame, Reading, Ref, Scope, find, in_backward, pop
+from .calls.records import DENSE_STEP, EXACT, PAUSED, PERTURBED, SWAPPED, TOO_FEW, Record, note, without_data
+from .calls.situation import Situation
+from .state import State
+
+
+@dataclass(eq=False)
+class SwappedLayer:
+    """One attention module whose exit is ours."""
+
+    name: str
+    ref: Ref[nn.Module]
+    kind: str
+    mechanism: Mechanism
+    backend: str
+    scope: Scope
+    state: State
+    index: int
+    min_tokens: int = 0
+    weights: nn.Module | None = None
+    active: bool = True
+    """False after `restore`: diffusers may set the processor again, which is then the model's own attention."""
+    reached: bool = False
+    """Has a forward ever come to this layer's exit?"""
+    traced: bool = False
+    """Has torch.compile gone through this layer's own attention, where nobody counts calls?"""
+    traced_features: Tensor | None = field(default=None, repr=False)
+    """The block's input while torch.compile traces the block; the graph holds it, not the layer."""
+    last: "Record | None" = field(default=None, repr=False)
+    """What the last call was, for `diffattn.summary`."""
+    key: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.key = compiled.enter(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SwappedLayer":
+        new = object.__new__(SwappedLayer)
+        memo[id(self)] = new
+        own = {name: value for name, value in self.__dict__.items() if name not in ("key", "last")}
+        new.__dict__.update(copy.deepcopy(own, memo), last=None)
+        new.key = compiled.enter(new)
+        return new
+
+    @property
+    def module(self) -> nn.Module:
+        """The attention module."""
+        module = self.ref()
+        if module is None:
+            raise ReferenceError(f"the model of layer {self.name} is gone")
+        return module
+
+    @property
+    def original(self) -> Any:
+        """The family's own processor."""
+        return intercept.original_of(self.module.processor)
+
+    @property
+    def grid(self) -> TokenGrid | None:
+        """Grid of the last call."""
+        return None if self.last is None else self.last.situation.grids[0]
+
+    def wants(self, query: Tensor, key: Tensor, parallel_config: Any = None) -> bool:
+        """Is this call the mechanism's, or the model's own attention for now?
+
+        A call with other keys than the queries' own tokens stays dense where it would anyway, and is refused else;
+        those of picture prompts (IP-Adapter) follow the layer's own and do not come here. Under torch.compile the
+        operator decides.
+        """
+        if not self.active:
+            return False
+        if query.shape[2] != key.shape[2]:
+            self._refuse_other_keys(query, key, parallel_config)
+            return False
+        if self.mechanism.exact:
+            if torch.compiler.is_compiling():
+                self.traced = self.reached = True
+            else:
+                self._count(EXACT, query, find(self.scope))
+            return False
+        if values_replace_attention():
+            if not torch.compiler.is_compiling():
+                self._count(PERTURBED, query, find(self.scope))
+            return False
+        return _opaque() or self._outcome(query, parallel_config) == SWAPPED
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        parallel_config: Any = None,
+    ) -> Tensor:
+        """The layer's output for (b, h, n, d), where the tokens may be those of one rank among several."""
+        if _opaque():
+            return compiled.attend(query, key, value, mask, self._take_traced_features(query), scale, self)
+        return self._swapped(query, key, value, mask, None, scale, parallel_config)[0]
+
+    def compute(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        features: Tensor | None,
+        scale: float | None,
+        situation: Situation | None = None,
+    ) -> tuple[Tensor, Situation]:
+        """As `wants` and `attend`, for the operator; `situation` is what an earlier pass found."""
+        processor: Any = self.module.processor
+        parallel_config = getattr(processor, "_parallel_config", None)
+        dense = situation.dense if situation else self._outcome(query, parallel_config) != SWAPPED
+        if dense:
+            out = intercept.own_attention(processor, query, key, value, mask, scale)
+            return out, situation or Situation(dense=True)
+        return self._swapped(query, key, value, mask, features, scale, parallel_config, situation)
+
+    def _outcome(self, query: Tensor, parallel_config: Any) -> str:
+        """`SWAPPED`, or why the call stays dense; noted in the running call."""
+        frame = self._frame(query.shape[2])
+        outcome = self._outcome_in(frame, query, parallel_config)
+        if outcome != SWAPPED:  # which is counted with its grid
+            self._count(outcome, query, frame)
+        return outcome
+
+    def _outcome_in(self, frame: Frame | None, query: Tensor, parallel_config: Any) -> str:
+        if self.state.paused:
+            return PAUSED
+        if frame is not None and frame.call.dense:
+            return DENSE_STEP
+        if self.min_tokens and self._tokens(query, parallel_config) < self.min_tokens:
+            return TOO_FEW
+        return SWAPPED
+
+    def _refuse_other_keys(self, query: Tensor, key: Tensor, parallel_config: Any) -> None:
+        """Raise for a call with other keys than the queries' own tokens, unless it is dense anyway."""
+        if torch.compiler.is_compiling() and (self.mechanism.exact or values_replace_attention()):
+            self.traced = self.reached = True
+            return
+        frame = None if _opaque() else self._frame(query.shape[2])
+        if self.mechanism.exact:
+            outcome = EXACT
+        elif values_replace_attention():
+            outcome = PERTURBED
+        else:
+            outcome = SWAPPED if _opaque() else self._outcome_in(frame, query, parallel_config)
+        if outcome == SWAPPED:
+            raise ValueError(
+                f"{self.name} attends from {query.shape[2]} queries to {key.shape[2]} keys, as with a cache of keys or "
+                f"a reference among them: {self.mechanism} takes calls with as many keys as queries alone; leave this "
+                f"layer out by layers=, or call diffattn.restore first"
+            )
+        if frame is not None and not any(layer == id(self) for layer, *_ in frame.call.done):
+            self._count(outcome, query, frame)  # what follows a call of the layer's own are picture prompts
+
+    def _tokens(self, query: Tensor, parallel_config: Any) -> int:
+        return query.shape[2] if parallel_config is None else context_parallel.count_tokens(parallel_config, query)
+
+    def _frame(self, tokens: int) -> Frame | None:
+        """The forward that a call with this many tokens belongs to."""
+        frame = find(self.scope)
+        if frame is None:
+            return self.state.recall.find(self.scope, tokens) if in_backward() else None
+        if torch.is_grad_enabled() and not in_backward():
+            self.state.recall.note(self.scope, tokens, frame)
+        return frame
+
+    def _swapped(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        features: Tensor | None,
+        scale: float | None,
+        parallel_config: Any,
+        situation: Situation | None = None,
+    ) -> tuple[Tensor, Situation]:
+        """The mechanism's output, over all ranks, and what the call was."""
+        mask = as_four_axes(mask)
+        ids = self._reading(query.shape[2]).ids if torch.compiler.is_exporting() else None
+        if ids is not None and parallel_config is None and self.weights is None and not self.mechanism.needs:
+            self.traced = self.reached = True
+            out = compiled.attend_at(query, key, value, mask, ids, scale, self.mechanism, self.backend)
+            return out, Situation()
+        if parallel_config is None:
+            return self._attend_all(query, key, value, mask, features, scale, situation)
+        if situation is not None:
+            raise NotImplementedError(
+                "a compiled model has no backward pass under context parallelism with swapped attention; train it "
+                "without torch.compile"
+            )
+        shards = context_parallel.shards(parallel_config, query, self._reading)
+        context_parallel.check_mechanism(self.mechanism, self.weights, query, shards.heads[shards.rank])
+        mask = shards.gather_mask(mask)
+        q, k, v = (shards.gather(tensor) for tensor in (query, key, value))
+        out, found = self._attend_all(q, k, v, mask, features, scale, situation)
+        return shards.scatter(out), found
+
+    def _reading(self, tokens: int) -> Reading:
+        frame = self._frame(tokens)
+        if frame is None:
+            raise RuntimeError(
+                f"the swapped layer {self.name} was called outside its model, so its token grid is unknown; call the "
+                f"model or pipeline that was given to diffattn.apply, or diffattn.restore first"
+            )
+        return frame.readings[self.scope]
+
+    def _attend_all(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        features: Tensor | None,
+        scale: float | None,
+        situation: Situation | None,
+    ) -> tuple[Tensor, Situation]:
+        """The mechanism on all tokens; sample by sample where their grids differ."""
+        call = Call()
+        if situation is None:
+            situation, call = self._look_up(query)
+            features = self._take_features(call, len(query)) if features is None else features
+            self.last = Record(situation, without_data(query), None if mask is None else without_data(mask))
+            if not in_backward():
+                self.reached = True
+                note(call.done, self, SWAPPED, self.last)
+        if len(situation.grids) == 1:
+            return self._attend(query, key, value, mask, features, scale, situation, 0, call), situation
+        samples = []
+        for i in range(len(situation.grids)):
+            one = slice(i, i + 1)
+            own_mask = mask if mask is None or mask.shape[0] == 1 else mask[one]
+            own_features = None if features is None else features[one]
+            q, k, v = query[one], key[one], value[one]
+            samples.append(self._attend(q, k, v, own_mask, own_features, scale, situation, i, call))
+        return torch.cat(samples), situation
+
+    def _look_up(self, query: Tensor) -> tuple[Situation, Call]:
+        """The situation of a call of this thread, and its forward."""
+        tokens, needs = query.shape[2], self.mechanism.needs
+        reading, frame = self._reading(tokens), self._frame(tokens)
+        assert frame is not None
+        try:
+            call, grids = frame.call, reading.grids(tokens)
+        except Exception:
+            pop(frame.door)  # torch.export does not call the hook of a forward that fails
+            raise
+        moment = call.moment
+        return Situation(
+            grids,
+            downsample=downsample(call.pixels, grids[0]) if call.pixels and "downsample" in needs else 1,
+            progress=moment.progress if moment and "progress" in needs else None,
+            timestep=call.timestep if "timestep" in needs else None,
+            sigma=moment.sigma if moment and "sigma" in needs else None,
+        ), call
+
+    def keep_features(self, block_input: Tensor) -> None:
+        """Note the block's input until the layer has used it; dense steps need none."""
+        if _opaque():
+            self.traced_features = block_input
+            return
+        frame = find(self.scope)
+        if frame is not None and not frame.call.dense and not self.state.paused:
+            frame.call.features[self.index] = block_input
+
+    def _take_traced_features(self, query: Tensor) -> Tensor | None:
+        features = self.traced_features
+        if features is None:
+            return None
+        samples = query.shape[0]
+        self.traced_features = features[samples:] if features.shape[0] > samples else None
+        return features[:samples]
+
+    def _take_features(self, call: Call, samples: int) -> Tensor | None:
+        """The block's input for the next samples of the batch; some families (Mochi) call sample by sample."""
+        features = call.features.pop(self.index, None)
+        if features is None:
+            return None
+        if len(features) > samples:
+            call.features[self.index] = features[samples:]
+        return features[:samples]
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        features: Tensor | None,
+        scale: float | None,
+        situation: Situation,
+        sample: int,
+        call: Call,
+    ) -> Tensor:
+        grid = situation.grids[sample]
+        context = self._context(situation, mask, features)
+        if "memory" in self.mechanism.needs and call.run is not None and not torch.is_grad_enabled():
+            turns = call.turns[id(self)] = call.turns.get(id(self), -1) + (sample == 0)
+            key_of_call = (id(self), call.sample, turns, sample)
+            context = replace(context, memory=call.run.memory(key_of_call, (grid, tuple(query.shape))))
+        return self.mechanism.attend(query, key, value, grid, scale=scale, backend=self.backend, context=context)
+
+    def _context(self, situation: Situation, mask: Tensor | None, features: Tensor | None) -> Context:
+        return Context(
+            mask=mask,
+            weights=self.weights,
+            features=features,
+            progress=situation.progress,
+            timestep=situation.timestep,
+            sigma=situation.sigma,
+            downsample=situation.downsample,
+            call_index=self.index if "call_index" in self.mechanism.needs else 0,
+        )
+
+    def _count(self, outcome: str, query: Tensor, frame: Frame | None) -> None:
+        if frame is not None and not in_backward():
+            self.reached = True
+            note(frame.call.done, self, outcome, Record(Situation(dense=True), without_data(query), None))
+
+    def assume(self, grid: TokenGrid, query: Tensor) -> None:
+        """Take this for the last call, for a table of costs without any."""
+        self.last = Record(Situation((grid,)), query, None)
+
+    def flops(self, mechanism: Mechanism) -> int:
+        """What `mechanism` would compute in the last call, for one sample."""
+        assert self.last is not None
+        return self.flops_of(self.last, mechanism)
+
+    def flops_of(self, record: "Record", mechanism: Mechanism) -> int:
+        """What `mechanism` would compute in a call, for one sample."""
+        query = record.query
+        if record.situation.dense:
+            return 4 * query.shape[2] ** 2 * query.shape[1] * query.shape[3]
+        context = self._context(record.situation, record.mask, None)
+        return mechanism.flops(record.situation.grids[0], query.shape[1], query.shape[3], context=context)
+
+    def explain_backend(self) -> str:
+        """The kernel of the last call, and why "auto" chose it."""
+        if self.last is None:
+            return self.backend
+        query, situation = self.last.query, self.last.situation
+        context = self._context(situation, self.last.mask, None)
+        return self.mechanism.explain_backend(query, query, query, situation.grids[0], self.backend, context)
+
+
+def downsample(pixels: int, grid: TokenGrid) -> int:
+    """How many times coarser `grid` is than a latent picture of `pixels` cells, along a side, rounded up."""
+    return max(1, math.ceil((pixels // (grid.height * grid.width)) ** 0.5))
+
+
+class Features:
+    """A forward pre-hook on a block that hands its input to the layer."""
+
+    def __init__(self, layer: SwappedLayer) -> None:
+        self._layer = layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._layer.keep_features(args[0] if args else kwargs["hidden_states"])
+
+
+def _opaque() -> bool:
+    """Is torch.compile tracing? Not torch.export, whose program must carry the mechanism's own operations."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
+def values_replace_attention() -> bool:
+    """Is this the perturbed forward of PAG? There diffusers answers every call of softmax attention with its values.
+
+    A mechanism that makes no such call, or calls of other sizes, would attend as ever, and guidance would do nothing.
+    """
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(type(mode).__name__ == "AttentionScoreSkipFunctionMode" for mode in modes)
+
+
+def as_four_axes(mask: Tensor | None) -> Tensor | None:
+    """A mask over keys (b, m), or over queries and keys (b, n, m), as (b, 1, 1 or n, m)."""
+    if mask is None or mask.ndim == 4:
+        return mask
+    return mask[:, None, None] if mask.ndim == 2 else mask[:, None]

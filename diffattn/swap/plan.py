@@ -1,0 +1,323 @@
+"""What a swap would do, decided and checked before anything is changed."""
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any
+
+import torch
+from torch import nn
+
+from .. import config
+from ..families import Layers, Read, family_of, find_layers, owner_of
+from ..mechanisms.base import Mechanism
+from ..options import at_least, check_fields, read, shown
+from . import intercept
+from .calls.frames import Ref, Scope
+from .calls.steps import Runs, single_models
+from .layer import SwappedLayer
+from .model_swap import Entrance, ModelSwap
+from .unsupported import check_processor, check_supported
+
+COMPONENTS = ("unet", "transformer", "transformer_2")
+"""Parts of a pipeline that `apply` takes unless told otherwise."""
+
+Mechanisms = Mechanism | Mapping[str, Mechanism]
+"""One for all layers, or one for each glob on dotted layer names."""
+LayerChoice = str | Iterable[str] | Callable[[str], bool] | None
+StepChoice = slice | Callable[[int], bool] | None
+ComponentChoice = str | Iterable[str] | None
+
+
+def resolve_all(mechanism: Mechanisms | str, layers: LayerChoice, **options: Any) -> Mechanisms:
+    """As `resolve`, for a mapping of globs as well, whose configs carry everything."""
+    if not isinstance(mechanism, Mapping):
+        return resolve(mechanism, **options)
+    if layers is not None or options or not mechanism:
+        raise ValueError(
+            f"expected globs of layers with a config each and neither layers= nor options; got {dict(mechanism)}, "
+            f"layers={layers} and options {sorted(options)}; put them into the mapping"
+        )
+    return {glob: resolve(own) for glob, own in mechanism.items()}
+
+
+def resolve(mechanism: Mechanism | str, **options: Any) -> Mechanism:
+    """A mechanism from its config or its short name and options."""
+    if isinstance(mechanism, str):
+        return config.create(mechanism, **options)
+    if not isinstance(mechanism, Mechanism):
+        raise TypeError(
+            f"mechanism must be a short name or a config such as ClearAttention(radius=16), got {mechanism!r}"
+        )
+    if options:
+        raise ValueError(f"options {sorted(options)} go with a short name; {type(mechanism).__name__} carries its own")
+    check_fields(mechanism, mechanism.type)  # where its own __post_init__ leaves the base's out
+    return mechanism
+
+
+def models_of(target: Any, components: ComponentChoice = None) -> list[nn.Module]:
+    """The models of a pipeline that `apply` takes, or the model itself, each once; of a list of ControlNets each."""
+    components = read("components", components, ComponentChoice, "a part's name, or several, such as ['transformer']")
+    if isinstance(target, nn.Module):
+        if components is not None:
+            raise ValueError(
+                f"components= names parts of a pipeline, but the target is the model {type(target).__name__}"
+            )
+        return single_models([target])
+    parts = getattr(target, "components", None)
+    if not isinstance(parts, dict):
+        raise TypeError(f"expected a diffusers pipeline or model, got {type(target).__name__}")
+    usual = [name for name in COMPONENTS if parts.get(name) is not None]
+    chosen = usual if components is None else names_in(components)
+    for name in chosen:
+        if not isinstance(parts.get(name), nn.Module):
+            models = sorted(key for key, part in parts.items() if isinstance(part, nn.Module))
+            raise ValueError(f"{type(target).__name__} has no model {name!r}; its models: {', '.join(models)}")
+    if not chosen:
+        raise ValueError(f"{type(target).__name__} has none of {', '.join(COMPONENTS)}; name its model by components=")
+    return single_models(parts[name] for name in chosen)
+
+
+def names_in(choice: str | Iterable[str]) -> list[str]:
+    """The names of a choice, of one or several."""
+    return [choice] if isinstance(choice, str) else list(choice)
+
+
+def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Dotted name -> every module that computes by a processor."""
+    return {name: module for name, module in model.named_modules() if callable(getattr(module, "processor", None))}
+
+
+def plan_all(
+    target: Any,
+    mechanism: Mechanisms,
+    layers: LayerChoice = None,
+    steps: StepChoice = None,
+    backend: str = "auto",
+    components: ComponentChoice = None,
+    min_tokens: int = 0,
+) -> list[ModelSwap]:
+    """`plan` for every model of `target`, with a common step counter; changes nothing."""
+    check_supported(target)
+    layers = read_layers(layers)
+    models = models_of(target, components)
+    if steps is not None and isinstance(target, nn.Module):
+        raise ValueError("steps= counts the steps of a pipeline; pass the pipeline, not its model")
+    for own in mechanism.values() if isinstance(mechanism, Mapping) else [mechanism]:
+        if "sigma" in own.needs and isinstance(target, nn.Module):
+            raise ValueError(
+                f"{own} needs sigma, the share of noise, which the scheduler of a pipeline tells; pass the pipeline, "
+                f"not its model"
+            )
+    runs = Runs(None if isinstance(target, nn.Module) else target)
+    chosen = step_predicate(steps)
+    options: dict[str, Any] = {"backend": backend, "min_tokens": min_tokens}
+    if isinstance(mechanism, Mapping):
+        swaps = [plan_mixed(model, mechanism, **options) for model in models]
+    else:
+        swaps = [plan(model, mechanism, layers=layers, **options) for model in models]
+    _leave_shared_layers(swaps)
+    parts = [] if isinstance(target, nn.Module) else target.components.values()
+    for swap in swaps:
+        swap.state.runs, swap.state.chosen = runs, chosen
+        for part in single_models(part for part in parts if isinstance(part, nn.Module)):
+            if part is not swap.model:
+                swap.entrances += _entrances(swap, part)
+    return swaps
+
+
+def _leave_shared_layers(swaps: list[ModelSwap]) -> None:
+    """Leave layers that two models share to the first of them."""
+    first: dict[int, ModelSwap] = {}
+    for swap in swaps:
+        for name, layer in [*swap.layers.items()]:
+            owner = first.setdefault(id(layer.module), swap)
+            if owner is not swap:
+                del swap.layers[name]
+                swap.kept[name] = f"shared with {type(owner.model).__name__}, and swapped there"
+
+
+def _entrances(swap: ModelSwap, owner: nn.Module) -> list[Entrance]:
+    """The modules of `owner` whose forward tells layers of the swap their grids, and `owner` itself; none for others.
+
+    A ControlNet made from a transformer shares layers with it. It is called by itself, so its own forward has to be
+    read.
+    """
+    layers = {id(layer.module): layer for layer in swap.layers.values()}
+    shared = {name: layers[id(module)] for name, module in attention_modules(owner).items() if id(module) in layers}
+    if not shared:
+        return []
+    family = family_of(owner)
+    entries = find_layers(family, shared)
+    found = {"": Entrance(Ref(owner), family)}
+    for name, layer in shared.items():
+        if name not in entries:
+            raise ValueError(
+                f"{type(owner).__name__} shares the layer {layer.name} with {type(swap.model).__name__}, and its row "
+                f"among the families has no {name}; leave it out with layers="
+            )
+        inside = owner_of(entries[name], name)
+        entrance = found.setdefault(inside, Entrance(Ref(owner.get_submodule(inside)), None))
+        entrance.reads[layer.scope] = entries[name].read
+    return list(found.values())
+
+
+def plan_mixed(model: nn.Module, mechanisms: Mapping[str, Mechanism], *, backend: str, min_tokens: int) -> ModelSwap:
+    """`plan` with a mechanism for each glob of layers, no layer by two of them."""
+    scaling = [own for own in mechanisms.values() if getattr(own, "ntk_factor", 1.0) != 1.0]
+    if scaling and len(mechanisms) > 1:
+        raise ValueError(
+            f"expected mechanisms that leave the model's rotary embedding alone; got {scaling[0]}; put it on alone"
+        )
+    first, *others = (
+        plan(model, own, layers=glob, backend=backend, min_tokens=min_tokens) for glob, own in mechanisms.items()
+    )
+    for other in others:
+        twice = sorted(first.layers.keys() & other.layers.keys())
+        if twice:
+            raise ValueError(
+                f"expected globs that pick no layer twice; got {list(mechanisms)}, {len(twice)} layers such as "
+                f"{twice[0]} by two; make them narrower"
+            )
+        first.join(other)
+    first.entrances = _entrances(first, model)
+    return first
+
+
+def plan(model: nn.Module, mechanism: Mechanism, *, layers: LayerChoice, backend: str, min_tokens: int) -> ModelSwap:
+    """Decide which layers are swapped, raising for whatever cannot be; changes nothing."""
+    check_supported(model)
+    family = family_of(model)
+    layers, min_tokens = read_layers(layers), read("min_tokens", min_tokens, Annotated[int, at_least(0)])
+    mechanism.check_backend(read("backend", backend, str, "the name of a kernel or 'auto'"))
+    if getattr(mechanism, "ntk_factor", 1.0) != 1.0 and family.rope is None:
+        raise ValueError(f"ntk_factor scales a rotary embedding read at every call, which {family.name} does not have")
+    swap = ModelSwap(model, family, mechanism)
+    swap.state.needs = mechanism.needs
+    modules = attention_modules(model)
+    entries = find_layers(family, [name for name in modules if not _in_cross_block(model, name)])
+    chosen = _choose(entries, layers)
+    scopes: dict[tuple[str, Read], Scope] = {}
+    for name, module in modules.items():
+        reason = _reason_to_keep(name, module, entries, chosen, mechanism, explicit=layers is not None)
+        if reason is not None:
+            swap.kept[name] = reason
+            continue
+        check_processor(intercept.original_of(module.processor))
+        entry, owner = entries[name], owner_of(entries[name], name)
+        swap.layers[name] = SwappedLayer(
+            name=name,
+            ref=Ref(module),
+            kind=entry.kind,
+            mechanism=mechanism,
+            backend=backend,
+            scope=scopes.setdefault((owner, entry.read), Scope()),
+            state=swap.state,
+            index=len(swap.layers),
+            min_tokens=min_tokens,
+            weights=_weights(mechanism, name, module),
+        )
+    if not swap.layers:
+        reasons = "; ".join(sorted(set(swap.kept.values()))) or "it has no attention layers"
+        raise ValueError(f"no layer of {type(model).__name__} can carry {mechanism}: {reasons}")
+    swap.entrances = _entrances(swap, model)
+    return swap
+
+
+def _in_cross_block(model: nn.Module, name: str) -> bool:
+    """Is the layer in a UNet block that attends to text alone, twice?"""
+    return bool(vars(model.get_submodule(name.rpartition(".")[0])).get("only_cross_attention", False))
+
+
+def _reason_to_keep(
+    name: str, module: nn.Module, entries: dict[str, Layers], chosen: set[str], mechanism: Mechanism, explicit: bool
+) -> str | None:
+    if name not in entries:
+        return "not a self-attention over the grid"
+    if name not in chosen:
+        return "left out by layers="
+    if not explicit and entries[name].kind not in mechanism.kinds:
+        return f"{entries[name].kind} attention: {mechanism.type} takes it only by layers="
+    along_frames = any(entry.kind == "temporal" for entry in entries.values())
+    if not explicit and mechanism.across_frames and along_frames and entries[name].kind != "temporal":
+        return f"attention within one frame: {mechanism.type} would change nothing"
+    if "features" in mechanism.needs and not entries[name].has_features:
+        return f"its block is not called with the block's input, which {mechanism.type} compares"
+    processor = intercept.original_of(module.processor)
+    if not intercept.has_exit(processor):
+        return f"{type(processor).__name__} computes no softmax attention by a call that can be swapped"
+    return None
+
+
+def read_layers(layers: Any) -> LayerChoice:
+    """`layers=`, which a generator may give."""
+    choice: LayerChoice = read(
+        "layers", layers, LayerChoice, "a glob such as 'transformer_blocks.*', several, or a function of a layer's name"
+    )
+    return choice
+
+
+def _choose(names: Iterable[str], layers: LayerChoice) -> set[str]:
+    """The layers that a glob, globs or a predicate pick."""
+    names = list(names)
+    if layers is None:
+        return set(names)
+    if callable(layers):
+        chosen = {name for name in names if layers(name)}
+    else:
+        globs = names_in(layers)
+        unmatched = [glob for glob in globs if not fnmatch.filter(names, glob)]
+        if unmatched:
+            raise ValueError(
+                f"layers={unmatched[0]!r} matches none of {len(names)} layers, such as {', '.join(names[:3])}"
+            )
+        chosen = {name for glob in globs for name in fnmatch.filter(names, glob)}
+    if not chosen:
+        raise ValueError(f"layers= picks none of {len(names)} layers, such as {', '.join(names[:3])}")
+    return chosen
+
+
+_ANY_SIZE = 8, 64
+"""Heads and their size, to ask a mechanism whether it has weights at all."""
+
+
+def _weights(mechanism: Mechanism, name: str, module: nn.Module) -> nn.Module | None:
+    size = _heads(module)
+    if size is not None:
+        return mechanism.weights(*size)
+    with torch.device("meta"):  # leaves the random numbers alone
+        wanted = mechanism.weights(*_ANY_SIZE) is not None
+    if wanted:
+        raise ValueError(
+            f"{mechanism} has weights of its own for every layer, but {type(module).__name__} ({name}) tells neither "
+            f"by heads and inner_dim nor by names like them how many heads of what size it has; leave it out by layers="
+        )
+    return None
+
+
+def _heads(module: nn.Module) -> tuple[int, int] | None:
+    """How many heads a layer has, and their size, by the names that diffusers' attention modules use."""
+    heads = _first_number(module, "heads", "num_heads", "num_attention_heads")
+    if heads is None:
+        return None
+    query = getattr(module, "to_q", None) or getattr(module, "to_query", None)
+    width = _first_number(module, "inner_dim") or (None if query is None else _first_number(query, "out_features"))
+    head_dim = _first_number(module, "head_dim") if width is None else width // heads
+    return None if head_dim is None else (heads, head_dim)
+
+
+def _first_number(module: nn.Module, *names: str) -> int | None:
+    """The first of these attributes that is a number."""
+    values = (getattr(module, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)
+
+
+def step_predicate(steps: StepChoice) -> Callable[[int, int], bool] | None:
+    """`steps=` as a predicate on the step and the number of steps."""
+    if steps is None:
+        return None
+    if isinstance(steps, slice):
+        part: slice = read("steps", steps, slice, "a slice of whole numbers, such as slice(4, None)")
+        return lambda step, total: step in range(*part.indices(total))
+    if callable(steps):
+        return lambda step, total: bool(steps(step))
+    raise TypeError(f"steps must be a slice or a predicate on the step number, got {shown(steps)}")

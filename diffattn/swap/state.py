@@ -1,0 +1,40 @@
+"""What all swapped layers of one model share."""
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from .calls.frames import Recall
+from .calls.steps import Runs
+
+_paused: ContextVar[frozenset["State"]] = ContextVar("diffattn paused", default=frozenset())
+
+
+@dataclass(eq=False)
+class State:
+    """What all swapped layers of one model share, the same in all calls."""
+
+    runs: Runs = field(default_factory=Runs)
+    chosen: Any = None
+    """Predicate on step and number of steps, given by `steps=`; None: every step."""
+    needs: frozenset[str] = frozenset()
+    """`Mechanism.needs`: what is not needed is not looked up."""
+    recall: Recall = field(default_factory=Recall)
+
+    @property
+    def counts_steps(self) -> bool:
+        """Does anything depend on the step of the pipeline?"""
+        return self.chosen is not None or bool(self.needs & {"progress", "sigma", "memory"})
+
+    @property
+    def paused(self) -> bool:
+        """Is it the model's own attention for now, in this thread?"""
+        return self in _paused.get()
+
+    def pause(self) -> Any:
+        """Begin a pause, in this thread; returns what ends it."""
+        return _paused.set(_paused.get() | {self})
+
+    def go_on(self, token: Any) -> None:
+        """End the pause."""
+        _paused.reset(token)

@@ -1,0 +1,432 @@
+"""The training loop: one config, one model, any number of processes.
+
+`accelerate` brings devices, mixed precision, gradient scaling, trackers and DistributedDataParallel; `sharding.py`
+splits the weights instead where the config says so. What a step computes:
+
+    teacher's pass (no gradients) -> student's pass -> losses -> gradients, clipped -> optimizer, averaged weights
+
+Batches are cut into processes x accumulated parts; since every sample brings its own random numbers (`data.py`), the
+cut does not change the gradient, and a resumed run goes on bit for bit.
+"""
+
+import contextlib
+import csv
+import fnmatch
+import importlib.util
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from diffattn.files.writing import written
+
+from ..config import DistillConfig
+from ..data.samples import Source, collate, places
+from ..inputs import predict
+from ..objective import add_noise
+from ..student import Student
+from . import checkpoints
+from .capture import Capture, layers_at
+from .losses import Losses, losses
+from .sharding import (
+    average_gradients,
+    check_processes,
+    clip_gradients,
+    scatter,
+    scattered_state,
+    shard,
+    split,
+    whole,
+    whole_state,
+)
+
+logger = logging.getLogger("diffattn")
+
+LOG = "log.csv"
+COLUMNS = ("step", "total", "target", "prediction", "attention", "rate", "gradient_norm", "seconds")
+
+
+@dataclass
+class Outcome:
+    """How a run ended."""
+
+    step: int
+    """Steps that are done."""
+    finished: bool
+    """False where it was told to stop before."""
+    totals: list[float] = field(default_factory=list)
+    """The total loss of every step of this call."""
+
+
+class Trainer:
+    """Trains a student from samples; `run` may be called again to go on."""
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        student: Student,
+        scheduler: Any,
+        source: Source,
+        folder: Path,
+        accelerator: Accelerator | None = None,
+        draw_sheet: Callable[[int], Path] | None = None,
+    ) -> None:
+        """`draw_sheet(step)` draws the sheets that `config.sheet_every` asks for, and gives the file."""
+        self.config, self.student, self.scheduler, self.source, self.folder = config, student, scheduler, source, folder
+        self.accelerator = accelerator or make_accelerator(config, folder)
+        self.draw_sheet = draw_sheet
+        self.parts = self.accelerator.num_processes * config.accumulation
+        places(0, config.batch_size, 0, self.parts)
+        check_processes(config, self.accelerator)
+        if len(source) == 0:
+            raise ValueError("there are no samples to train on")
+        layers = attention_layers(config, student) if config.loss.attention else ()
+        if config.gradient_checkpointing:
+            student.model.enable_gradient_checkpointing()  # type: ignore[operator]
+        student.model.train()
+        self.model = self._spread()
+        self.weights = list(student.parameters.values())
+        self.outside = [weight for name, weight in student.parameters.items() if name not in self.inside]
+        self.optimizer = self.accelerator.prepare(make_optimizer(config, self.weights))
+        self.average = [weight.detach().clone() for weight in self.weights] if config.ema else []
+        self.capture = Capture(student.model, layers)
+        self.step = 0
+
+    def _spread(self) -> nn.Module:
+        """The student's model over the processes: in shards, or wrapped, or as it is."""
+        model = self.student.model
+        self.inside = {name for name, _ in model.named_parameters() if name in self.student.parameters}
+        if self.config.sharded:
+            shard(self.student)
+            return model
+        # DistributedDataParallel refuses a model that trains nothing: a mechanism's own weights lie outside it.
+        wrapped: nn.Module = self.accelerator.prepare(model) if self.inside else model
+        return wrapped
+
+    def run(self, *, resume: bool = False, until: int | None = None, progress: bool = False) -> Outcome:
+        """Train up to step `until` (None: all of them); with `resume` from the last checkpoint of the folder."""
+        if resume:
+            self.resume()
+        last = self.config.steps if until is None else min(until, self.config.steps)
+        outcome = Outcome(self.step, False)
+        self._report_to(self.config.trackers)
+        with told_to_stop() as stop, Log(self.folder, self.step, self.accelerator.is_main_process) as log:
+            bar = tqdm(
+                range(self.step, last),
+                desc="distilling",
+                initial=self.step,
+                total=last,
+                disable=not (progress and self.accelerator.is_main_process),
+            )
+            for _ in bar:
+                row = self.train_step()
+                outcome.totals.append(row["total"])
+                log.write(row)
+                self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=self.step)
+                bar.set_postfix(loss=f"{row['total']:.4f}", refresh=False)
+                if self._agree(stop.asked):
+                    break
+                if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+                    self.save()
+                if self.config.sheet_every and self.step % self.config.sheet_every == 0:
+                    self._sheet()
+            if self.step not in checkpoints.find(self.folder):
+                self.save()
+        for tracker in self.accelerator.trackers:  # end_training would also end the process group
+            tracker.finish()
+        outcome.step, outcome.finished = self.step, self.step == self.config.steps
+        return outcome
+
+    def _report_to(self, trackers: tuple[str, ...]) -> None:
+        """Start the trackers, with the config as their hyperparameters."""
+        if trackers:
+            values = {**self.config.to_dict(), "mechanism": str(self.config.mechanism)}
+            plain = {name: value for name, value in values.items() if isinstance(value, (int, float, str))}
+            self.accelerator.init_trackers("diffattn", plain)
+
+    def _sheet(self) -> None:
+        """Draw a sheet, and show it to the trackers; with whole weights that is the work of the first process."""
+        if self.draw_sheet is None or not (self.config.sharded or self.accelerator.is_main_process):
+            return
+        self.student.model.eval()
+        path = self.draw_sheet(self.step)
+        self.student.model.train()
+        if self.accelerator.is_main_process and self.accelerator.trackers:
+            with Image.open(path) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+            for tracker in self.accelerator.trackers:
+                if hasattr(tracker, "log_images"):
+                    tracker.log_images({"teacher, student, swap alone": pixels[None]}, step=self.step, **_axes(tracker))
+
+    def train_step(self) -> dict[str, float]:
+        """One batch, one update; returns the numbers of the log."""
+        start = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.rate_at(self.step)
+        mine = range(self.config.accumulation)
+        sums: dict[str, float] = {}
+        for number in mine:
+            last = number == mine[-1]
+            part = self.accelerator.process_index * self.config.accumulation + number
+            with self._gathering_gradients(last):
+                found = self.losses(part)
+                self.accelerator.backward(found.total / self.config.accumulation)
+            for name, value in found.values().items():
+                sums[name] = sums.get(name, 0.0) + value / self.config.accumulation
+        sums = self._mean(sums)
+        if not math.isfinite(sums["total"]):
+            raise FloatingPointError(
+                f"the loss of step {self.step} is {sums['total']}: nothing was updated in it; lower the rate, or use "
+                f"precision bf16 instead of fp16. The last checkpoint is as it was"
+            )
+        average_gradients(self.outside)
+        norm = self._clip(self.config.clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._average()
+        self.step += 1
+        return {
+            "step": self.step,
+            **sums,
+            "rate": self.config.rate_at(self.step - 1),
+            "gradient_norm": float(norm) if norm is not None else math.nan,
+            "seconds": time.perf_counter() - start,
+        }
+
+    @contextlib.contextmanager
+    def _gathering_gradients(self, last: bool) -> Iterator[None]:
+        """Processes exchange gradients in the backward pass of the last part of a batch alone."""
+        if self.config.sharded:
+            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+            yield
+            return
+        with contextlib.nullcontext() if last or not self.inside else self.accelerator.no_sync(self.model):
+            yield
+
+    def _clip(self, limit: float) -> Tensor:
+        """Clip all gradients together; returns their norm before."""
+        if self.config.sharded:
+            return clip_gradients(self.weights, limit)
+        norm: Tensor = self.accelerator.clip_grad_norm_(self.weights, limit)
+        return norm
+
+    def losses(self, part: int) -> Losses:
+        """The losses of one part of the present batch."""
+        batch = collate(self.source, places(self.step, self.config.batch_size, part, self.parts), self.config.seed).to(
+            self.accelerator.device
+        )
+        noised = add_noise(self.scheduler, batch)
+        arguments = (noised, batch.conditioning, self.config.guidance)
+        teacher, wanted = None, []
+        if self.config.loss.teacher:
+            with self.student.teacher(), self.accelerator.autocast(), self.capture:
+                teacher = predict(self.student.model, *arguments)
+            wanted = self.capture.outputs
+        with self.accelerator.autocast(), self.capture:
+            prediction = predict(self.model, *arguments)
+        return losses(self.config.loss, prediction, noised.target, teacher, self.capture.outputs, wanted)
+
+    def _average(self) -> None:
+        """Fold the weights into their running average, with a shorter memory at first."""
+        share = max(1 - self.config.ema, 1 / (self.step + 10))
+        for average, weight in zip(self.average, self.weights, strict=bool(self.average)):
+            average.lerp_(weight.detach(), share)
+
+    def _mean(self, values: dict[str, float]) -> dict[str, float]:
+        """The means over all processes."""
+        if self.accelerator.num_processes == 1:
+            return values
+        mine = torch.tensor(list(values.values()), dtype=torch.float64, device=self.accelerator.device)
+        whole: Tensor = self.accelerator.reduce(mine, reduction="mean")
+        return dict(zip(values, whole.tolist(), strict=True))
+
+    def _agree(self, asked: bool) -> bool:
+        """Has any process been told to stop?"""
+        return self._mean({"asked": float(asked)})["asked"] > 0
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs, whole, on any number of processes; all of them must ask for it."""
+        weights = {name: whole(weight) for name, weight in self.student.parameters.items()}
+        average = [whole(weight) for weight in self.average]
+        return {"weights": weights, "average": average, "optimizer": whole_state(self.optimizer.state_dict())}
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step."""
+        state = self.state() if self.config.sharded or self.accelerator.is_main_process else {}
+        if self.accelerator.is_main_process:
+            checkpoints.write(self.folder, self.step, state, self.config, self.config.keep)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> None:
+        """Take the last checkpoint of the folder, where there is one; other settings than its own are told, and hold.
+
+        Raises `ValueError`, with nothing changed, for a checkpoint that is broken, of another run, or of a later step
+        than the last of this one.
+        """
+        found = checkpoints.find(self.folder)
+        if not found:
+            return
+        folder = list(found.values())[-1]
+        state = checkpoints.read(folder, self.config)
+        self._check(state, folder)
+        with torch.no_grad():
+            for name, weight in self.student.parameters.items():
+                weight.copy_(scatter(state["weights"][name], weight))
+            for own, saved in zip(self.average, state["average"], strict=True):
+                own.copy_(scatter(saved, own))
+        self.optimizer.load_state_dict(scattered_state(state["optimizer"], self.optimizer))
+        for group in self.optimizer.param_groups:  # the checkpoint has brought its own
+            group["betas"], group["weight_decay"] = self.config.betas, self.config.weight_decay
+        self.step = int(state["step"])
+        former, now = checkpoints.read_config(folder).to_dict(), self.config.to_dict()
+        changed = [f"{name} {former[name]} -> {value}" for name, value in now.items() if value != former[name]]
+        if changed:
+            logger.warning("from step %d on with other settings: %s", self.step, "; ".join(changed))
+
+    def _check(self, state: dict[str, Any], folder: Path) -> None:
+        """Raise where a checkpoint does not fit the student, or lies beyond the last step."""
+        if state["step"] > self.config.steps:
+            raise ValueError(
+                f"{folder} is of step {state['step']}, and steps={self.config.steps} end before it: give steps of at "
+                f"least {state['step']}, or another folder"
+            )
+        own = {name: tuple(weight.shape) for name, weight in self.student.parameters.items()}
+        got = {name: tuple(weight.shape) for name, weight in state["weights"].items()}
+        averaged = [tuple(weight.shape) for weight in state["average"]]
+        if own != got or averaged not in ([], list(own.values())):
+            raise ValueError(f"the checkpoint in {self.folder} holds other weights than this student trains")
+        sizes = [len(group["params"]) for group in self.optimizer.state_dict()["param_groups"]]
+        groups = state["optimizer"].get("param_groups")
+        if not isinstance(groups, list) or [len(group["params"]) for group in groups] != sizes:
+            raise ValueError(f"the optimizer's state in {folder} is not that of this run; use another folder")
+
+    @torch.no_grad()
+    def use_average(self) -> None:
+        """Put the averaged weights in place, for export."""
+        for weight, average in zip(self.weights, self.average, strict=bool(self.average)):
+            weight.copy_(average)
+
+
+def make_accelerator(config: DistillConfig, folder: Path) -> Accelerator:
+    """accelerate by a config; raises `ImportError` for a tracker that is not installed: accelerate passes over it."""
+    for name in config.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"the tracker {name} is not installed: pip install {name}, or leave it out of trackers")
+    return Accelerator(mixed_precision=config.precision, log_with=list(config.trackers) or None, project_dir=folder)
+
+
+def _axes(tracker: Any) -> dict[str, str]:
+    """TensorBoard asks for the order of the axes of a picture."""
+    return {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+
+
+def attention_layers(config: DistillConfig, student: Student) -> tuple[str, ...]:
+    """The layers of the attention loss: those at the config's depths among the swapped ones that its glob matches."""
+    names = [layer.name for layer in student.handle.layers]
+    matching = fnmatch.filter(names, config.attention_layers)
+    if not matching:
+        raise ValueError(
+            f"attention_layers={config.attention_layers!r} matches none of {len(names)} swapped layers, such as "
+            f"{names[0]}"
+        )
+    return layers_at(matching, config.attention_depths)
+
+
+def make_optimizer(config: DistillConfig, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, or Prodigy with the settings of CLEAR's release."""
+    groups = [{"params": group} for group in split(weights) if group]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.rate, betas=config.betas, weight_decay=config.weight_decay)
+    try:
+        from prodigyopt import Prodigy
+    except ImportError as error:
+        raise ImportError('the optimizer prodigy needs prodigyopt: pip install "diffattn[train]"') from error
+    return Prodigy(
+        groups,
+        lr=config.rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        decouple=True,
+        use_bias_correction=True,
+        safeguard_warmup=True,
+        eps=1e-8,
+    )
+
+
+class Log:
+    """`log.csv` of a run: one row a step; rows beyond the step that a run goes on from are dropped."""
+
+    def __init__(self, folder: Path, step: int, active: bool) -> None:
+        self._path, self._step, self._active = folder / LOG, step, active
+
+    def __enter__(self) -> "Log":
+        if self._active:
+            former = [row for row in read_log(self._path) if row["step"] <= self._step]
+            with written(self._path) as temporary, temporary.open("w", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS, restval="")
+                writer.writeheader()
+                writer.writerows(former)
+            self._file = self._path.open("a", newline="")
+            self._writer = csv.DictWriter(self._file, COLUMNS, restval="")
+        return self
+
+    def write(self, row: dict[str, float]) -> None:
+        if self._active:
+            try:
+                self._writer.writerow(row)
+                self._file.flush()
+            except OSError as error:
+                raise OSError(f"cannot write {self._path}: {error.strerror}; free space, and resume the run") from error
+
+    def __exit__(self, *exception: object) -> None:
+        if self._active:
+            self._file.close()
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The rows of a `log.csv`; none where there is no file."""
+    if not path.is_file():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        return [{**row, "step": int(row["step"])} for row in rows]
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ValueError(f"{path} is not the log of a run ({error}); remove it, or use another folder") from error
+
+
+class Stop:
+    """Whether the process was told to stop."""
+
+    asked = False
+
+
+@contextlib.contextmanager
+def told_to_stop() -> Iterator[Stop]:
+    """Inside the block SIGTERM sets `asked` instead of ending the process."""
+    stop = Stop()
+
+    def listen(number: int, frame: Any) -> None:
+        stop.asked = True
+        logger.warning("told to stop: the run ends after this step, with a checkpoint")
+
+    try:
+        former = signal.signal(signal.SIGTERM, listen)
+    except ValueError:  # not the main thread
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, former)

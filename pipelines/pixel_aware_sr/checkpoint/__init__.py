@@ -1,0 +1,1 @@
+"""The official checkpoint's networks, and the base model under them."""

@@ -1,0 +1,1 @@
+"""PASD's U-Net and ControlNet."""

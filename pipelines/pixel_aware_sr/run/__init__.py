@@ -1,0 +1,1 @@
+"""The command: one picture after the other."""

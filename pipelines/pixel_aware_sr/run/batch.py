@@ -1,0 +1,182 @@
+"""Pictures in files, one after the other: what goes where, what is there already, and what became of each."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from PIL.Image import Resampling
+from tqdm import tqdm
+
+from diffattn.media.outputs import check_folder
+from diffattn.media.pictures import (
+    FORMATS,
+    LONGEST_SIDE,
+    Picture,
+    find_pictures,
+    read_picture,
+    side_by_side,
+    write_picture,
+)
+
+logger = logging.getLogger("diffattn")
+
+FAILURES = (ValueError, OSError, MemoryError, RuntimeError)
+"""What one picture may fail by while the others go on: its file, its size, the device's memory."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture."""
+
+    source: Path
+    target: Path
+    sheet: Path | None = None
+    """Where the comparison goes, if there is to be one."""
+
+    @property
+    def written(self) -> list[Path]:
+        """All that is written."""
+        return [self.target] if self.sheet is None else [self.target, self.sheet]
+
+
+@dataclass
+class Tally:
+    """How many pictures ended how."""
+
+    done: int = 0
+    skipped: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+    """Of those done."""
+
+    def __str__(self) -> str:
+        pace = f"; {self.seconds / self.done:.1f} s a picture" if self.done else ""
+        return f"{self.done} done, {self.skipped} skipped, {self.failed} failed{pace}"
+
+
+def plan_jobs(inputs: Sequence[str | Path], output: Path, *, ending: str | None = None, sheets: bool) -> list[Job]:
+    """What is to be made of the pictures that `inputs` name, without touching a file.
+
+    Args:
+        inputs: as `find_pictures` takes them.
+        output: folder of the results, which are named as their sources.
+        ending: of the results; None: that of the source where it can be written, else `.png`.
+        sheets: a comparison `<stem>-compare.png` beside each result.
+
+    Raises `ValueError` for inputs without pictures, a folder that can't be written, and results that would overwrite
+    each other or an input.
+    """
+    check_folder(output)
+    jobs = []
+    for source in find_pictures(inputs):
+        own = source.suffix.lower() if source.suffix.lower() in FORMATS else ".png"
+        sheet = output / f"{source.stem}-compare.png" if sheets else None
+        jobs.append(Job(source, output / f"{source.stem}{ending or own}", sheet))
+    check_names(jobs)
+    return jobs
+
+
+def check_names(jobs: Sequence[Job]) -> None:
+    """Raise `ValueError` for two results of one name, and for one over an input."""
+    inputs, owners = {job.source.resolve() for job in jobs}, dict[Path, Path]()
+    for job in jobs:
+        for path in job.written:
+            if path.resolve() in inputs:
+                raise ValueError(f"the result of {job.source} would overwrite the input {path}; give another --output")
+            other = owners.setdefault(path, job.source)
+            if other != job.source:
+                raise ValueError(f"{other} and {job.source} would both be written to {path}; rename one of them")
+
+
+def run_jobs(
+    jobs: Sequence[Job], restore: Callable[[Picture], Picture], *, factor: float, overwrite: bool = False
+) -> Tally:
+    """Make what is not there yet; a picture that fails gets a line on stderr, and the others are made.
+
+    Args:
+        jobs: from `plan_jobs`.
+        restore: makes a picture `factor` times as large in both directions.
+        factor: see there.
+        overwrite: make what is there as well. Files that are cut off do not count as there.
+    """
+    tally = Tally()
+    for job in tqdm(jobs, unit="picture", disable=None):
+        start = time.perf_counter()
+        try:
+            made = make(job, restore, factor, overwrite)
+        except FAILURES as error:
+            tally.failed += 1
+            logger.info("%s failed", job.source, exc_info=True)
+            tqdm.write(f"diffattn: error: {describe(job, error)}", file=sys.stderr)
+            continue
+        seconds = time.perf_counter() - start
+        if made:
+            tally.done, tally.seconds = tally.done + 1, tally.seconds + seconds
+            tqdm.write(f"wrote {' and '.join(map(str, made))} in {seconds:.1f} s")
+        else:
+            tally.skipped += 1
+            tqdm.write(f"skipped {job.source}: {job.target} is there; --overwrite makes it anew")
+    return tally
+
+
+def make(job: Job, restore: Callable[[Picture], Picture], factor: float, overwrite: bool) -> list[Path]:
+    """Write what is missing of a job; the files written."""
+    made = []
+    if overwrite or not is_whole(job.target):
+        picture = read_picture(job.source)
+        check_side(picture, factor, job.target)
+        restored = restore(picture)
+        write_picture(job.target, restored.pixels, restored.alpha, restored.icc)
+        made.append(job.target)
+    if job.sheet is not None and (made or not is_whole(job.sheet)):
+        write_sheet(job.source, job.target, job.sheet)
+        made.append(job.sheet)
+    return made
+
+
+def check_side(picture: Picture, factor: float, target: Path) -> None:
+    """Raise `ValueError`, before the work, for a result larger than its format holds."""
+    kind = FORMATS[target.suffix.lower()]
+    side = round(max(picture.pixels.shape) * factor)
+    if side > LONGEST_SIDE[kind]:
+        raise ValueError(
+            f"expected a result of at most {LONGEST_SIDE[kind]} pixels a side for {kind}; got {side}; "
+            "lower --scale, or add --format png"
+        )
+
+
+def is_whole(path: Path) -> bool:
+    """Is there a picture that can be read to its end?"""
+    try:
+        read_result(path)
+    except (ValueError, FileNotFoundError):
+        return False
+    return True
+
+
+def read_result(path: Path) -> Picture:
+    """Read a picture of our own, of any size: Pillow's limit is meant for files from elsewhere."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        return read_picture(path)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def write_sheet(source: Path, target: Path, sheet: Path) -> None:
+    """Input, enlarged bicubically, and result side by side."""
+    result = read_result(target).pixels
+    size = result.shape[1], result.shape[0]
+    enlarged = Image.fromarray(read_picture(source).pixels).resize(size, Resampling.BICUBIC)
+    write_picture(sheet, side_by_side([np.asarray(enlarged), result], ["input, bicubic", "PASD"]))
+
+
+def describe(job: Job, error: BaseException) -> str:
+    """An error as one line that names the picture."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if str(job.source) in text else f"{job.source}: {text}"

@@ -1,0 +1,1 @@
+"""The steps of a run, from the picture given to the picture returned."""

@@ -1,0 +1,1 @@
+"""The official checkpoint: names of its weights, its conversion, and the converted folder opened."""

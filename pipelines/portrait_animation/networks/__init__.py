@@ -1,0 +1,1 @@
+"""X-Portrait's networks."""

@@ -1,0 +1,1 @@
+"""The command: a driving video read, a portrait animated and resumed."""

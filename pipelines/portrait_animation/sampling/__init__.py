@@ -1,0 +1,1 @@
+"""The steps of a run, from control pictures to denoised latents."""

@@ -1,0 +1,1 @@
+"""Long clips: frames read, kept and worked through a few at a time."""

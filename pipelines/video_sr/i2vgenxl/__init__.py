@@ -1,0 +1,1 @@
+"""STAR on I2VGen-XL."""

@@ -1,0 +1,1 @@
+"""The command: a checkpoint opened, memory foreseen, a clip upscaled and resumed."""
