@@ -26,8 +26,9 @@ from .loading import SHAPES
 from .setting import Setting, open_setting
 from .student import Student
 from .training import checkpoints
+from .training.log import LOG, read_log
 from .training.sharding import check_processes
-from .training.trainer import LOG, Outcome, make_accelerator, read_log
+from .training.trainer import Outcome, make_accelerator
 
 logger = logging.getLogger("diffattn")
 

@@ -18,7 +18,8 @@ from . import intercept
 from .calls.frames import Call, KeepsFrames, Ref, Scope
 from .calls.records import SWAPPED, Done, add
 from .entrance import Door, Entrance
-from .layer import Features, State, SwappedLayer
+from .layer import Features, SwappedLayer
+from .state import State
 
 logger = logging.getLogger("diffattn")
 

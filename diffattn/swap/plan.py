@@ -14,8 +14,9 @@ from ..options import at_least, check_fields, read, shown
 from . import intercept
 from .calls.frames import Ref, Scope
 from .calls.steps import Runs, single_models
+from .entrance import Entrance
 from .layer import SwappedLayer
-from .model_swap import Entrance, ModelSwap
+from .model_swap import ModelSwap
 from .unsupported import check_processor, check_supported
 
 COMPONENTS = ("unet", "transformer", "transformer_2")

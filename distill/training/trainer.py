@@ -10,12 +10,10 @@ cut does not change the gradient, and a resumed run goes on bit for bit.
 """
 
 import contextlib
-import csv
 import fnmatch
 import importlib.util
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,8 +27,6 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from diffattn.files.writing import written
-
 from ..config import DistillConfig
 from ..data.samples import Source, collate, places
 from ..inputs import predict
@@ -38,6 +34,7 @@ from ..objective import add_noise
 from ..student import Student
 from . import checkpoints
 from .capture import Capture, layers_at
+from .log import Log
 from .losses import Losses, losses
 from .sharding import (
     average_gradients,
@@ -50,11 +47,9 @@ from .sharding import (
     whole,
     whole_state,
 )
+from .stopping import told_to_stop
 
 logger = logging.getLogger("diffattn")
-
-LOG = "log.csv"
-COLUMNS = ("step", "total", "target", "prediction", "attention", "rate", "gradient_norm", "seconds")
 
 
 @dataclass
@@ -362,71 +357,3 @@ def make_optimizer(config: DistillConfig, weights: list[nn.Parameter]) -> torch.
         safeguard_warmup=True,
         eps=1e-8,
     )
-
-
-class Log:
-    """`log.csv` of a run: one row a step; rows beyond the step that a run goes on from are dropped."""
-
-    def __init__(self, folder: Path, step: int, active: bool) -> None:
-        self._path, self._step, self._active = folder / LOG, step, active
-
-    def __enter__(self) -> "Log":
-        if self._active:
-            former = [row for row in read_log(self._path) if row["step"] <= self._step]
-            with written(self._path) as temporary, temporary.open("w", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS, restval="")
-                writer.writeheader()
-                writer.writerows(former)
-            self._file = self._path.open("a", newline="")
-            self._writer = csv.DictWriter(self._file, COLUMNS, restval="")
-        return self
-
-    def write(self, row: dict[str, float]) -> None:
-        if self._active:
-            try:
-                self._writer.writerow(row)
-                self._file.flush()
-            except OSError as error:
-                raise OSError(f"cannot write {self._path}: {error.strerror}; free space, and resume the run") from error
-
-    def __exit__(self, *exception: object) -> None:
-        if self._active:
-            self._file.close()
-
-
-def read_log(path: Path) -> list[dict[str, float]]:
-    """The rows of a `log.csv`; none where there is no file."""
-    if not path.is_file():
-        return []
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-        return [{**row, "step": int(row["step"])} for row in rows]
-    except (ValueError, KeyError, TypeError, csv.Error) as error:
-        raise ValueError(f"{path} is not the log of a run ({error}); remove it, or use another folder") from error
-
-
-class Stop:
-    """Whether the process was told to stop."""
-
-    asked = False
-
-
-@contextlib.contextmanager
-def told_to_stop() -> Iterator[Stop]:
-    """Inside the block SIGTERM sets `asked` instead of ending the process."""
-    stop = Stop()
-
-    def listen(number: int, frame: Any) -> None:
-        stop.asked = True
-        logger.warning("told to stop: the run ends after this step, with a checkpoint")
-
-    try:
-        former = signal.signal(signal.SIGTERM, listen)
-    except ValueError:  # not the main thread
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, former)

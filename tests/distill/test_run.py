@@ -13,7 +13,7 @@ from diffattn.distill.evaluation.evaluate import LEVELS, MODELS
 from diffattn.distill.evaluation.page import markdown
 from diffattn.distill.run import Setting, draw_losses, evaluate_run, export, open_run, open_setting, train
 from diffattn.distill.training import checkpoints
-from diffattn.distill.training.trainer import LOG
+from diffattn.distill.training.log import LOG
 from diffusers import FluxPipeline
 from models import BUILDERS
 from PIL import Image

@@ -12,7 +12,7 @@ from .chunks import Window
 def finished_sizes(windows: Sequence[Window]) -> list[int]:
     """How many frames are finished after each window: those that the next one does not hold.
 
-    >>> from diffattn.pipelines.video_sr.chunks import plan_windows
+    >>> from diffattn.pipelines.video_sr.clips.chunks import plan_windows
     >>> finished_sizes(plan_windows(20, 8, 2))
     [6, 6, 8]
     """

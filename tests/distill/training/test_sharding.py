@@ -106,7 +106,7 @@ def test_one_process_that_asks_for_shards_stops_before_training() -> None:
 from pathlib import Path
 from toys import Noise, config, flux_model, scheduler
 from diffattn.distill.student import make_student
-from diffattn.distill.trainer import Trainer
+from diffattn.distill.training.trainer import Trainer
 chosen = config(sharded=True)
 Trainer(chosen, make_student(flux_model(), chosen.mechanism), scheduler(), Noise(), Path("."))
 """
@@ -142,9 +142,9 @@ import torch
 from accelerate import Accelerator
 from diffusers import FluxTransformer2DModel
 from toys import Noise, POOLED, WIDTH, config, scheduler
-import diffattn.distill.trainer as trainer_module
+import diffattn.distill.training.trainer as trainer_module
 from diffattn.distill.student import make_student
-from diffattn.distill.trainer import Trainer
+from diffattn.distill.training.trainer import Trainer
 
 torch.manual_seed(0)
 model = FluxTransformer2DModel(

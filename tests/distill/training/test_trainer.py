@@ -14,8 +14,9 @@ import torch
 from diffattn.distill.config import DistillConfig
 from diffattn.distill.student import Student, make_student
 from diffattn.distill.training import checkpoints
+from diffattn.distill.training.log import LOG, read_log
 from diffattn.distill.training.losses import LossWeights
-from diffattn.distill.training.trainer import LOG, Trainer, attention_layers, read_log
+from diffattn.distill.training.trainer import Trainer, attention_layers
 from torch import Tensor
 from toys import Noise, config, flux_model, scheduler
 
@@ -92,8 +93,8 @@ from pathlib import Path
 import torch
 from toys import Noise, config, flux_model, scheduler
 from diffattn.distill.student import make_student
-from diffattn.distill.trainer import Trainer
-from diffattn.distill import checkpoints
+from diffattn.distill.training.trainer import Trainer
+from diffattn.distill.training import checkpoints
 
 folder, moment = Path(sys.argv[1]), sys.argv[2]
 chosen = config(save_every=2)

@@ -37,7 +37,7 @@ BOX = face_box(files.face(20, 12, 16), *files.SOURCE)
 
 KILLED = """
 import os, signal, sys
-import diffattn.pipelines.portrait_animation.work as work
+import diffattn.pipelines.portrait_animation.run.work as work
 write = work.WorkFolder.write_state
 def then_die(self, *state):
     write(self, *state)

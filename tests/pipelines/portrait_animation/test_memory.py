@@ -12,7 +12,7 @@ from diffattn.media.video import probe
 
 RUN = """
 import atexit, re, sys
-import diffattn.pipelines.portrait_animation.animation
+import diffattn.pipelines.portrait_animation.run.animation
 from diffattn.cli import app
 # not `ru_maxrss`, which begins with the peak of the process that started this one
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e3

@@ -40,7 +40,7 @@ from diffattn.cli import main
 main(sys.argv[1:])
 """
 IN_A_STEP = """
-import diffattn.pipelines.video_sr.work as work
+import diffattn.pipelines.video_sr.run.work as work
 write = work.WatchedStore.write
 def then_die(self, name, begin, frames):
     write(self, name, begin, frames)
@@ -49,7 +49,7 @@ def then_die(self, name, begin, frames):
 work.WatchedStore.write = then_die
 """
 IN_DECODING = """
-import diffattn.pipelines.video_sr.upscaling as upscaling
+import diffattn.pipelines.video_sr.run.upscaling as upscaling
 write, count = upscaling.VideoWriter.write, []
 def then_die(self, frame):
     write(self, frame)

@@ -110,7 +110,7 @@ def then_die(self, latents):
             os.kill(os.getpid(), signal.SIGKILL)
         yield frame
 LongVideoPipeline.decode = then_die
-from diffattn.pipelines.long_video.command import main
+from diffattn.pipelines.long_video.run.command import main
 sys.exit(main(sys.argv[1:]))
 """
 """The command, killed by the system while it decodes its third frame."""

@@ -15,7 +15,7 @@ from diffattn.media.video import probe
 ROOT = Path(__file__).resolve().parents[4]
 RUN = """
 import atexit, re, sys
-import diffattn.pipelines.video_sr.upscaling
+import diffattn.pipelines.video_sr.run.upscaling
 from diffattn.cli import app
 # not `ru_maxrss`, which begins with the peak of the process that started this one
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e3
@@ -27,10 +27,10 @@ CALL = """
 import re, resource, sys
 from pathlib import Path
 import torch
-from diffattn.pipelines.video_sr.memory import MARGIN, plan_memory
-from diffattn.pipelines.video_sr.opening import open_pipeline
-from diffattn.pipelines.video_sr.plan import plan_upscaling
-from diffattn.pipelines.video_sr.settings import UpscaleSettings
+from diffattn.pipelines.video_sr.run.memory import MARGIN, plan_memory
+from diffattn.pipelines.video_sr.run.opening import open_pipeline
+from diffattn.pipelines.video_sr.i2vgenxl.sizes import plan_upscaling
+from diffattn.pipelines.video_sr.i2vgenxl.settings import UpscaleSettings
 folder, part = Path(sys.argv[1]), sys.argv[2]
 settings = UpscaleSettings(window=8, overlap=4, decode_chunk=4)
 plan = plan_upscaling(8, 68, 128, 4, settings, steps=1)
