@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 LOWEST := .venv-lowest
 LOWEST_INSTALLED := $(LOWEST)/.installed
 # What stands closest to diffusers, transformers, typer and Pillow.
-LOWEST_TESTS := $(addprefix tests/test_, $(addsuffix .py, swap families intercept steps calls adapters loaded_swaps cli config media))
+LOWEST_TESTS := tests/families tests/adapters tests/cli tests/test_config.py tests/media/test_pictures.py $(addprefix tests/swap/test_, $(addsuffix .py, apply intercept steps calls loaded_swaps))
 # Test processes; each gets its share of the cores. WORKERS=0 runs the tests in one process.
 WORKERS ?= 2
 # Further arguments for pytest: make test ARGS="-m 'not slow' tests/mechanisms"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_video
-from diffattn.pipelines.long_video.run.command import main
+from diffattn.cli.commands.long_video import main
 from PIL import Image
 
 FRAMES = 7

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_video
-from diffattn.pipelines.long_video.run.command import main
+from diffattn.cli.commands.long_video import main
 from typer.testing import CliRunner
 
 from diffattn.cli import app
@@ -110,7 +110,7 @@ def then_die(self, latents):
             os.kill(os.getpid(), signal.SIGKILL)
         yield frame
 LongVideoPipeline.decode = then_die
-from diffattn.pipelines.long_video.run.command import main
+from diffattn.cli.commands.long_video import main
 sys.exit(main(sys.argv[1:]))
 """
 """The command, killed by the system while it decodes its third frame."""

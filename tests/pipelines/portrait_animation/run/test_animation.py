@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 pytest.importorskip("av", reason="needs PyAV, the extra `video`")
 

@@ -442,7 +442,7 @@ def test_a_custom_pipeline_of_diffusers(pipe, tmp_path):
     folder = ROOT / "pipelines" / "video_sr" / "custom_pipelines" / "star"
     code = f"""
 import sys, numpy, torch, diffusers
-sys.path[:0] = {[str(ROOT / "tests"), str(Path(__file__).parent)]!r}
+sys.path[:0] = {[str(ROOT / "tests"), str(Path(__file__).parents[1])]!r}
 torch.set_num_threads({torch.get_num_threads()})
 pipe = diffusers.DiffusionPipeline.from_pretrained(
     {str(tmp_path / "saved")!r}, custom_pipeline={str(folder)!r}, trust_remote_code=True)

@@ -15,7 +15,7 @@ from diffattn.media.video import VideoInfo, VideoWriter, colours, probe, read_fr
 
 av = pytest.importorskip("av", reason="needs PyAV, the extra `video`")
 
-CLIP = Path(__file__).parent / "data" / "carphone.mp4"
+CLIP = Path(__file__).parents[2] / "data" / "carphone.mp4"
 COLOURS = np.array([(220, 30, 40), (40, 200, 90), (30, 60, 210), (235, 235, 235)], dtype=np.uint8)
 
 
