@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import diffattn
 from diffattn.mechanisms.base import Mechanism
-from diffattn.parallel.collectives import leave_group
+from diffattn.parallel.operations.collectives import leave_group
 
 HERE = Path(__file__).resolve().parent
 RANKS = 2

@@ -42,7 +42,7 @@ def run_ranks(folder: Path, ranks: int, cases: Cases, timeout: float = 400) -> l
 def main(rank: int, ranks: int, folder: Path, cases: Cases) -> None:
     import torch.distributed as dist
 
-    from diffattn.parallel.collectives import leave_group
+    from diffattn.parallel.operations.collectives import leave_group
 
     if ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)

@@ -35,7 +35,7 @@ def joined(wanted: bool) -> Iterator[Any]:
     import torch
     import torch.distributed as dist
 
-    from ..parallel.collectives import leave_group
+    from ..parallel.operations.collectives import leave_group
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")

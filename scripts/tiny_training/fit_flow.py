@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from diffattn.parallel.collectives import leave_group
+from diffattn.parallel.operations.collectives import leave_group
 from diffattn.tiny.shapes import SIDE, Scene, captions, is_held_out, scenes
 from tiny_training.components import build_clip, build_t5, build_transformer
 from tiny_training.fast_flux import FastFlux, zero_modulation

@@ -43,7 +43,7 @@ def run(
     """Train a student by a preset or config file, export it as an adapter, and evaluate it."""
     import diffattn.distill.config as configs
     import diffattn.distill.run as running
-    from diffattn.parallel.collectives import leave_group
+    from diffattn.parallel.operations.collectives import leave_group
 
     if preset is None and config is None:
         raise ValueError(f"name a --preset ({', '.join(configs.PRESETS)}) or a --config file")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from diffattn.parallel.collectives import leave_group
+from diffattn.parallel.operations.collectives import leave_group
 
 Found = TypeVar("Found")
 SLACK = 60

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_video
-from diffattn.cli.commands.long_video import main
 from PIL import Image
+
+from diffattn.cli.commands.long_video import main
 
 FRAMES = 7
 

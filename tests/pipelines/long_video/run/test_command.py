@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_video
-from diffattn.cli.commands.long_video import main
 from typer.testing import CliRunner
 
 from diffattn.cli import app
+from diffattn.cli.commands.long_video import main
 from diffattn.media.video import read_frames
 from diffattn.tiny.track import figures, follow, majority
 
