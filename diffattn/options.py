@@ -20,7 +20,8 @@ import types
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from fractions import Fraction
+from typing import Any, TypeVar
 
 _NOTHING = ("none", "null")
 _TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -50,6 +51,22 @@ class Must:
     words: str
     holds: Callable[[Any], bool] = lambda value: True
     """On values of the type, but None."""
+
+
+@dataclass(frozen=True)
+class Help:
+    """In `Annotated[type, Help(..)]` of a field: what the option is, for readers and for the command line."""
+
+    text: str
+    flag: str | None = None
+    """On the command line; None: the field's name."""
+    panel: str | None = None
+    """Heading that it stands under in `--help`."""
+    metavar: str | None = None
+
+    def flag_of(self, name: str) -> str:
+        """`--decode-tile` for decode_tile."""
+        return self.flag or "--" + name.replace("_", "-")
 
 
 POSITIVE = Must("a positive number", lambda value: value > 0)
@@ -112,6 +129,18 @@ def check_fields(config: Any, title: str = "") -> None:
             object.__setattr__(config, name, value)
 
 
+C = TypeVar("C")
+
+
+def changed(config: C, values: Mapping[str, Any]) -> C:
+    """A frozen dataclass with other values of some fields, read by their types; unknown names raise `TypeError`."""
+    names = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
+    for name in values:
+        if name not in names:
+            raise TypeError(f"unexpected argument {name!r}; known: {', '.join(names)}.{suggest(name, names)}")
+    return dataclasses.replace(config, **read_fields(type(config), values))  # type: ignore[type-var]
+
+
 def known(names: Collection[str], given: Collection[Any], what: str, where: str = "") -> None:
     """Raise `ValueError` for the first of `given` that is none of `names`."""
     for name in given:
@@ -148,7 +177,14 @@ def _evaluated(hint: Any, cls: type) -> Any:
 
 def describe(hint: Any) -> str:
     """A type in words, for help and errors."""
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "none"}
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        Fraction: "a number or a fraction, such as 30000/1001",
+        type(None): "none",
+    }
     origin, arms = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         return describe(arms[0])
@@ -264,6 +300,14 @@ def _float(value: Any) -> float:
     raise _Unfit
 
 
+def _fraction(value: Any) -> Fraction:
+    """`25`, `29.97`, `30000/1001`."""
+    try:
+        return Fraction(value) if isinstance(value, (str, int, Fraction)) else _refuse()
+    except (ValueError, ZeroDivisionError):
+        raise _Unfit from None
+
+
 def _str(value: Any) -> str:
     return str(value) if isinstance(value, str) else _refuse()
 
@@ -281,6 +325,7 @@ _SIMPLE: dict[Any, Callable[[Any], Any]] = {
     int: _int,
     float: _float,
     str: _str,
+    Fraction: _fraction,
     slice: _slice,
     type(None): _none,
     None: _none,

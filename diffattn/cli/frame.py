@@ -10,15 +10,16 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
 from ..errors import CHATTY, DEBUG, INTERRUPTED, WRONG_INPUT, is_expected
+from .groups import Group, keep
 
 MAY_BE_INFINITE = ("growth",)
 """Options that take `inf`."""
@@ -45,7 +46,18 @@ class Commands(TyperGroup):
 
 
 class Command(TyperCommand):
-    """Refuses values that can mean nothing: no numbers, and empty names of files."""
+    """Refuses values that can mean nothing: no numbers, and empty names of files. Takes options from `groups`."""
+
+    groups: ClassVar[tuple[Group, ...]] = ()
+    _complete = False
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """All parameters, those of the groups included, whose classes are imported now."""
+        if not self._complete:
+            with quiet() if self.groups else contextlib.nullcontext():
+                self.params = [*self.params, *(option for group in self.groups for option in group.options())]
+            self._complete = True
+        return super().get_params(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the arguments of one command."""
@@ -58,6 +70,7 @@ class Command(TyperCommand):
                 check_number(name, value, param.name in MAY_BE_INFINITE)
                 if value == Path() and is_empty(name, typed):
                     raise ValueError(f"expected the name of a file or folder for {name}; got nothing; give one")
+        keep(ctx, self.groups)
         return rest
 
 
@@ -85,9 +98,10 @@ def complain(error: Exception) -> None:
 class App(typer.Typer):
     """A `typer.Typer` whose commands are `Command`s."""
 
-    def command(self, name: str | None = None, **options: Any) -> Any:
-        """See `typer.Typer.command`."""
-        return super().command(name, **{"cls": Command, **options})
+    def command(self, name: str | None = None, *, groups: Sequence[Group] = (), **options: Any) -> Any:
+        """See `typer.Typer.command`; `groups` are options that are declared by dataclasses."""
+        cls = type("Command", (Command,), {"groups": tuple(groups)})
+        return super().command(name, **{"cls": cls, **options})
 
 
 app = App(cls=Commands, rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -30,11 +30,14 @@ from ..media.outputs import (
 )
 from ..media.pixels import as_pixels
 from ..media.video import VideoWriter
+from ..options import Help, at_least, check_fields
 from ..parallel.image import shard
 from ..swap.apply import Handle, apply, restore
 from .arguments import parse_mechanism, parse_options, parse_size
 
 logger = logging.getLogger("diffattn")
+
+MOST_STEPS, MOST_IMAGES = 10_000, 1000
 
 Frames = list[Image.Image]
 """One result: a picture, or the frames of a video."""
@@ -62,15 +65,21 @@ def size_line(results: Sequence[Frames], call: dict[str, Any], pipe: Any) -> lis
 class Request:
     """What to make; None leaves the choice to the pipeline."""
 
-    prompt: str
+    prompt: Annotated[str, Help("What to draw.")]
     seed: int = 0
-    negative_prompt: str | None = None
-    height: int | None = None
-    width: int | None = None
-    frames: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    images: int | None = None
+    negative_prompt: Annotated[str | None, Help("What not to draw.")] = None
+    height: Annotated[int | None, at_least(1), Help("In pixels.")] = None
+    width: Annotated[int | None, at_least(1), Help("In pixels.")] = None
+    frames: Annotated[int | None, at_least(1), Help("Frames of a video.")] = None
+    steps: Annotated[int | None, at_least(1), Help("Denoising steps, up to 10,000.")] = None
+    guidance: Annotated[float | None, Help("Guidance scale.")] = None
+    images: Annotated[int | None, at_least(1), Help("Pictures of the same prompt, up to 1000.", "--num-images")] = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name, value, most in (("--steps", self.steps, MOST_STEPS), ("--num-images", self.images, MOST_IMAGES)):
+            if value is not None and value > most:
+                raise ValueError(f"expected {name} of at most {most}; got {value}; give a smaller number")
 
     def arguments(self, pipe: Any, native: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the pipeline's call; raises `ValueError` for those that it does not take."""
@@ -163,10 +172,25 @@ class Swap:
 class Enlargement:
     """How a picture becomes larger than those of training; None leaves the choice to `generate_large`."""
 
-    size: str | None = None
-    via: int | None = None
-    strength: float | None = None
-    growth: float | None = None
+    size: Annotated[
+        str | None,
+        Help(
+            "In pixels, for a picture larger than those of training: drawn small by the model's own attention, then "
+            "enlarged and drawn over in stages, by the mechanism or adapter.",
+            metavar="HEIGHTxWIDTH",
+        ),
+    ] = None
+    via: Annotated[
+        int | None,
+        at_least(1),
+        Help("With --size: longer side drawn first. Default: 1024, or the bundled pipeline's own."),
+    ] = None
+    strength: Annotated[
+        float | None, Help("With --size: share of the steps that a stage makes, up to 1. Default: 0.7.")
+    ] = None
+    growth: Annotated[
+        float | None, Help("With --size: factor by which a stage enlarges at most; inf: at once. Default: 2.")
+    ] = None
 
     def __post_init__(self) -> None:
         if self.size is None and (self.via, self.strength, self.growth) != (None, None, None):

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator
-from fractions import Fraction
 from typing import Any
 
 from tqdm import tqdm
@@ -29,11 +28,3 @@ def once() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(is_new)
-
-
-def parse_rate(text: str | None) -> Fraction | None:
-    """Frames per second: `25`, `29.97`, `30000/1001`."""
-    try:
-        return None if text is None else Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"--fps must be a number or a fraction, such as 30000/1001, got {text!r}") from None

@@ -8,15 +8,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
 
+from ..options import Help, at_least, check_fields
 from .pictures import find_pictures, read_picture
 from .video import Pixels, probe, read_frames
 
 logger = logging.getLogger("diffattn")
 
+PANEL = "Input video"
 FOLDER_RATE = Fraction(25)
 """Frames per second of a folder of pictures, unless it is told."""
 
@@ -31,18 +34,17 @@ class Clip:
     """
 
     path: Path
-    start: int = 0
-    """Number of the first frame."""
-    count: int | None = None
-    """Most frames to use; None for all."""
-    skip: int = 0
-    """Frames left out after each that is used."""
-    fps: Fraction | None = None
-    """Of a folder; None: `FOLDER_RATE`."""
+    start: Annotated[int, at_least(0), Help("First frame used.", panel=PANEL)] = 0
+    count: Annotated[int | None, at_least(1), Help("Most frames used. Default: all.", "--frames", panel=PANEL)] = None
+    skip: Annotated[int, at_least(0), Help("Frames left out after each used; the rate falls.", panel=PANEL)] = 0
+    fps: Annotated[Fraction | None, Help("Frame rate of a folder, such as 30000/1001. Default: 25.", panel=PANEL)] = (
+        None
+    )
     square: bool = False
     """Widen or narrow frames whose pixels are not square."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.path.is_dir():
             find_pictures([self.path])
             if self.fps is not None and self.fps <= 0:

@@ -7,15 +7,16 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from diffattn.mechanisms.dual_scope import EARLY, LATE, DualScopeAttention
 from diffattn.mechanisms.parts.scopes import Phase
-from diffattn.options import shown
+from diffattn.options import Help, Must, shown
 from diffattn.parallel.operations.noise import FrameNoise
 
 from .prompts import PromptRange, as_ranges, check_ranges
 
+WINDOW = "Attention along the frames"
 MOST = {
     "frames": 1_000_000,
     "height": 16_384,
@@ -39,31 +40,27 @@ class LongVideoConfig:
 
     prompts: tuple[PromptRange, ...]
     """Each frame has one."""
-    frames: int
-    """Of the whole video."""
-    height: int
-    """In pixels, as `width`."""
-    width: int
-    model: str = "tiny"
-    """Bundled pipeline (tiny), "videocrafter2", a folder or a hub id of a text-to-video pipeline with a UNet3D."""
-    unet: str | None = None
-    """Another folder or hub id for the UNet alone."""
-    negative_prompt: str = ""
-    steps: int = 30
-    """Of denoising."""
-    guidance: float = 12.0
-    """Scale of classifier-free guidance; up to 1: without, in half the time."""
-    seed: int = 0
-    fps: int = 8
-    """Frames a second in the file."""
-    model_fps: int = 24
-    """What a model that is conditioned on the frame rate is told, as VideoCrafter2."""
-    blend: int = 16
-    """Frames in which one prompt goes over into the next; 0: a hard cut."""
-    padding: int = 8
-    """Frames of local context on either side."""
-    top_k: int = 16
-    """Global frames, spread over the whole video."""
+    frames: Annotated[int, Help("Frames of the whole video. Default: the prompt file's, or 48.")]
+    height: Annotated[int, Help("In pixels. Default: the bundled model's own, or 320.")]
+    width: Annotated[int, Help("In pixels. Default: the bundled model's own, or 512.")]
+    model: Annotated[
+        str, Help("tiny (bundled), videocrafter2, or folder or hub id of a text-to-video pipeline with a UNet3D.")
+    ] = "tiny"
+    unet: Annotated[str | None, Help("Folder or hub id of another UNet for it.")] = None
+    negative_prompt: Annotated[str, Help("What not to show.")] = ""
+    steps: Annotated[int, Help("Denoising steps. Default: the bundled model's own, or 30.")] = 30
+    guidance: Annotated[
+        float,
+        Help("Guidance scale; up to 1: none, in half the time. Default: the bundled model's own, or 12."),
+    ] = 12.0
+    seed: Annotated[int, Help("Of all random numbers: same seed, same video.", panel="Every command takes")] = 0
+    fps: Annotated[int, Help("Frames a second in the file. Default: 8.")] = 8
+    model_fps: Annotated[
+        int, Help("Frame rate that a model conditioned on it is told, as VideoCrafter2. Default: 24.")
+    ] = 24
+    blend: Annotated[int, Help("Frames in which a prompt goes over into the next; 0: a cut. Default: 16.")] = 16
+    padding: Annotated[int, Help("Frames of local context on either side. Default: 8.", panel=WINDOW)] = 8
+    top_k: Annotated[int, Help("Global frames, spread over the whole video. Default: 16.", panel=WINDOW)] = 16
     local_phase: tuple[float | None, float, float] | None = LATE
     """(t, local_bias, global_bias) of the steps below t; None: no bias."""
     global_phase: tuple[float | None, float, float] | None = EARLY
@@ -71,13 +68,22 @@ class LongVideoConfig:
     attn_scale: float = 1.0
     token_num_scale: bool = False
     train_frames: int = 16
-    mode: Literal["clean", "official"] = "clean"
-    """`diffattn.parallel.apply_on_clips`: "clean" does not depend on the number of ranks; "official" needs equal
-    clips."""
-    lengths: tuple[int, ...] | None = None
-    """Frames of each rank's clip; None: as even as possible."""
-    scheduler: str = "own"
-    """The model's "own", or DPM-Solver++ by its schedule: "dpmsolver++", "sde-dpmsolver++" (the released code's)."""
+    mode: Annotated[
+        Literal["clean", "official"],
+        Help(
+            "clean: does not depend on the number of ranks; official: what the released code computes, in equal clips. "
+            "Default: clean.",
+            panel=WINDOW,
+        ),
+    ] = "clean"
+    lengths: Annotated[
+        tuple[int, ...] | None,
+        Must("numbers of frames with commas between, such as 100,60"),
+        Help("Frames of each rank, as 100,60. Default: even.", panel=WINDOW),
+    ] = None
+    scheduler: Annotated[
+        str, Help("own (the model's), dpmsolver++ or sde-dpmsolver++ (the released code's). Default: own.")
+    ] = "own"
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "steps", "fps", "model_fps", "blend", "padding", "top_k"):

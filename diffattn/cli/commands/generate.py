@@ -17,6 +17,7 @@ from ..frame import (
     opened,
     output_option,
 )
+from ..groups import Group, taken
 
 
 @app.command(
@@ -28,11 +29,12 @@ from ..frame import (
         "diffattn generate tiny --prompt 'a red circle' --mechanism clear -o radius=8 --size 512x512 --compare",
         "torchrun --nproc-per-node 2 -m diffattn generate tiny --prompt 'a red circle' --mechanism clear -o radius=4 "
         "--parallel",
-    )
+    ),
+    groups=[Group("diffattn.cli.generation:Request", also=["seed"]), Group("diffattn.cli.generation:Enlargement")],
 )
 def generate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Hub id, folder, or tiny for the bundled pipeline.")],
-    prompt: Annotated[str, typer.Option(help="What to draw.")],
     mechanism: Annotated[
         str | None, typer.Option(help="Short name, see `diffattn list`. Default: the model's own attention.")
     ] = None,
@@ -49,33 +51,7 @@ def generate(
     compare: Annotated[
         bool, typer.Option("--compare", help="Also with the model's own attention; prints PSNR and times.")
     ] = False,
-    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
-    height: Annotated[int | None, typer.Option(min=1, help="In pixels.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="In pixels.")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.")] = None,
     fps: Annotated[int, typer.Option(min=1, help="Frames a second in an .mp4 file.")] = 8,
-    steps: Annotated[int | None, typer.Option(min=1, max=10_000, help="Denoising steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
-    num_images: Annotated[int | None, typer.Option(min=1, max=1000, help="Pictures of the same prompt.")] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HEIGHTxWIDTH",
-            help="In pixels, for a picture larger than those of training: drawn small by the model's own attention, "
-            "then enlarged and drawn over in stages, by the mechanism or adapter.",
-        ),
-    ] = None,
-    via: Annotated[
-        int | None,
-        typer.Option(min=1, help="With --size: longer side drawn first. Default: 1024, or the bundled pipeline's own."),
-    ] = None,
-    strength: Annotated[
-        float | None, typer.Option(help="With --size: share of the steps that a stage makes, up to 1. Default: 0.7.")
-    ] = None,
-    growth: Annotated[
-        float | None,
-        typer.Option(help="With --size: factor by which a stage enlarges at most; inf: at once. Default: 2."),
-    ] = None,
     parallel: Annotated[
         bool,
         typer.Option("--parallel", help="Rows of the picture shared out among the processes that torchrun started."),
@@ -98,25 +74,14 @@ def generate(
     from ..checkpoints import native_call
     from ..ranks import is_first, joined, own_device
 
-    place = making.Place(output=output, count=num_images or 1, compare=compare, overwrite=overwrite)
+    request, enlargement = taken(context, "Request"), taken(context, "Enlargement")
+    place = making.Place(output=output, count=request.images or 1, compare=compare, overwrite=overwrite)
     place.check()
     swap = making.Swap(
         mechanism, option or (), layers, parse_steps(swap_steps), backend, adapter, weight_name, parallel
     )
     if compare and not swap.wanted:
         raise ValueError("--compare needs something to compare: add --mechanism or --adapter")
-    enlargement = making.Enlargement(size=size, via=via, strength=strength, growth=growth)
-    request = making.Request(
-        prompt=prompt,
-        seed=seed,
-        negative_prompt=negative_prompt,
-        height=height,
-        width=width,
-        frames=frames,
-        steps=steps,
-        guidance=guidance,
-        images=num_images,
-    )
     enlargement.check(request)
     if compare and parallel:
         raise ValueError("--compare makes the picture twice, and --parallel shares one out: leave one of them out")
@@ -124,7 +89,7 @@ def generate(
         swap = replace(swap, mesh=mesh)
         pipe = opened(model, own_device(device) if parallel else device, dtype, offload)
         native = native_call(model)
-        place.check_kind(pipe, *(enlargement.sides or (height, width)))
+        place.check_kind(pipe, *(enlargement.sides or (request.height, request.width)))
         if enlargement.size is not None:
             results, report = enlargement.make(pipe, request, swap, native)
         else:

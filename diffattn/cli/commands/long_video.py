@@ -12,9 +12,9 @@ import typer
 from diffattn.errors import CHATTY, INTERRUPTED
 
 from ..frame import App, Overwrite, app, examples, quiet
+from ..groups import Group, taken
 
 COMMON = "Every command takes"
-WINDOW = "Attention along the frames"
 NAME = "python -m diffattn.pipelines.long_video"
 MODULE = "-m diffattn.pipelines.long_video"
 EXAMPLES = examples(
@@ -24,44 +24,18 @@ EXAMPLES = examples(
 )
 
 
-@app.command("long-video", epilog=EXAMPLES)
+GROUPS = [Group("diffattn.pipelines.long_video.config:LongVideoConfig", only_given=True)]
+
+
+@app.command("long-video", epilog=EXAMPLES, groups=GROUPS)
 def long_video(
+    context: typer.Context,
     prompt: Annotated[str | None, typer.Option(help="What to show, in all frames.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help='Prompt file: [{"frames": [0, 120], "prompt": "..."}, ...].')
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="JSON file of settings: ours, or one of the released Video-Infinity code.")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="tiny (bundled), videocrafter2, or folder or hub id of a pipeline with a UNet3D."),
-    ] = None,
-    unet: Annotated[str | None, typer.Option(help="Folder or hub id of another UNet for it.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Of the whole video. Default: the prompt file's, or 48.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps. Default: the bundled model's own, or 30.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Default: the bundled model's own, or 12.")] = None,
-    height: Annotated[int | None, typer.Option(help="In pixels. Default: the bundled model's own, or 320.")] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels. Default: the bundled model's own, or 512.")] = None,
-    fps: Annotated[int | None, typer.Option(help="Frames a second in the file. Default: 8.")] = None,
-    model_fps: Annotated[int | None, typer.Option(help="Frame rate that VideoCrafter2 is told. Default: 24.")] = None,
-    blend: Annotated[
-        int | None, typer.Option(help="Frames in which a prompt goes over into the next; 0: a cut. Default: 16.")
-    ] = None,
-    scheduler: Annotated[
-        str | None, typer.Option(help="own (the model's), dpmsolver++ or sde-dpmsolver++. Default: own.")
-    ] = None,
-    padding: Annotated[
-        int | None, typer.Option(help="Frames of local context on either side.", rich_help_panel=WINDOW)
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Global frames.", rich_help_panel=WINDOW)] = None,
-    mode: Annotated[
-        str | None,
-        typer.Option(help="clean, or official: what the released code computes; equal clips.", rich_help_panel=WINDOW),
-    ] = None,
-    lengths: Annotated[
-        str | None, typer.Option(help="Frames of each rank, as 100,60. Default: even.", rich_help_panel=WINDOW)
     ] = None,
     work: Annotated[
         Path | None, typer.Option(help="Folder of checkpoints and parts, seen by all ranks. Default: OUTPUT.work.")
@@ -75,9 +49,6 @@ def long_video(
     timeout: Annotated[
         float, typer.Option(min=1.0, help="Seconds without any progress after which all ranks end.")
     ] = 600.0,
-    seed: Annotated[
-        int | None, typer.Option(help="Of all random numbers: same seed, same video.", rich_help_panel=COMMON)
-    ] = None,
     device: Annotated[
         str, typer.Option(help="cpu, cuda (one GPU for each rank), or auto.", rich_help_panel=COMMON)
     ] = "auto",
@@ -99,31 +70,12 @@ def long_video(
     with quiet():  # diffusers and transformers speak of missing extras when they are imported
         from diffattn.pipelines.long_video.run.command import Options, execute
 
-    given = {
-        "model": model,
-        "unet": unet,
-        "negative_prompt": negative_prompt,
-        "frames": frames,
-        "steps": steps,
-        "guidance": guidance,
-        "height": height,
-        "width": width,
-        "fps": fps,
-        "model_fps": model_fps,
-        "blend": blend,
-        "scheduler": scheduler,
-        "padding": padding,
-        "top_k": top_k,
-        "mode": mode,
-        "seed": seed,
-    }
     options = Options(
-        settings={name: value for name, value in given.items() if value is not None},
+        settings=taken(context, "LongVideoConfig"),
         output=output,
         prompt=prompt,
         prompts=prompts,
         config=config,
-        lengths=lengths,
         work=work,
         save_every=save_every,
         resume=resume,
@@ -142,7 +94,7 @@ def long_video(
 
 
 alone = App(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
-alone.command(epilog=EXAMPLES)(long_video)
+alone.command(epilog=EXAMPLES, groups=GROUPS)(long_video)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

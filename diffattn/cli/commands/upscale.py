@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 import typer
 
 from ..frame import Device, Dtype, Layers, Options, Seed, app, examples, output_option, quiet
+from ..groups import Group, taken
 
 MODELS = "--checkpoint pasd/checkpoint-100000 --base ./sd15"
-TILES = "Tiles"
 
 
 @app.command(
@@ -17,24 +17,16 @@ TILES = "Tiles"
         f"diffattn upscale scans 'more/*.png' {MODELS} --scale 2 --prompt 'a harbour' --compare --output restored",
         f"diffattn upscale old.png {MODELS} --colorize --format png",
         f"diffattn upscale portrait.png {MODELS} --scale 1 --stylize ./cartoon.safetensors --style-weight 0.8",
-    )
+    ),
+    groups=[Group("diffattn.pipelines.pixel_aware_sr.run.command:Restoration", also=["seed"])],
 )
 def upscale(
+    context: typer.Context,
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders, patterns such as '*.png'.")],
     checkpoint: Annotated[Path, typer.Option(help="Folder of a PASD checkpoint, with unet and controlnet in it.")],
     base: Annotated[
         str, typer.Option(metavar="MODEL", help="Folder or hub id of its base model: Stable Diffusion 1.5, or SDXL.")
     ],
-    scale: Annotated[float | None, typer.Option(help="Factor of both sides, above 0. Default: 4.")] = None,
-    prompt: Annotated[str, typer.Option(help="What all the pictures show.")] = "",
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What they are not to look like. Default: the authors'.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: 20, or 25 for SDXL.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: 9, or 7 for SDXL.")] = None,
-    conditioning_scale: Annotated[
-        float | None, typer.Option(help="Weight of the picture. Default: 1, or 0.8 for SDXL.")
-    ] = None,
     stylize: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="Folder, hub id or .safetensors file of a model in the base's place."),
@@ -43,23 +35,6 @@ def upscale(
         float | None, typer.Option(help="With --stylize: share of its U-Net, from 0 to 1. Default: 1.")
     ] = None,
     lora: Annotated[Path | None, typer.Option(help="LoRA for the base model, a .safetensors file.")] = None,
-    colorize: Annotated[
-        bool, typer.Option("--colorize", help="Give gray pictures colours, at their own size; keeps their luma.")
-    ] = False,
-    color_fix: Annotated[
-        Literal["wavelet", "adain", "none"] | None,
-        typer.Option(help="How the result gets the colours of the input. Default: wavelet."),
-    ] = None,
-    official: Annotated[
-        bool, typer.Option("--official", help="Also what the released code does where it is wrong.")
-    ] = False,
-    tile: Annotated[
-        int, typer.Option(help="Longest side in pixels that is restored at once.", rich_help_panel=TILES)
-    ] = 1024,
-    tile_overlap: Annotated[int, typer.Option(help="In pixels.", rich_help_panel=TILES)] = 128,
-    tile_batch: Annotated[
-        int, typer.Option(help="Tiles at a time: faster on a GPU, for more memory.", rich_help_panel=TILES)
-    ] = 1,
     mechanism: Annotated[
         str | None, typer.Option(help="Short name, see `diffattn list`. Default: the model's own attention.")
     ] = None,
@@ -94,21 +69,7 @@ def upscale(
     from ..checkpoints import locate
     from ..generation import Swap
 
-    restoration = pasd.Restoration(
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        scale=scale,
-        colorize=colorize,
-        steps=steps,
-        guidance=guidance,
-        conditioning_scale=conditioning_scale,
-        tile=tile,
-        tile_overlap=tile_overlap,
-        tile_batch=tile_batch,
-        color_fix=color_fix,
-        official=official,
-        seed=seed,
-    )
+    restoration = taken(context, "Restoration")
     networks = pasd.Networks(
         checkpoint=checkpoint,
         base=locate(base),

@@ -2,16 +2,17 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
 
 from ..frame import Device, Dtype, Overwrite, Seed, app, complain, examples, output_option, quiet
-from ..videos import bar, once, parse_rate
+from ..groups import Group, taken
+from ..videos import bar, once
 
 MODEL = "--checkpoint star"
-INPUT, MEMORY = "Input", "Memory"
+MEMORY = "Memory"
 FAILED = 1
 
 
@@ -24,62 +25,25 @@ FAILED = 1
         "--output new.mp4",
         f"diffattn video-upscale old.mp4 {MODEL} --output new.mp4 --resume",
     ),
+    groups=[
+        Group("diffattn.pipelines.video_sr.i2vgenxl.settings:UpscaleSettings", also=["seed"]),
+        Group("diffattn.media.clip:Clip", without=["skip"], only_given=True),
+    ],
 )
 def video_upscale(
+    context: typer.Context,
     source: Annotated[Path, typer.Argument(metavar="IN", help="Video, or folder of its frames.")],
     checkpoint: Annotated[Path, typer.Option(help="Folder of the converted STAR checkpoint, I2VGen-XL variant.")],
     output: Annotated[Path, output_option("Video, .mp4, .mov or .mkv; with the input's sound.")],
     scale: Annotated[float, typer.Option(help="Factor of both sides, from 1.")] = 4.0,
-    steps: Annotated[int, typer.Option(help="Denoising steps; 15 means 14, as released.")] = 15,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 for none, in half the time.")] = 7.5,
     prompt: Annotated[str, typer.Option(help="What the video shows; words for quality follow.")] = "a good video",
     negative_prompt: Annotated[
         str | None, typer.Option(help="What it is not to look like. Default: blur, noise, compression and the like.")
     ] = None,
-    color: Annotated[
-        Literal["adain", "wavelet", "none"],
-        typer.Option(help="How the result gets the colours of the input: mean and deviation, or low frequencies."),
-    ] = "adain",
-    official: Annotated[
-        bool,
-        typer.Option("--official", help="Pad, cut, sample and decode as the released code, without cross-fades."),
-    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was stopped, from its folder OUTPUT.work.")
     ] = False,
     overwrite: Overwrite = False,
-    start: Annotated[int, typer.Option(min=0, help="First frame used.", rich_help_panel=INPUT)] = 0,
-    frames: Annotated[
-        int | None, typer.Option(min=1, help="Most frames used. Default: all.", rich_help_panel=INPUT)
-    ] = None,
-    fps: Annotated[
-        str | None, typer.Option(help="Rate of a folder, such as 30000/1001. Default: 25.", rich_help_panel=INPUT)
-    ] = None,
-    window: Annotated[
-        int, typer.Option(help="Frames that are computed together, at best 32.", rich_help_panel=MEMORY)
-    ] = 32,
-    overlap: Annotated[
-        int | None,
-        typer.Option(help="Frames that neighbouring windows share. Default: half of --window.", rich_help_panel=MEMORY),
-    ] = None,
-    tile: Annotated[
-        int | None,
-        typer.Option(
-            help="Side in pixels of the result that is computed at once. Default: all.", rich_help_panel=MEMORY
-        ),
-    ] = None,
-    tile_overlap: Annotated[
-        int, typer.Option(help="Pixels that neighbouring tiles share.", rich_help_panel=MEMORY)
-    ] = 64,
-    decode_chunk: Annotated[int, typer.Option(help="Frames that are decoded together.", rich_help_panel=MEMORY)] = 8,
-    decode_tile: Annotated[
-        int | None,
-        typer.Option(
-            help="Side in pixels of the result that is decoded at once; tones may differ a little from those of whole "
-            "frames. Default: all.",
-            rich_help_panel=MEMORY,
-        ),
-    ] = None,
     offload: Annotated[
         bool,
         typer.Option("--offload", help="Keep on the GPU only what computes at the moment.", rich_help_panel=MEMORY),
@@ -110,7 +74,7 @@ def video_upscale(
     if offload and where.type == "cpu":
         raise ValueError("--offload moves parts to a GPU and back, and this is --device cpu: leave --offload out")
     upscaling = star.Upscaling(
-        clip=Clip(path=source, start=start, count=frames, fps=parse_rate(fps)),
+        clip=Clip(path=source, **taken(context, "Clip")),
         checkpoint=checkpoint,
         output=output,
         scale=scale,
@@ -118,20 +82,7 @@ def video_upscale(
         negative_prompt=negative_prompt,
         resume=resume,
         overwrite=overwrite,
-        settings=star.UpscaleSettings(
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            window=window,
-            overlap=window // 2 if overlap is None else overlap,
-            tile=tile,
-            tile_overlap=tile_overlap,
-            decode_chunk=decode_chunk,
-            decode_overlap=min(2, decode_chunk - 1),
-            decode_tile=decode_tile,
-            color_fix=None if color == "none" else color,
-            official=official,
-            seed=seed,
-        ),
+        settings=taken(context, "UpscaleSettings"),
     )
     room: dict[str, Any] = {"offload": offload, "force": force}
     with quiet(), once(), upscaling.prepared(where, number, **room, progress=bar, tell=tell) as run:

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import typer
 
 from diffattn.errors import DEBUG, INTERRUPTED, WRONG_INPUT, is_expected
-from diffattn.options import shown
 
 from ..official import read_settings
 from .ranks import Ranks
@@ -36,7 +35,6 @@ class Options:
     prompt: str | None = None
     prompts: Path | None = None
     config: Path | None = None
-    lengths: str | None = None
     work: Path | None = None
     save_every: int = 5
     resume: bool = False
@@ -49,7 +47,7 @@ class Options:
     def request(self) -> Request:
         """What is to be made, with the settings of the file; raises `ValueError` for what cannot be read."""
         settings = {} if self.config is None else read_settings(self.config)
-        settings |= self.settings | ({} if self.lengths is None else {"lengths": parse_lengths(self.lengths)})
+        settings |= self.settings
         return Request(
             settings=settings,
             output=self.output,
@@ -90,13 +88,6 @@ def _execute(options: Options) -> None:
     finally:
         if sys.exc_info()[0] is None:
             ranks.close()
-
-
-def parse_lengths(text: str) -> tuple[int, ...]:
-    """`100,60` as numbers of frames."""
-    if not all(part.strip().isdecimal() and len(part.strip()) <= 9 for part in text.split(",")):
-        raise ValueError(f"--lengths must be numbers of frames with commas between, such as 100,60, got {shown(text)}")
-    return tuple(int(part) for part in text.split(","))
 
 
 def parse_device(text: str) -> Any:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from PIL import Image
 from PIL.Image import Resampling
 
 from diffattn.media.pictures import Picture
+from diffattn.options import Help, at_least, check_fields
 
 from ..checkpoint.bases import check_base
 from ..checkpoint.loading import find_checkpoint
@@ -20,6 +21,7 @@ from ..pipeline_xl import PASDXLPipeline
 from ..sampling.preprocess import target_size
 from ..settings import check_tiles
 
+TILES = "Tiles"
 SCALE = 4.0
 """Default factor of both sides."""
 
@@ -85,24 +87,26 @@ def load_lora(pipe: Any, file: Path) -> None:
 class Restoration:
     """How every picture is restored; None leaves the choice to the pipeline."""
 
-    prompt: str = ""
-    negative_prompt: str | None = None
-    scale: float | None = None
-    """Factor of both sides; None: 4."""
-    colorize: bool = False
-    steps: int | None = None
-    guidance: float | None = None
-    conditioning_scale: float | None = None
-    tile: int = 1024
-    tile_overlap: int = 128
-    tile_batch: int = 1
-    color_fix: str | None = None
-    """"wavelet", "adain" or "none"; None: "wavelet"."""
-    official: bool = False
+    prompt: Annotated[str, Help("What all the pictures show.")] = ""
+    negative_prompt: Annotated[str | None, Help("What they are not to look like. Default: the authors'.")] = None
+    scale: Annotated[float | None, Help("Factor of both sides, above 0. Default: 4.")] = None
+    colorize: Annotated[bool, Help("Give gray pictures colours, at their own size; keeps their luma.")] = False
+    steps: Annotated[int | None, at_least(1), Help("Denoising steps. Default: 20, or 25 for SDXL.")] = None
+    guidance: Annotated[float | None, Help("Guidance scale. Default: 9, or 7 for SDXL.")] = None
+    conditioning_scale: Annotated[float | None, Help("Weight of the picture. Default: 1, or 0.8 for SDXL.")] = None
+    tile: Annotated[int, Help("Longest side in pixels that is restored at once.", panel=TILES)] = 1024
+    tile_overlap: Annotated[int, Help("In pixels.", panel=TILES)] = 128
+    tile_batch: Annotated[int, Help("Tiles at a time: faster on a GPU, for more memory.", panel=TILES)] = 1
+    color_fix: Annotated[
+        Literal["wavelet", "adain", "none"] | None,
+        Help("How the result gets the colours of the input. Default: wavelet."),
+    ] = None
+    official: Annotated[bool, Help("Also what the released code does where it is wrong.")] = False
     seed: int = 0
     """Of each picture: what becomes of one does not depend on the others."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.colorize and self.scale is not None:
             raise ValueError("--colorize keeps the size of a picture: leave --scale out")
         if self.colorize and self.color_fix is not None:

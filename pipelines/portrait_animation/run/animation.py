@@ -12,12 +12,11 @@ import contextlib
 import functools
 import inspect
 import itertools
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +36,8 @@ from ..face.hints import control_pictures, plan_alignment
 from ..face.paste import Box, crop, face_box, paste
 from ..sampling.denoiser import Condition, Denoiser, Networks
 from ..sampling.features import CELL, EncodedWhenRead
-from ..sampling.start import official_timesteps, set_timesteps
+from ..sampling.start import set_timesteps
+from .settings import Settings
 from .work import Controls, WorkFolder
 
 LABELS = ("source", "driving", "control", "eyes and mouth", "result")
@@ -53,38 +53,6 @@ def plain(frames: Iterable[Any], label: str, total: int | None) -> Iterable[Any]
 
 Progress = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
 """Gets what takes long, a word for it and how many there are, if that is known; gives the same back."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a portrait is animated; with the files, all that the video depends on."""
-
-    steps: int = 30
-    guidance: float = 5.0
-    seed: int = 0
-    window: int = 16
-    overlap: int = 4
-    best_frame: int | Literal["best", "none"] = "best"
-    """Number, among the driving frames used, of the one that the faces are aligned by; "best" for the one nearest to
-    the source, "none" to leave the frames where they are."""
-    face: int | None = None
-    """Of the driving frames, from the left; None for the largest."""
-    no_face: Literal["hold", "blank"] = "hold"
-    scale_patches: bool = False
-    """Cut eyes and mouth out as large as the face is, instead of in the fixed size of the released code."""
-    paste: bool = True
-    """Animate a square around the face and put it back; else all of the source, stretched to the networks' square."""
-    official: bool = False
-    """Windows that go round the end of the video."""
-
-    def __post_init__(self) -> None:
-        official_timesteps(self.steps)
-        if not 1.0 <= self.guidance < math.inf:
-            raise ValueError(f"expected --guidance from 1, which is none; got {self.guidance}; 5 is usual")
-        if not 0 <= self.overlap < self.window:
-            raise ValueError(
-                f"expected --overlap from 0 to below --window; got {self.overlap} and {self.window}; 4 and 16 are usual"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,10 +148,10 @@ class Animation:
 
     def _check_sizes(self, source: Pixels) -> None:
         """Raise where the frames are too large for a video file."""
-        check_video_size(*(source.shape[:2] if self.settings.paste else (self.side, self.side)))
+        check_video_size(*(source.shape[:2] if self.settings.pastes else (self.side, self.side)))
         if self.preview is not None:
             square = np.zeros((self.side, self.side, 3), dtype=np.uint8)
-            result = source if self.settings.paste else square
+            result = source if self.settings.pastes else square
             row = [source, next(self.driving.frames()), square, square, result]
             widths = sum(max(1, round(pixels.shape[1] * self.side / pixels.shape[0])) for pixels in row)
             check_video_size(self.side, widths)
@@ -199,7 +167,7 @@ class Animation:
         """Find the faces, then align the frames; both go through the driving video once."""
         settings, side = self.settings, self.side
         target = find_source(finder, source)
-        if target is None and (settings.paste or settings.best_frame != "none"):
+        if target is None and (settings.pastes or settings.best_frame != "none"):
             raise ValueError(
                 f"expected a face in {self.source}; got none; crop nearer, or give --no-paste --best-frame none"
             )
@@ -210,7 +178,7 @@ class Animation:
         points = fill_missing(chosen, settings.no_face)
         alignment = None
         if target is not None and settings.best_frame != "none":
-            box = box_of(source, target, settings.paste)
+            box = box_of(source, target, settings.pastes)
             view = source.shape[:2] if box is None else (box.side, box.side)
             placed = target if box is None else target - (box.left, box.top)
             alignment = plan_alignment(placed, view, points, size, settings.best_frame, height=side, width=side)
@@ -228,7 +196,7 @@ class Run:
         """Raises `ValueError` for settings that do not go with so many frames."""
         settings, self.progress = animation.settings, progress
         self.animation, self.pipe, self.source, self.controls = animation, pipe, source, controls
-        self.box = box_of(source, controls.source, settings.paste)
+        self.box = box_of(source, controls.source, settings.pastes)
         self.generator = torch.Generator().manual_seed(settings.seed)
         set_timesteps(pipe.scheduler, settings.steps, pipe.device)
         frames = len(controls.driving)

@@ -6,8 +6,8 @@ from typing import Any
 from diffusers import AutoencoderKLTemporalDecoder
 from torch import Tensor
 
-from .padding import CELL
 from .scheduler import STARScheduler
+from .settings import CELL
 from .sizes import Plan
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -10,7 +10,7 @@ from diffattn.media.color import adain_fix, wavelet_fix
 from diffattn.media.windows import Tile
 
 from .encoding import enlarge
-from .padding import CELL
+from .settings import CELL
 from .tiles import run_in_tiles
 
 

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .networks.unet import legal_size
+from .settings import CELL
 
-CELL = 8
-"""Pixels of a latent cell."""
 OFFICIAL_HEIGHT, OFFICIAL_WIDTH = 720, 1280
 """Least size of the released code, in pixels."""
 OFFICIAL_PIXELS = 1280 * 2048

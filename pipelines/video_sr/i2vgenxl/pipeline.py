@@ -15,7 +15,7 @@ Super-Resolution, 2025, https://arxiv.org/abs/2501.02976.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, DiffusionPipeline
@@ -24,6 +24,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from diffattn.options import changed
 from diffattn.parallel.operations.noise import FrameNoise
 
 from ..clips.chunks import Window
@@ -36,9 +37,8 @@ from .denoiser import Denoiser
 from .encoding import encode, prepare, widened
 from .networks.controlnet import STARControlNetModel
 from .networks.unet import STARUNet3DConditionModel
-from .padding import CELL
 from .scheduler import STARScheduler
-from .settings import UpscaleSettings
+from .settings import CELL, UpscaleSettings
 from .sizes import Plan, plan_upscaling
 from .text import NEGATIVE, PROMPT, embed_text, with_quality
 
@@ -93,20 +93,7 @@ class STARPipeline(DiffusionPipeline):  # type: ignore[misc]
         negative_prompt: str | None = None,
         *,
         upscale: float = 4.0,
-        num_inference_steps: int = 15,
-        guidance_scale: float = 7.5,
-        guidance_rescale: float = 0.2,
-        window: int = 32,
-        overlap: int = 16,
-        tile: int | None = None,
-        tile_overlap: int = 64,
-        encode_chunk: int = 1,
-        decode_chunk: int = 8,
-        decode_overlap: int = 2,
-        decode_tile: int | None = None,
-        color_fix: Literal["adain", "wavelet"] | None = "adain",
-        guidance_batch: bool = False,
-        official: bool = False,
+        settings: UpscaleSettings | None = None,
         generator: torch.Generator | None = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
@@ -115,10 +102,9 @@ class STARPipeline(DiffusionPipeline):  # type: ignore[misc]
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **changes: Any,
     ) -> AnimateDiffPipelineOutput | tuple[Any]:
         """Restore one clip; as many frames come out as go in.
-
-        The settings are described, and have the same defaults, in `UpscaleSettings`.
 
         Args:
             video: frames of any number and size: tensor (frames, 3, rows, columns) or array (frames, rows, columns, 3)
@@ -126,20 +112,7 @@ class STARPipeline(DiffusionPipeline):  # type: ignore[misc]
             prompt: what the clip shows; words for quality are added.
             negative_prompt: what it is not to look like. None: a list of faults.
             upscale: factor of both sides, at least 1; sides are rounded.
-            num_inference_steps: 15 means 14 evaluations in the scheduler's fast mode, as released.
-            guidance_scale: of the prompt over the negative prompt; 1 leaves that out.
-            guidance_rescale: see `guide`.
-            window: frames that the networks see together.
-            overlap: frames that windows share at least.
-            tile: side in pixels of what they see of the result. None: all.
-            tile_overlap: pixels that tiles share at least.
-            encode_chunk: frames encoded together.
-            decode_chunk: frames decoded together.
-            decode_overlap: frames that these chunks share at least.
-            decode_tile: side in pixels of what the decoder sees. None: all.
-            color_fix: take the colours of the given frames: "adain", "wavelet" or None.
-            guidance_batch: both halves of guidance in one call.
-            official: as the released code cuts, pads, samples and decodes.
+            settings: how it is restored. None: the defaults of `UpscaleSettings`.
             generator: the seed of all noise is drawn from it. None: from torch's own.
             latents: start from these instead, (1, 4, frames, rows, columns), as they go into the first step.
             prompt_embeds: of the whole prompt (1, tokens, width), instead of `prompt`.
@@ -148,27 +121,15 @@ class STARPipeline(DiffusionPipeline):  # type: ignore[misc]
             return_dict: an output whose `frames` hold one clip, instead of a tuple of it.
             callback_on_step_end: called as `f(pipe, step, timestep, tensors)`, and may return other tensors.
             callback_on_step_end_tensor_inputs: what it gets; "latents" is all there is.
+            changes: fields of `UpscaleSettings` by name, such as `num_inference_steps=15` or `window=16`; they go over
+                `settings`. The seed is drawn from `generator`, where there is one or no settings are given.
 
         Raises `ValueError` for settings out of range and for what is no clip, before any work.
         """
         check_call(output_type, callback_on_step_end_tensor_inputs)
-        settings = UpscaleSettings(
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            window=window,
-            overlap=overlap,
-            tile=tile,
-            tile_overlap=tile_overlap,
-            encode_chunk=encode_chunk,
-            decode_chunk=decode_chunk,
-            decode_overlap=decode_overlap,
-            decode_tile=decode_tile,
-            color_fix=color_fix,
-            guidance_batch=guidance_batch,
-            official=official,
-            seed=_seed(generator),
-        )
+        if generator is not None or (settings is None and "seed" not in changes):
+            changes["seed"] = _seed(generator)
+        settings = changed(settings or UpscaleSettings(), changes)
         source = read_video(video, self.video_processor)
         frames, _, height, width = source.shape
         plan = self.plan(frames, height, width, upscale, settings)

@@ -1,58 +1,90 @@
 """What an upscaling may be set to, checked before anything is computed."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from .padding import CELL
+from diffattn.options import Help
 
+CELL = 8
+"""Pixels of a latent cell."""
+MEMORY = "Memory"
 COLOR_FIXES = ("adain", "wavelet", None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpscaleSettings:
-    """Numbers of a run; the defaults are STAR's where it has them, and cross-fades where it cuts."""
+    """Numbers of a run; the defaults are STAR's where it has them, and cross-fades where it cuts.
 
-    num_inference_steps: int = 15
-    """15 in the scheduler's fast mode means 14 evaluations, as released."""
-    guidance_scale: float = 7.5
-    """1 leaves the half with the negative prompt out, which halves the time."""
+    The same fields are arguments of `STARPipeline` and options of `diffattn video-upscale`.
+    """
+
+    num_inference_steps: Annotated[
+        int, Help("Denoising steps; 15 in the scheduler's fast mode means 14 evaluations, as released.", "--steps")
+    ] = 15
+    guidance_scale: Annotated[
+        float, Help("Guidance scale; 1 leaves the negative prompt out, and halves the time.", "--guidance")
+    ] = 7.5
     guidance_rescale: float = 0.2
     """From 0 to 1, see `guidance.guide`."""
-    window: int = 32
-    """Frames that the networks see together; they were trained on 32."""
-    overlap: int = 16
-    """Frames that neighbouring windows share at least, and cross-fade in."""
-    tile: int | None = None
-    """Side of the tiles that the networks see, in pixels of the output, rounded up to a legal size; None: whole frames.
-    """
-    tile_overlap: int = 64
-    """Pixels that neighbouring tiles share at least, and cross-fade in; those of `decode_tile` too."""
+    window: Annotated[
+        int, Help("Frames that are computed together; the networks were trained on 32.", panel=MEMORY)
+    ] = 32
+    overlap: Annotated[
+        int | None,
+        Help(
+            "Frames that neighbouring windows share at least, and cross-fade in. Default: half a window.", panel=MEMORY
+        ),
+    ] = None
+    tile: Annotated[
+        int | None,
+        Help("Side in pixels of the result that is computed at once, rounded up. Default: whole frames.", panel=MEMORY),
+    ] = None
+    tile_overlap: Annotated[
+        int,
+        Help("Pixels that neighbouring tiles share at least, and cross-fade in; when decoding too.", panel=MEMORY),
+    ] = 64
     encode_chunk: int = 1
     """Frames in one call of the VAE's encoder."""
-    decode_chunk: int = 8
-    """Frames that the VAE's decoder sees together."""
-    decode_overlap: int = 2
-    """Frames that neighbouring chunks share at least, and cross-fade in."""
-    decode_tile: int | None = None
-    """Side of the tiles that the decoder sees, in pixels of the output. Its group norms see one tile at a time, so
-    tones may differ a little from those of whole frames."""
-    color_fix: Literal["adain", "wavelet"] | None = "adain"
-    """Colours of the low-resolution clip: its mean and deviation, or its low frequencies."""
+    decode_chunk: Annotated[int, Help("Frames that the VAE decodes together.", panel=MEMORY)] = 8
+    decode_overlap: int | None = None
+    """Frames that neighbouring chunks share at least, and cross-fade in. None: 2, or all but one of a chunk."""
+    decode_tile: Annotated[
+        int | None,
+        Help(
+            "Side in pixels of the result that is decoded at once; group norms see one tile, so tones may differ a "
+            "little from those of whole frames. Default: whole frames.",
+            panel=MEMORY,
+        ),
+    ] = None
+    color_fix: Annotated[
+        Literal["adain", "wavelet"] | None,
+        Help(
+            "Take the colours of the input: its mean and deviation (adain), its low frequencies (wavelet), or none.",
+            "--color",
+            metavar="[adain|wavelet|none]",
+        ),
+    ] = "adain"
     guidance_batch: bool = False
     """Both halves of guidance in one call: faster on a GPU, for more memory."""
-    official: bool = False
-    """As the released code: windows of half a window's overlap and up to a quarter longer or shorter at the end, cut
-    hard; white padding, to 1280 x 720 at least; sampled latents of the clip; frames decoded by threes. Overlaps in time
-    and `decode_chunk` are not looked at."""
+    official: Annotated[
+        bool,
+        Help(
+            "As the released code: windows of half a window's overlap and up to a quarter longer or shorter at the "
+            "end, cut hard; white padding, to 1280 x 720 at least; sampled latents of the clip; frames decoded by "
+            "threes. Overlaps in time and the decoded chunk are not looked at."
+        ),
+    ] = False
     seed: int = 0
     """Of all noise, which depends on seed, frame and step alone."""
 
     def __post_init__(self) -> None:
         for name in ("num_inference_steps", "window", "encode_chunk", "decode_chunk"):
             self._check(name, getattr(self, name) >= 1, "of at least 1")
-        for name, above in (("overlap", "window"), ("decode_overlap", "decode_chunk")):
-            number, most = getattr(self, name), getattr(self, above)
-            self._check(name, 0 <= number < most or self.official, f"from 0 to below {above}")
+        for name, shared, above in (
+            ("overlap", self.window_overlap, "window"),
+            ("decode_overlap", self.chunk_overlap, "decode_chunk"),
+        ):
+            self._check(name, 0 <= shared < getattr(self, above) or self.official, f"from 0 to below {above}")
         self._check("tile_overlap", self.tile_overlap >= 0, "of at least 0 pixels")
         for name in ("tile", "decode_tile"):
             side, least = getattr(self, name), self.tile_overlap + CELL
@@ -61,6 +93,16 @@ class UpscaleSettings:
         self._check("guidance_rescale", 0 <= self.guidance_rescale <= 1, "from 0 to 1")
         self._check("color_fix", self.color_fix in COLOR_FIXES, "among " + ", ".join(map(repr, COLOR_FIXES)))
         self._check("seed", 0 <= self.seed < 2**64, "from 0 to 2**64 - 1")
+
+    @property
+    def window_overlap(self) -> int:
+        """`overlap`, or its default."""
+        return self.window // 2 if self.overlap is None else self.overlap
+
+    @property
+    def chunk_overlap(self) -> int:
+        """`decode_overlap`, or its default."""
+        return min(2, self.decode_chunk - 1) if self.decode_overlap is None else self.decode_overlap
 
     def _check(self, name: str, right: bool, what: str) -> None:
         if not right:

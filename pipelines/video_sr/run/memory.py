@@ -25,8 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffattn.kernels.dense import free_bytes
 
-from ..i2vgenxl.padding import CELL
-from ..i2vgenxl.settings import UpscaleSettings
+from ..i2vgenxl.settings import CELL, UpscaleSettings
 from ..i2vgenxl.sizes import Plan
 from .opening import WEIGHTED, count_weights, untrained
 

@@ -1,0 +1,136 @@
+"""Options of a command that are the fields of a dataclass: declared, explained and checked there alone.
+
+    @app.command(groups=[Group("diffattn.media.clip:Clip", only_given=True)])
+    def animate(context: typer.Context, ...):
+        clip = Clip(path=driving, **taken(context, "Clip"))
+
+A field with a `Help` in its annotation is an option. The class is imported when its command is used, so that the help
+of others does not wait for it.
+"""
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Collection
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ..options import Help, Text, hints_of, read
+
+_TYPER_READS = (bool, int, float, str)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The options that are fields of one dataclass.
+
+    Args:
+        where: "module:class".
+        also: further fields, filled from the command's own parameters of the same names.
+        without: fields with a `Help` that this command does not offer.
+        only_given: hand over a dict of what was typed, instead of an instance: other values come from elsewhere.
+    """
+
+    where: str
+    also: Collection[str] = ()
+    without: Collection[str] = ()
+    only_given: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the class."""
+        return self.where.partition(":")[2]
+
+    def load(self) -> type:
+        """The class."""
+        module, _, name = self.where.partition(":")
+        cls: type = getattr(import_module(module), name)
+        return cls
+
+    def fields(self) -> dict[str, tuple[Any, Help, Any]]:
+        """Name -> type, help and default of each option."""
+        cls = self.load()
+        found = {}
+        for field in dataclasses.fields(cls):
+            hint = hints_of(cls)[field.name]
+            helps = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Help)]
+            if helps and field.name not in self.without:
+                default = None if self.only_given else field.default
+                found[field.name] = hint, helps[0], default
+        return found
+
+    def options(self) -> list[Any]:
+        """The options as click has them."""
+        parameters = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if default is dataclasses.MISSING else default,
+                annotation=_typed(name, hint, help_),
+            )
+            for name, (hint, help_, default) in self.fields().items()
+        ]
+
+        def command(**values: Any) -> None: ...
+
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        alone = typer.Typer(add_completion=False)
+        alone.command()(command)
+        return list(typer.main.get_command(alone).params)
+
+    def take(self, values: dict[str, Any]) -> Any:
+        """The instance, or the dict, from parsed values, which are taken out of `values`."""
+        found = {}
+        for name, (hint, help_, default) in self.fields().items():
+            value = values.pop(name)
+            if value is None and default is None:
+                continue
+            told = _plain(hint) is str and not _is(hint, str)
+            found[name] = read(help_.flag_of(name), Text(value), hint) if told and isinstance(value, str) else value
+        found |= {name: values[name] for name in self.also}
+        return found if self.only_given else self.load()(**found)
+
+
+def taken(context: Any, name: str) -> Any:
+    """What the options of the group `name` came to, in the command that runs."""
+    return context.meta[f"diffattn.{name}"]
+
+
+def keep(context: Any, groups: Collection[Group]) -> None:
+    """Move the values of groups from the parameters to what `taken` returns."""
+    for group in groups:
+        context.meta[f"diffattn.{group.name}"] = group.take(context.params)
+
+
+def _is(hint: Any, kind: type) -> bool:
+    """Is the type, apart from None and annotations, `kind`?"""
+    return _arms(hint) == (kind,)
+
+
+def _arms(hint: Any) -> tuple[Any, ...]:
+    """The types that a hint admits, without None."""
+    if typing.get_origin(hint) is Annotated:
+        return _arms(typing.get_args(hint)[0])
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return tuple(arm for arm in typing.get_args(hint) if arm is not type(None))
+    return (hint,)
+
+
+def _plain(hint: Any) -> Any:
+    """What typer reads: the simple types and choices by itself, all others as text for `read`."""
+    arms = _arms(hint)
+    if len(arms) == 1 and (arms[0] in _TYPER_READS or typing.get_origin(arms[0]) is Literal):
+        return arms[0]
+    return str
+
+
+def _typed(name: str, hint: Any, help_: Help) -> Any:
+    kind = _plain(hint)
+    metavar = help_.metavar
+    option = typer.Option(help_.flag_of(name), help=help_.text, rich_help_panel=help_.panel, metavar=metavar)
+    return Annotated[kind | None, option]
