@@ -6,7 +6,7 @@ Axis legend, used in every module of the maths:
     f frames   y rows     x columns    (always in this order, flattened row-major)
 
 Queries, keys and values are `(b, h, n, d)`. A sequence is `before` other tokens, then the `f * y * x` cells of the
-grid in row-major order, then `after` other tokens. "Other" tokens are text, reference pictures or padding: they have
+grid in row-major order, then `after` other tokens. "Other" tokens are text, reference images or padding: they have
 no place on the grid, so every mechanism lets them see, and be seen by, all tokens unless a mask says otherwise.
 """
 

@@ -1,9 +1,9 @@
 """Pictures larger than those of training, composed from a model's stock pipelines.
 
-    picture = text_to_image(prompt) at about the size of training, by the model's own attention
-    picture = image_to_image(prompt, enlarge(picture), strength), stage by stage, by cheap attention
+    image = text_to_image(prompt) at about the size of training, by the model's own attention
+    image = image_to_image(prompt, enlarge(image), strength), stage by stage, by efficient attention
 
-The first picture settles the composition. A stage enlarges it, adds noise up to `strength` and takes the noise away
+The first image settles the composition. A stage enlarges it, adds noise up to `strength` and takes the noise away
 again, which draws the detail; there a window costs little and sees enough. The image-to-image pipeline is the one that
 diffusers has for the family, around the same models and with its own time shifting.
 
@@ -42,7 +42,7 @@ Swap = Callable[[Any], contextlib.AbstractContextManager[Any]]
 """Swaps a pipeline's attention for as long as the context lasts."""
 
 BASE_ONLY = {"num_inference_steps", "guidance_scale", "latents", "sigmas", "timesteps"}
-"""Arguments that `base_call` may have for the first picture alone."""
+"""Arguments that `base_call` may have for the first image alone."""
 OURS = {"prompt", "height", "width", "generator", "num_images_per_prompt", "output_type", "return_dict"}
 """Arguments that `base_call` may not have."""
 
@@ -59,11 +59,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class LargeResult:
-    """A picture, and how it came about."""
+    """An image, and how it came about."""
 
     picture: Image.Image
     stages: tuple[Stage, ...]
-    """The first picture, then the stages."""
+    """The first image, then the stages."""
 
 
 Progress = Callable[[Stage, Image.Image], None]
@@ -88,29 +88,29 @@ def generate_large(
     tiled_vae: bool = True,
     progress: Progress | None = None,
 ) -> LargeResult:
-    """Draw `prompt` at `size` by way of a smaller picture; the pipeline is left as it was.
+    """Draw `prompt` at `size` by way of a smaller image; the pipeline is left as it was.
 
-    Trained weights go into the stages alone, after a first picture by the model's own, where `mechanism` loads them:
+    Trained weights go into the stages alone, after a first image by the model's own, where `mechanism` loads them:
     `lambda pipe: diffattn.load(pipe, "Huage001/CLEAR", weight_name=..., proportional=True, ntk_factor=10)`.
 
-    A pipeline that is swapped already keeps its swap in all stages, the first picture included, with its `steps=` and
+    A pipeline that is swapped already keeps its swap in all stages, the first image included, with its `steps=` and
     `ntk_factor`; `mechanism` must be None.
 
     Args:
         pipe: a text-to-image pipeline.
         size: height and width in pixels, multiples of `vae_scale_factor * 2`.
-        via: longer side of the first picture in pixels; take the size that the model was trained for.
+        via: longer side of the first image in pixels; take the size that the model was trained for.
         mechanism: attention of the stages, such as `ClearAttention(radius=16, ntk_factor=10, proportional=True)`, or a
             function that swaps it. None: what `pipe` has. Its `train_tokens`, unless set, become those of the first
-            picture where the model is a transformer: its cells and `max_sequence_length` (or `prompt_embeds`) of text.
+            image where the model is a transformer: its cells and `max_sequence_length` (or `prompt_embeds`) of text.
         apply_options: further arguments of `diffattn.apply`, such as `layers` or `backend`.
-        strength: share of the steps that a stage makes, in (0, 1]; 1 forgets the picture before.
-        base_guidance_scale: of the first picture. None, here and for the stages: the default of the pipeline.
+        strength: share of the steps that a stage makes, in (0, 1]; 1 forgets the image before.
+        base_guidance_scale: of the first image. None, here and for the stages: the default of the pipeline.
         growth: the longer side grows by equal factors of at most this, but for rounding. None: to `size` at once.
         base_call: further arguments of the first call, such as `max_sequence_length`. Stages get those that their
             pipeline knows, but for steps, guidance, sigmas, timesteps and latents.
         tiled_vae: encode and decode in tiles during the stages.
-        progress: called after the first picture and after every stage, with the picture so far.
+        progress: called after the first image and after every stage, with the image so far.
 
     Raises `ValueError`, before anything is drawn, for sizes and options that do not fit, and for pipelines without a
     counterpart for image-to-image.
@@ -121,7 +121,7 @@ def generate_large(
     refiner = image_to_image(pipe)
     swap = _swap_of_stages(pipe, mechanism, apply_options or {}, [_grid(pipe, s, call) for s in (base, *larger)])
     with swap(refiner):
-        pass  # raises here what would else raise after the first picture
+        pass  # raises here what would else raise after the first image
 
     run = _Run(progress)
     common = {"prompt": prompt, "generator": generator, "num_inference_steps": num_inference_steps}
@@ -155,7 +155,7 @@ class _Run:
 
 
 def stage_sizes(size: Size, via: int, growth: float | None = 2.0, multiple: int = 16) -> list[Size]:
-    """The size of the first picture and of every stage, in multiples of `multiple` pixels.
+    """The size of the first image and of every stage, in multiples of `multiple` pixels.
 
     >>> stage_sizes((3072, 4096), via=1024)
     [(768, 1024), (1536, 2048), (3072, 4096)]
@@ -189,7 +189,7 @@ def image_to_image(pipe: Any) -> Any:
     except ValueError as error:
         raise ValueError(f"diffusers has no image-to-image pipeline for {type(pipe).__name__} ({error})") from error
     if not _takes(refiner, {"strength": 1}):
-        raise ValueError(f"{type(refiner).__name__} edits pictures but takes no strength, which the stages need")
+        raise ValueError(f"{type(refiner).__name__} edits images but takes no strength, which the stages need")
     refiner.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return refiner
 
@@ -209,12 +209,12 @@ def _check(pipe: Any, strength: float, steps: int, call: dict[str, Any], tiled_v
 
 
 def _multiple(pipe: Any) -> int:
-    """What the sides of a picture must divide by: two latent cells."""
+    """What the sides of an image must divide by: two latent cells."""
     return int(pipe.vae_scale_factor) * 2
 
 
 def _grid(pipe: Any, size: Size, call: dict[str, Any]) -> TokenGrid | None:
-    """A transformer's tokens for a picture of this size; None for UNets, whose layers see several grids."""
+    """A transformer's tokens for an image of this size; None for UNets, whose layers see several grids."""
     if "transformer" not in pipe.components:
         return None
     height, width = (side // _multiple(pipe) for side in size)
@@ -228,7 +228,7 @@ def _grid(pipe: Any, size: Size, call: dict[str, Any]) -> TokenGrid | None:
 def _swap_of_stages(
     pipe: Any, mechanism: StageAttention, options: Mapping[str, Any], grids: list[TokenGrid | None]
 ) -> Swap:
-    """What swaps the attention of the stages; `grids` are those of the first picture and of every stage."""
+    """What swaps the attention of the stages; `grids` are those of the first image and of every stage."""
     if options and (mechanism is None or callable(mechanism)):
         raise ValueError(f"apply_options={dict(options)} need a mechanism, such as ClearAttention(radius=16)")
     if mechanism is None:

@@ -84,7 +84,7 @@ class DistillConfig:
     keep: Annotated[int, _whole(1)] = 2
     """Checkpoints that are kept."""
     sheet_every: Annotated[int, _whole(0)] = 0
-    """Steps between sheets of pictures, teacher beside student; 0 for none."""
+    """Steps between sheets of images, teacher beside student; 0 for none."""
     sheet_prompts: tuple[str, ...] = ()
     """Their prompts; of the bundled world's own where there are none."""
     trackers: Annotated[tuple[Tracker, ...], Must("among tensorboard, wandb, trackio")] = ()
@@ -142,7 +142,7 @@ def clear_flux_official(data: str = "", radius: float = 16) -> DistillConfig:
 
 
 def tiny(data: str = "shapes", radius: float = 4) -> DistillConfig:
-    """The bundled pipeline on two CPU cores, in minutes: 256 picture tokens, a disc of 45 of them."""
+    """The bundled pipeline on two CPU cores, in minutes: 256 image tokens, a disc of 45 of them."""
     return DistillConfig(
         model="tiny",
         mechanism=ClearAttention(radius=radius),

@@ -1,7 +1,7 @@
 """How a stock pipeline encodes a caption for its model, and what samples that model takes; one row a family.
 
 Conditioning bears the names under which `inputs.py` hands it to the model's forward, without the batch axis. What
-depends on the picture's size alone (SDXL's and PixArt's) is what the pipeline itself passes for a picture of that size.
+depends on the picture's size alone (SDXL's and PixArt's) is what the pipeline itself passes for an image of that size.
 """
 
 import inspect
@@ -32,9 +32,9 @@ class Encoder:
     parts: tuple[str, ...] = ("tokenizer", "text_encoder")
     """Of the pipeline, beside the VAE, without which text can't be encoded."""
     by_size: Callable[[Any, Size], dict[str, list[float]]] = lambda model, size: {}
-    """Model and picture size -> further conditioning, the same for all pictures of that size."""
+    """Model and image size -> further conditioning, the same for all images of that size."""
     frames: bool = False
-    """Latents have an axis of frames, and pictures one frame."""
+    """Latents have an axis of frames, and images one frame."""
 
 
 def encoder_of(model: nn.Module) -> Encoder:
@@ -91,7 +91,7 @@ def model_of(pipe: Any) -> Any:
     if channels != own:
         raise ValueError(
             f"expected a model of the VAE's {own} latent channels, got {type(model).__name__} with {channels}: what it "
-            f"takes besides the noise, such as a picture, a cache does not hold"
+            f"takes besides the noise, such as an image, a cache does not hold"
         )
     return model
 
@@ -167,7 +167,7 @@ def _facts_by(text_dim: str) -> Callable[[Any], Facts]:
 def _cogvideox_facts(model: Any) -> Facts:
     if model.config.patch_size_t is not None:
         raise ValueError(
-            f"{type(model).__name__} takes {model.config.patch_size_t} frames in a patch, and a cached picture has "
+            f"{type(model).__name__} takes {model.config.patch_size_t} frames in a patch, and a cached image has "
             f"one; give the Trainer a Source of your own, see diffattn.distill.data.samples"
         )
     facts = _facts_by("text_embed_dim")(model)

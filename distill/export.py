@@ -46,7 +46,7 @@ def export(
 
     Args:
         evaluation: its figures, or what `evaluation.json` holds, for the table of the card.
-        figures: pictures that are copied beside the card, those named in `FIGURES`.
+        figures: images that are copied beside the card, those named in `FIGURES`.
         push_to_hub: upload the folder to `repo_id`, an owner/name that the card shows.
 
     Raises `ValueError`, with nothing written, for an evaluation of another mechanism and a repository without a name.

@@ -42,7 +42,7 @@ def train(
     """
     check_output(folder)
     if not resume and checkpoints.find(folder):
-        raise ValueError(f"{folder} holds a run already: go on by --resume auto, or choose another folder")
+        raise ValueError(f"{folder} holds a run already: continue by --resume auto, or choose another folder")
     accelerator = make_accelerator(config, folder)
     check_processes(config, accelerator)
     main = accelerator.is_main_process

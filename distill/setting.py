@@ -78,7 +78,7 @@ class Setting:
             self.pipe = open_pipeline(self.config, **parts).to(device)
 
     def draw(self, prompt: str, seed: int, size: tuple[int, int] | None = None) -> np.ndarray:
-        """One picture by the pipeline, uint8 `(height, width, 3)`; of a video model the only frame.
+        """One image by the pipeline, uint8 `(height, width, 3)`; of a video model the only frame.
 
         `size` is in pixels; None: the pipeline's own.
         """

@@ -26,7 +26,7 @@ from diffattn.swap.plan import LayerChoice, plan_all
 Trainable = Literal["projections", "lora", "mechanism"]
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj")
-"""Linear layers of an attention module that see the picture, by their names in diffusers."""
+"""Linear layers of an attention module that see the image, by their names in diffusers."""
 
 
 @dataclass(frozen=True)

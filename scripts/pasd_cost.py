@@ -38,7 +38,7 @@ class Networks:
     """U-Net and ControlNet of one size with one call's arguments, batch 2 for guidance."""
 
     def __init__(self, config: dict[str, Any], side: int, variant: str) -> None:
-        """Untrained; `side` is that of the picture in pixels."""
+        """Untrained; `side` is that of the image in pixels."""
         self.unet = PASDUNet2DConditionModel(**config, pixel_attention=variant).eval()
         self.controlnet = PASDControlNetModel(**config).eval()
         self.picture = torch.rand(HALVES, 3, side, side)
@@ -46,7 +46,7 @@ class Networks:
         self.text = torch.randn(HALVES, 77, config["cross_attention_dim"])
 
     def encode(self, batch: int = 1) -> torch.Tensor:
-        """What the condition encoder makes of the picture."""
+        """What the condition encoder makes of the image."""
         return self.controlnet.encode_condition(self.picture[:batch])
 
     def step(self, condition: torch.Tensor) -> torch.Tensor:
@@ -90,7 +90,7 @@ def windows(networks: Networks, kernel_size: int, coarsest: int) -> Iterator[dif
 
 @torch.no_grad()
 def flops_table(side: int, kernel_size: int, variant: str) -> list[tuple[str, float]]:
-    """TFLOP of a whole picture at full size: rows of name and number; nothing is computed, on the meta device."""
+    """TFLOP of a whole image at full size: rows of name and number; nothing is computed, on the meta device."""
     with torch.device("meta"):
         networks = Networks(SD15, side, variant)
         condition = networks.encode(HALVES)
@@ -101,7 +101,7 @@ def flops_table(side: int, kernel_size: int, variant: str) -> list[tuple[str, fl
     official = STEPS * (step + HALVES * (encode + rgbs))
     cached = STEPS * step + encode
     return [
-        ("released pattern: condition encoder at every step, for both halves", official / 1e12),
+        ("released pattern: condition encoder at every step, for both guidance branches", official / 1e12),
         ("condition encoded once", cached / 1e12),
         (f"and windows of {kernel_size} in the up blocks' two finest levels", (cached - STEPS * saved) / 1e12),
     ]
@@ -139,7 +139,7 @@ def measure(side: int, kernel_size: int, rounds: int) -> list[tuple[str, list[fl
 
 @app.command()
 def main(
-    side: Annotated[int, typer.Option(help="Side of the picture in pixels, a multiple of 64.")] = 1024,
+    side: Annotated[int, typer.Option(help="Side of the image in pixels, a multiple of 64.")] = 1024,
     kernel_size: Annotated[int, typer.Option(help="Window of neighborhood attention, odd.")] = 17,
     rounds: Annotated[int, typer.Option(help="Rounds of the measurement; 0 leaves it out.")] = 3,
 ) -> None:

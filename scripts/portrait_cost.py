@@ -57,7 +57,7 @@ class ReleasedDenoiser(Denoiser):
 
 
 class Run:
-    """A whole animation of random pictures with untrained networks, without files."""
+    """A whole animation of random images with untrained networks, without files."""
 
     def __init__(self, sizes: Sizes, frames: int, steps: int, device: str = "cpu", rows: int | None = None) -> None:
         """`rows` pixels a side; None: what the sizes were trained on."""
@@ -98,7 +98,7 @@ class Run:
         return pipe.decode(latents, WINDOW)
 
     def features(self, released: bool) -> tuple[Frames, Frames]:
-        """Of the control pictures: encoded at every step and window, or once."""
+        """Of the control images: encoded at every step and window, or once."""
         if not released:
             return self.pipe.encode_controls(*self.controls, WINDOW)
         pose, local = (
@@ -175,7 +175,7 @@ def full_size_flops(frames: int, steps: int, sizes: Sizes | None = None) -> dict
             count_flops(lambda: nets["vae"].decode(latent)),
         )
     shared = {
-        "U-Net and ControlNets, both halves of guidance": timesteps * len(windows) * guided,
+        "U-Net and ControlNets, both guidance branches": timesteps * len(windows) * guided,
         "VAE decoder": frames * decode,
     }
     parts = {
@@ -237,7 +237,7 @@ def main(
     )
     typer.echo("|---|---|---|")
     for name in calls[0]:
-        typer.echo(f"| pictures through the {name} | {calls[0][name]} | {calls[1][name]} |")
+        typer.echo(f"| images through the {name} | {calls[0][name]} | {calls[1][name]} |")
     typer.echo(f"| seconds, median of {rounds} | {medians[0]:.2f} | {medians[1]:.2f} |")
     typer.echo(
         f"\n{statistics.median(ratios):.2f}x faster ({min(ratios):.2f} to {max(ratios):.2f} over rounds), largest "

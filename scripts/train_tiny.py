@@ -39,7 +39,7 @@ from diffattn.tiny.evaluate_video import generate_videos, judge_videos, write_st
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 
-WorkDir = Annotated[Path, typer.Option(help="Checkpoints and encoded pictures.")]
+WorkDir = Annotated[Path, typer.Option(help="Checkpoints and encoded images.")]
 Threads = Annotated[int, typer.Option(help="Compute threads.")]
 Nice = Annotated[int, typer.Option(help="How far to step back for other processes.")]
 WORK_DIR = Path(tempfile.gettempdir()) / "diffattn-tiny"
@@ -85,14 +85,14 @@ def flow(
     steps: Annotated[int, typer.Option(help="Steps in all.")] = PLAN.steps,
     small_steps: Annotated[int, typer.Option(help="Steps at half size, before the rest.")] = PLAN.small_steps,
     batch_size: Annotated[int, typer.Option(help="Pictures a step, per worker.")] = PLAN.batch_size,
-    pictures: Annotated[int, typer.Option(help="Encoded pictures, per worker and size.")] = PLAN.pictures,
+    pictures: Annotated[int, typer.Option(help="Encoded images, per worker and size.")] = PLAN.pictures,
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = PLAN.rate,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = PLAN.save_every,
     workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = PLAN.workers,
     compiled: Annotated[bool, typer.Option(help="Compile the blocks: minutes first, then faster.")] = PLAN.compiled,
     seed: int = PLAN.seed,
     start: Annotated[Path | None, typer.Option(help="Pipeline folder whose weights to start from.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint.")] = False,
     nice: Nice = 5,
 ) -> None:
     """Train the transformer and the text encoders, after `vae`; checkpoints go to WORK_DIR/flow.pt."""
@@ -151,7 +151,7 @@ def evaluate(
 def video_vae(
     work_dir: WorkDir = VIDEO_WORK_DIR, steps: int = 500, seed: int = 0, threads: Threads = 1, nice: Nice = 5
 ) -> None:
-    """Train the picture pipeline's decoder on frames, and save that VAE in WORK_DIR/vae."""
+    """Train the image pipeline's decoder on frames, and save that VAE in WORK_DIR/vae."""
     settle(threads, nice)
     torch.manual_seed(seed)
     model = AutoencoderKL.from_pretrained(FOLDER / "vae", torch_dtype=torch.float32)
@@ -171,7 +171,7 @@ def video_flow(
     decay: Annotated[float, typer.Option(help="Share of the steps over which the rate falls.")] = VIDEO_PLAN.decay,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = VIDEO_PLAN.save_every,
     seed: int = VIDEO_PLAN.seed,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint.")] = False,
     threads: Threads = 1,
     nice: Nice = 5,
 ) -> None:

@@ -191,7 +191,7 @@ def of_float32(tolerance: Mapping[str, Any]) -> dict[str, Any]:
 def assert_golden(name: str, got: Tensor, want: Tensor, tolerance: Mapping[str, Any]) -> None:
     """Compare with a recorded tensor, shape and dtype included, by the `atol` and `rtol` recorded with it.
 
-    Where the set gives a `u8_atol`, pictures of bytes may differ by that many steps.
+    Where the set gives a `u8_atol`, images of bytes may differ by that many steps.
     """
     if want.dtype == torch.uint8 and "u8_atol" in tolerance:
         atol, rtol = float(tolerance["u8_atol"]), 0.0

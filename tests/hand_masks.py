@@ -33,7 +33,7 @@ def near(tokens: Tokens, radius: float) -> Tensor:
 class HandMask(TorchFunctionMode):
     """Adds the hand-made masks to the attention of an unmodified model's layers.
 
-    `prompts` says that after its own tokens a layer attends to pictures that are prompts: those calls stay as they are.
+    `prompts` says that after its own tokens a layer attends to images that are prompts: those calls stay as they are.
     """
 
     def __init__(self, model: nn.Module, layouts: Layouts, radius: float = RADIUS, prompts: bool = False) -> None:

@@ -128,7 +128,7 @@ def flux(**changes: Any) -> Tiny:
 
 
 def flux_kontext() -> Tiny:
-    """Flux with a reference picture of another shape behind the one that is made."""
+    """Flux with a reference image of another shape behind the one that is made."""
     reference = picture_ids(3, 4)
     reference[:, 0] = 1
     inputs = {**_flux_inputs(ROWS * COLUMNS + 12), "img_ids": torch.cat([picture_ids(), reference])}
@@ -200,7 +200,7 @@ def sd3() -> Tiny:
 
 
 def sd35() -> Tiny:
-    """With layers that see the picture a second time, alone."""
+    """With layers that see the image a second time, alone."""
     model = _make("SD3Transformer2DModel", **_SD3, dual_attention_layers=(0, 1), qk_norm="rms_norm")
     layouts = {
         r"transformer_blocks\.\d+\.attn": (Tokens(0, 1, ROWS, COLUMNS, TEXT),),
@@ -218,7 +218,7 @@ def sd3_controlnet() -> Tiny:
 
 
 def sd35_controlnet() -> Tiny:
-    """The form of SD3.5 8b: no text, and the picture comes as tokens."""
+    """The form of SD3.5 8b: no text, and the image comes as tokens."""
     config = {**_SD3, "joint_attention_dim": None, "caption_projection_dim": 16}
     model = _make("SD3ControlNetModel", **config, use_pos_embed=False, pos_embed_type=None)
     inputs = {
@@ -364,7 +364,7 @@ def qwen_image(**changes: Any) -> Tiny:
 
 
 def qwen_image_edit() -> Tiny:
-    """With a reference picture behind the one that is made."""
+    """With a reference image behind the one that is made."""
     tiny = qwen_image()
     tiny.inputs["img_shapes"] = [[(1, ROWS, COLUMNS), (1, 3, 4)]] * 2
     tiny.inputs["hidden_states"] = draw(2, ROWS * COLUMNS + 12, 4)
@@ -402,7 +402,7 @@ def z_image() -> Tiny:
 
 
 def z_image_mixed() -> Tiny:
-    """Two pictures of different size in one batch: 54 and 20 tokens, padded to 64 and 32."""
+    """Two images of different size in one batch: 54 and 20 tokens, padded to 64 and 32."""
     tiny = z_image()
     tiny.inputs["x"] = [draw(4, 1, 12, 18), draw(4, 1, 8, 10)]
     tiny.spatial = {
@@ -630,7 +630,7 @@ def controlnet() -> Tiny:
         attention_head_dim=2,
         conditioning_embedding_out_channels=(4, 8),
     )
-    # the conditioning picture is as large as the embedding's strides ask: a factor of 2 here, 8 in real ones
+    # the conditioning image is as large as the embedding's strides ask: a factor of 2 here, 8 in real ones
     return Tiny(model, {**_unet_inputs(), "controlnet_cond": draw(2, 3, 16, 24)}, _unet_layouts())
 
 

@@ -1,4 +1,4 @@
-"""Pipelines around one tiny Flux transformer, and pictures of several shapes."""
+"""Pipelines around one tiny Flux transformer, and images of several shapes."""
 
 from typing import Any
 

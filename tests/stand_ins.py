@@ -19,7 +19,7 @@ import diffattn
 
 SHRINK = 16
 MULTIPLE = 16
-"""What the sides of a picture must divide by, in pixels."""
+"""What the sides of an image must divide by, in pixels."""
 MOST_FRAMES = 9
 STEPS = 2
 

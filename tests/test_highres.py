@@ -57,7 +57,7 @@ def state(pipe: Any) -> dict[str, Any]:
 
 
 class Watch:
-    """A `progress` that notes what `look` sees after each call, and keeps the pictures."""
+    """A `progress` that notes what `look` sees after each call, and keeps the images."""
 
     def __init__(self, look: Callable[[], Any] = lambda: None) -> None:
         self.look = look
@@ -295,7 +295,7 @@ def test_pipelines_without_image_to_image_are_refused(pipe: Any) -> None:
     with pytest.raises(ValueError, match="pipeline with a VAE, got FluxTransformer2DModel"):
         generate_large(pipe.transformer, PROMPT, **SMALL)
     editor = diffusers.FluxKontextPipeline(**pipe.components)
-    with pytest.raises(ValueError, match="FluxKontextPipeline edits pictures but takes no strength"):
+    with pytest.raises(ValueError, match="FluxKontextPipeline edits images but takes no strength"):
         large(editor)
 
 

@@ -1,6 +1,6 @@
-"""Whole pipelines of the families around the tiny models, with random text encoders: from a caption to a picture.
+"""Whole pipelines of the families around the tiny models, with random text encoders: from a caption to an image.
 
-Tokenizers are those of the bundled pipeline; the widths are those of `models`. Pictures of `SIZE` suit all of them.
+Tokenizers are those of the bundled pipeline; the widths are those of `models`. Images of `SIZE` suit all of them.
 """
 
 import warnings
@@ -104,7 +104,7 @@ def cogvideox() -> Any:
 
 
 def pixart() -> Any:
-    """PixArt-Sigma's; Alpha's, which is told the size of the picture, is `pixart_alpha`."""
+    """PixArt-Sigma's; Alpha's, which is told the size of the image, is `pixart_alpha`."""
     return diffusers.PixArtSigmaPipeline(
         tokenizer("t5"), t5(12), models.randomize(tiny_vae()), models.pixart().model, diffusers.DDIMScheduler()
     )

@@ -110,7 +110,7 @@ def _model_configs(folder: str, source: str) -> dict[str, tuple[str, dict[str, A
 
 
 def pixels_per_token(source: str, model: nn.Module) -> int:
-    """Pixels of the picture that one token of the model's finest grid stands for, along a side.
+    """Pixels of the image that one token of the model's finest grid stands for, along a side.
 
     The VAE's reduction times the side of a patch, which is `patch_size`, or what the pipeline packs into the channels.
     """
@@ -165,7 +165,7 @@ def summarize(
     text_tokens: int = 0,
     like: torch.Tensor | None = None,
 ) -> list[Part]:
-    """Every attention layer under `mechanism` and its cost for a picture of this size in pixels, without weights.
+    """Every attention layer under `mechanism` and its cost for an image of this size in pixels, without weights.
 
     The size defaults to that of a bundled pipeline, else 1024. `like` has the device and dtype it would run with.
     """
@@ -204,7 +204,7 @@ def assume_grid(model: nn.Module, handle: Handle, grid: TokenGrid, like: torch.T
 
 
 def _level(model: nn.Module, name: str) -> int:
-    """How many times a UNet has halved its picture before this layer; 0 for transformers."""
+    """How many times a UNet has halved its image before this layer; 0 for transformers."""
     blocks = getattr(model, "down_blocks", None)
     place = re.match(r"(down|up)_blocks\.(\d+)|(mid)_block", name)
     if blocks is None or place is None:

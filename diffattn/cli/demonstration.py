@@ -1,4 +1,4 @@
-"""The demonstration: the same prompts and seeds by full and by cheap attention, on one sheet and in one table."""
+"""The demonstration: the same prompts and seeds by full and by efficient attention, on one sheet and in one table."""
 
 import importlib.util
 import logging
@@ -36,7 +36,7 @@ FULL = "full"
 
 @dataclass
 class Column:
-    """What one method made: a picture per prompt."""
+    """What one method made: an image per prompt."""
 
     name: str
     mechanism: Mechanism | None
@@ -53,7 +53,7 @@ class Column:
         return Timing(tuple(self.seconds))
 
     def to_dict(self) -> dict[str, Any]:
-        """What was measured; an infinite PSNR, of equal pictures, as None."""
+        """What was measured; an infinite PSNR, of equal images, as None."""
         return {
             "method": self.name,
             "mechanism": self.mechanism.to_dict() if self.mechanism else None,
@@ -71,7 +71,7 @@ class Demo:
     prompts: list[str]
     columns: list[Column]
     restored: bool
-    """Was the first picture bit-identical when it was made again after `restore`?"""
+    """Was the first image bit-identical when it was made again after `restore`?"""
     machine: dict[str, Any]
     call: dict[str, Any]
     seed: int
@@ -79,7 +79,7 @@ class Demo:
 
     @property
     def faster(self) -> bool:
-        """Is some method's slowest picture faster than full attention's fastest?"""
+        """Is some method's slowest image faster than full attention's fastest?"""
         full, *others = self.columns
         return any(column.timing.max < full.timing.min for column in others)
 
@@ -117,7 +117,7 @@ def run(
     call: dict[str, Any],
     progress: bool = False,
 ) -> Demo:
-    """Make every picture with every method, prompt by prompt, so that all methods meet the same state of the machine.
+    """Make every image with every method, prompt by prompt, so that all methods meet the same state of the machine.
 
     Each method is tried once with two steps first, which is not timed. `call` holds further arguments of the pipeline.
     """
@@ -166,7 +166,7 @@ def swapped(pipe: Any, column: Column, make: Callable[[], Any]) -> tuple[Any, fl
 
 
 def compare(columns: Sequence[Column]) -> None:
-    """Fill in PSNR, and SSIM where torchmetrics is installed, of every picture to the first column's."""
+    """Fill in PSNR, and SSIM where torchmetrics is installed, of every image to the first column's."""
     has_ssim = importlib.util.find_spec("torchmetrics") is not None
     if not has_ssim:
         logger.info('no SSIM: pip install "diffattn[metrics]"')
@@ -177,7 +177,7 @@ def compare(columns: Sequence[Column]) -> None:
 
 
 def draw_sheet(demo: Demo) -> Image.Image:
-    """Rows are prompts, columns are methods; below each picture its distance to full attention's."""
+    """Rows are prompts, columns are methods; below each image its distance to full attention's."""
     full = demo.columns[0]
     rows = []
     for number in range(len(demo.prompts)):
@@ -192,13 +192,13 @@ def draw_sheet(demo: Demo) -> Image.Image:
         rows.append(row)
     labels = [f"{column.name}\n{column.share:.0%} of the attention" for column in demo.columns]
     same = "bit-identical" if demo.restored else "NOT IDENTICAL"
-    note = f"Small maps: largest difference of a channel to full attention. First picture after restore: {same}."
+    note = f"Small maps: largest difference of a channel to full attention. First image after restore: {same}."
     title = f"One pipeline, {len(demo.columns)} attentions: same weights, same seeds"
     return sheet(rows, demo.prompts, labels, title=title, note=note)
 
 
 def table(demo: Demo) -> Table:
-    """The methods beside each other: medians over the prompts of seconds per picture and distance to full attention."""
+    """The methods beside each other: medians over the prompts of seconds per image and distance to full attention."""
     result = Table(caption=hardware_line(demo.machine), caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     result.add_column("method", no_wrap=True)
     for head in ("seconds", "min-max", "speed-up", "attention", "PSNR dB", "SSIM"):
@@ -221,14 +221,14 @@ def table(demo: Demo) -> Table:
 def remarks(demo: Demo) -> list[str]:
     """What the numbers mean, a sentence each."""
     same = "bit-identical" if demo.restored else "NOT identical: please report this"
-    sentences = [f"After restore the first picture is {same}."]
+    sentences = [f"After restore the first image is {same}."]
     if not demo.faster:
         sentences.append(
-            "No speed-up here, and none is to be expected: attention is a small part of so small a model's work. "
+            "No speedup here, and none is to be expected: attention is a small part of so small a model's work. "
             "What is saved is the share of attention; `diffattn bench` times attention alone, at 128x128 tokens."
         )
     sentences.append(
-        "The weights were trained with full attention; adapters (diffattn.load) bring the pictures closer to it."
+        "The weights were trained with full attention; adapters (diffattn.load) bring the images closer to it."
     )
     return sentences
 

@@ -1,4 +1,4 @@
-"""Make pictures or videos with a model of any family, by cheap attention or by its own, and write them."""
+"""Make images or videos with a model of any family, by efficient attention or by its own, and write them."""
 
 import importlib.util
 import inspect
@@ -40,7 +40,7 @@ logger = logging.getLogger("diffattn")
 MOST_STEPS, MOST_IMAGES = 10_000, 1000
 
 Frames = list[Image.Image]
-"""One result: a picture, or the frames of a video."""
+"""One result: an image, or the frames of a video."""
 
 
 def check_sides(pipe: Any, height: int | None, width: int | None) -> None:
@@ -115,7 +115,7 @@ class Swap:
     adapter: str | None = None
     weight_name: str | None = None
     parallel: bool = False
-    """Share the rows of the picture out among the processes of `mesh`."""
+    """Share the rows of the image out among the processes of `mesh`."""
     mesh: Any = None
 
     def __post_init__(self) -> None:
@@ -170,12 +170,12 @@ class Swap:
 
 @dataclass(frozen=True, kw_only=True)
 class Enlargement:
-    """How a picture becomes larger than those of training; None leaves the choice to `generate_large`."""
+    """How an image becomes larger than those of training; None leaves the choice to `generate_large`."""
 
     size: Annotated[
         str | None,
         Help(
-            "In pixels, for a picture larger than those of training: drawn small by the model's own attention, then "
+            "In pixels, for an image larger than those of training: drawn small by the model's own attention, then "
             "enlarged and drawn over in stages, by the mechanism or adapter.",
             metavar="HEIGHTxWIDTH",
         ),
@@ -194,13 +194,13 @@ class Enlargement:
 
     def __post_init__(self) -> None:
         if self.size is None and (self.via, self.strength, self.growth) != (None, None, None):
-            raise ValueError("--via, --strength and --growth are those of a large picture: add --size")
+            raise ValueError("--via, --strength and --growth are those of a large image: add --size")
         if self.size is not None:
             parse_size(self.size)
 
     @property
     def sides(self) -> tuple[int, int] | None:
-        """Height and width of the large picture."""
+        """Height and width of the large image."""
         return None if self.size is None else parse_size(self.size)
 
     def check(self, request: Request) -> None:
@@ -210,10 +210,10 @@ class Enlargement:
         if request.height or request.width:
             raise ValueError("--size says height and width: leave --height and --width out")
         if request.frames or request.images:
-            raise ValueError("--size makes one picture: leave --frames and --num-images out")
+            raise ValueError("--size makes one image: leave --frames and --num-images out")
 
     def make(self, pipe: Any, request: Request, swap: Swap, native: dict[str, Any]) -> tuple[list[Frames], list[str]]:
-        """The picture, and a line on each stage; the swap is that of the stages, the first picture has none."""
+        """The image, and a line on each stage; the swap is that of the stages, the first image has none."""
         assert self.size is not None
         call = request.arguments(pipe, native)
         prompt, generator = call.pop("prompt"), call.pop("generator")
@@ -240,7 +240,7 @@ class Enlargement:
 
 
 def make(pipe: Any, arguments: dict[str, Any]) -> tuple[list[Frames], float]:
-    """Run the pipeline: one entry per picture or video, and the seconds it took."""
+    """Run the pipeline: one entry per image or video, and the seconds it took."""
     start = time.perf_counter()
     output = pipe(**arguments)
     seconds = time.perf_counter() - start
@@ -273,14 +273,14 @@ def make_compared(
 
 
 def distance(results: Sequence[Frames], others: Sequence[Frames]) -> str:
-    """PSNR between two runs, over all their pictures, in words."""
+    """PSNR between two runs, over all their images, in words."""
     first, second = (np.stack([np.asarray(frame) for frames in run for frame in frames]) for run in (results, others))
     value = psnr(first, second)
     return "is infinite (identical)" if math.isinf(value) else f"{value:.1f} dB"
 
 
 def _picture(image: Any) -> Image.Image:
-    """A picture that the pipeline returns as Pillow or as an array (height, width, channels)."""
+    """An image that the pipeline returns as Pillow or as an array (height, width, channels)."""
     if isinstance(image, Image.Image):
         return image
     return Image.fromarray((as_pixels(image).clip(0, 1) * 255).round().astype(np.uint8))
@@ -296,7 +296,7 @@ class Place:
     compare: bool = False
     """Also those by the model's own attention, with `-full` in their names."""
     overwrite: bool = False
-    """May videos that are there be replaced? Pictures are."""
+    """May videos that are there be replaced? Images are."""
 
     @property
     def full(self) -> Path:
@@ -313,7 +313,7 @@ class Place:
         ]
 
     def check(self) -> None:
-        """Raise for names that are wrong for pictures and videos alike."""
+        """Raise for names that are wrong for images and videos alike."""
         if not self.output.name:
             raise ValueError(f"expected a name for --output; got {self.output}, a folder that is there; name one in it")
         if self.output.suffix and self.output.suffix.lower() not in VIDEO_ENDINGS:
@@ -335,7 +335,7 @@ class Place:
                 check_frames(path.with_suffix(""), overwrite=self.overwrite)
             elif is_video:
                 raise ValueError(
-                    f"{type(pipe).__name__} makes pictures, and --output {path} is the name of a video: end it in .png"
+                    f"{type(pipe).__name__} makes images, and --output {path} is the name of a video: end it in .png"
                 )
             else:
                 check_file(named_picture(path), overwrite=True)
@@ -353,7 +353,7 @@ def can_encode() -> bool:
 
 
 def named_picture(path: Path) -> Path:
-    """The name with the ending of a picture, where it has none or that of a video."""
+    """The name with the ending of an image, where it has none or that of a video."""
     return path.with_suffix(".png") if path.suffix.lower() in ("", *VIDEO_ENDINGS) else path
 
 
@@ -373,9 +373,9 @@ def save(results: Sequence[Frames], output: Path, fps: int = 8) -> list[Path]:
 
 
 def save_one(frames: Frames, path: Path, fps: int) -> Path:
-    """Write a picture, a video, or a folder of frames; returns what was written.
+    """Write an image, a video, or a folder of frames; returns what was written.
 
-    One frame under the name of a video becomes a picture, for it is not known to be a video.
+    One frame under the name of a video becomes an image, for it is not known to be a video.
     """
     if len(frames) == 1:
         path = named_picture(path)

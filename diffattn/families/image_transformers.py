@@ -5,7 +5,7 @@ from .readers import flux_ids, lumina, picture, qwen_shapes, z_image
 
 
 def sd3(argument: str) -> tuple[Layers, ...]:
-    """Text behind the picture in `attn`, the picture alone in `attn2`."""
+    """Text behind the image in `attn`, the image alone in `attn2`."""
     return (
         Layers(r"transformer_blocks\.\d+\.attn", "spatial", picture(argument, before=0, after=None)),
         Layers(r"transformer_blocks\.\d+\.attn2", "spatial", picture(argument, before=0)),

@@ -76,7 +76,7 @@ class Family:
     rope: str | None = None
     """Dotted name of a rotary embedding whose `theta` is read at every forward."""
     latent: str | None = None
-    """Argument of the model's forward that holds the latent picture (..., height, width), where levels differ."""
+    """Argument of the model's forward that holds the latent image (..., height, width), where levels differ."""
 
 
 def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def picture_size(rows: Tensor, columns: Tensor) -> tuple[int, int] | None:
-    """Height and width of a picture from the ids (n,) of its tokens; None unless they list one row by row."""
+    """Height and width of an image from the ids (n,) of its tokens; None unless they list one row by row."""
     width = _width(rows, columns)
     if width is None or len(columns) % width:
         return None

@@ -46,9 +46,9 @@ def video(frames_axis: int, before: int | None = None, after: int | None = 0, pa
 
 
 def flux_ids(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
-    """Flux's `img_ids` (n, 3 or 4) or (b, n, 3 or 4): picture number, row, column, ...
+    """Flux's `img_ids` (n, 3 or 4) or (b, n, 3 or 4): image number, row, column, ...
 
-    Pictures after the first are references. Text comes before.
+    Images after the first are references. Text comes before.
     """
     return _common(_first_picture(module, ids) for ids in _samples(_values(call, "img_ids"), axes=2))
 
@@ -59,13 +59,13 @@ def _first_picture(module: nn.Module, ids: Tensor) -> Layout:
     tokens = int(others[0]) if len(others) else len(ids)
     if len(others) and number[0] == 1 and _is_a(module, "FluxTransformer2DModel"):
         raise ValueError(
-            f"img_ids list {len(number.unique())} pictures that begin with number 1, as those of VisualCloze do: "
+            f"img_ids list {len(number.unique())} images that begin with number 1, as those of VisualCloze do: "
             f"examples first, what is made last; a window would lie on an example: call diffattn.restore first"
         )
     size = picture_size(rows[:tokens], columns[:tokens])
     if size is None:
         raise ValueError(
-            f"img_ids must list a picture of {len(rows[:tokens].unique())} x {len(columns[:tokens].unique())} tokens "
+            f"img_ids must list an image of {len(rows[:tokens].unique())} x {len(columns[:tokens].unique())} tokens "
             f"row by row, got {tokens} tokens, which do not"
         )
     return Layout(*size, after=len(ids) - tokens)
@@ -115,11 +115,11 @@ def qwen_shapes(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
 
 
 def z_image(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
-    """Z-Image's list of (c, frames, height, width), picture first, then padding and text."""
+    """Z-Image's list of (c, frames, height, width), image first, then padding and text."""
     pictures = call["x"]
     if isinstance(pictures[0], list):
         raise NotImplementedError(
-            "Z-Image's omni mode puts several pictures into one sequence: not supported, restore first"
+            "Z-Image's omni mode puts several images into one sequence: not supported, restore first"
         )
     patch, patch_t = call["patch_size"], call["f_patch_size"]
     return _common(
@@ -129,7 +129,7 @@ def z_image(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
 
 
 def lumina(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
-    """Lumina2: each sample is its own caption without padding, the picture, then padding."""
+    """Lumina2: each sample is its own caption without padding, the image, then padding."""
     height, width = (side // _patch(module, "patch_size") for side in call["hidden_states"].shape[-2:])
     lengths = call["encoder_attention_mask"].sum(dim=1).tolist()
     return _common(Layout(height, width, before=int(length), after=None) for length in lengths)

@@ -25,7 +25,7 @@ from .order import tile_shape
 from .pattern import Cells, Pattern, cached, moves_by
 
 TILE_CELLS, VIDEO_TILE_CELLS = 128, 256
-"""Queries in a tile, of a picture and of a video: fastest of 64, 128 and 256, or within a tenth of it, on 2 cores with
+"""Queries in a tile, of an image and of a video: fastest of 64, 128 and 256, or within a tenth of it, on 2 cores with
 AVX2 (4 heads x 64, float32; 128 x 128 and 16 x 32 x 32 tokens)."""
 
 

@@ -1,4 +1,4 @@
-"""How close two pictures are.
+"""How close two images are.
 
 PSNR(a, b) = 10 log10(1 / mean((a - b)^2)),   a and b in 0-1
 """
@@ -13,16 +13,16 @@ from ..media.pixels import as_pixels
 
 
 def psnr(a: Any, b: Any) -> float:
-    """Peak signal-to-noise ratio of two pictures in dB; infinite where they are equal."""
+    """Peak signal-to-noise ratio of two images in dB; infinite where they are equal."""
     first, second = as_pixels(a), as_pixels(b)
     if first.shape != second.shape:
-        raise ValueError(f"psnr compares pictures of one shape, got {first.shape} and {second.shape}")
+        raise ValueError(f"psnr compares images of one shape, got {first.shape} and {second.shape}")
     error = float(np.mean((first - second) ** 2))
     return math.inf if error == 0 else -10 * math.log10(error)
 
 
 def ssim(a: Any, b: Any) -> float:
-    """Structural similarity of two pictures (height, width, channels), 1 where they are equal.
+    """Structural similarity of two images (height, width, channels), 1 where they are equal.
 
     Needs the extra `metrics`.
     """
@@ -33,6 +33,6 @@ def ssim(a: Any, b: Any) -> float:
     pixels = [as_pixels(picture) for picture in (a, b)]
     if pixels[0].shape != pixels[1].shape or pixels[0].ndim != 3:
         shapes = " and ".join(str(picture.shape) for picture in pixels)
-        raise ValueError(f"ssim compares pictures of one shape (height, width, channels), got {shapes}")
+        raise ValueError(f"ssim compares images of one shape (height, width, channels), got {shapes}")
     first, second = (torch.from_numpy(picture).permute(2, 0, 1)[None] for picture in pixels)
     return float(structural_similarity_index_measure(first, second, data_range=1.0))

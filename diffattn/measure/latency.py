@@ -1,6 +1,6 @@
 """Time, in rounds: every round runs every function once, so that a machine that slows down, slows them all.
 
-Ratios of medians of such rounds are the only speed-ups worth printing.
+Ratios of medians of such rounds are the only speedups worth printing.
 """
 
 import statistics

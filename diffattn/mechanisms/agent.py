@@ -101,7 +101,7 @@ class AgentAttention(Mechanism):
     others: Literal["exact", "agents"] = "exact"
     """How other tokens get their output: "exact" softmax over all tokens, or from the "agents"."""
     max_downsample: Annotated[int | None, at_least(1)] = None
-    """Layers coarser than this, against the latent picture, stay exact; None: no limit."""
+    """Layers coarser than this, against the latent image, stay exact; None: no limit."""
     ratio: float = 0.4
     """Merging: share of the cells merged away."""
     agent_ratio: float = 0.95

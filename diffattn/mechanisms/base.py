@@ -30,12 +30,12 @@ class Context:
     sigma: float | None = None
     """Share of noise in the latents, in [0, 1]: flow matching's sigma, and 1/(1 + sqrt(SNR)) of any scheduler."""
     downsample: int = 1
-    """How many times coarser this layer's grid is than the latent picture, along one side."""
+    """How many times coarser this layer's grid is than the latent image, along one side."""
     call_index: int = 0
     """Number of this layer among the swapped ones: lets seeded mechanisms differ from layer to layer."""
     memory: dict[str, Any] | None = None
     """What this mechanism kept in an earlier step, to read and to fill: its own for each run, layer, sample (prompt and
-    half of guidance) and shape, empty at their first call. None outside a pipeline and in training."""
+    guidance branch) and shape, empty at their first call. None outside a pipeline and in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Mechanism:
 
     type: ClassVar[str]
     kinds: ClassVar[frozenset[str]] = frozenset({"spatial"})
-    """Layers that `apply` gives it by default: "spatial" (pictures, and video cells seen at once) or "temporal"."""
+    """Layers that `apply` gives it by default: "spatial" (images, and video cells seen at once) or "temporal"."""
     across_frames: ClassVar[bool] = False
     """Does it change nothing within a frame? Then models with layers along the frames keep the others by default."""
 

@@ -129,7 +129,7 @@ class ClearAttention(Mechanism):
         if factor is not None and (grid.height % factor or grid.width % factor):
             raise ValueError(
                 f"clear: down_factor={factor} does not divide the grid of {grid.height} rows and {grid.width} columns; "
-                f"use a picture whose sides are multiples of {factor} tokens, or another down_factor"
+                f"use an image whose sides are multiples of {factor} tokens, or another down_factor"
             )
 
     def scale(self, q: Tensor, grid: TokenGrid, scale: float | None) -> float:

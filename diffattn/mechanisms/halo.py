@@ -11,7 +11,7 @@ No tile is seen in part, so that no work goes into hidden pairs and no kernel ev
 keys takes the time of a round one (`clear`), whose blocks are cut by the circle.
 
 Sources: Vaswani et al., Scaling Local Self-Attention for Parameter Efficient Visual Backbones (HaloNet), section 2.2,
-https://arxiv.org/abs/2103.12731, for pictures; Zhang et al., Fast Video Generation with Sliding Tile Attention, section
+https://arxiv.org/abs/2103.12731, for images; Zhang et al., Fast Video Generation with Sliding Tile Attention, section
 3, https://arxiv.org/abs/2502.04507, for video, with tiles of (6, 8, 8) and windows of (3, 3, 3) tiles, here
 `tile=(6, 8, 8), halo=1`. Differences: HaloNet counts its halo in pixels, in attention without text, and pads the grid
 with zeros; Sliding Tile Attention moves windows at a border inward, so that all have as many tiles, and needs grids
@@ -102,7 +102,7 @@ class HaloAttention(Mechanism):
     """
 
     tile: Annotated[PerAxis, _sizes(1)] = 8
-    """Sides of a tile in tokens: (rows, columns) for pictures, (frames, rows, columns), or one int for all of them."""
+    """Sides of a tile in tokens: (rows, columns) for images, (frames, rows, columns), or one int for all of them."""
     halo: Annotated[PerAxis, _sizes(0)] = 1
     """How many neighbouring tiles are seen on each side, likewise per axis: 1 is a window of 3 tiles along each."""
     radius: Annotated[float | None, POSITIVE] = None
@@ -176,7 +176,7 @@ class HaloAttention(Mechanism):
 
 
 def _shape(value: PerAxis, missing: int) -> Shape:
-    """(frames, rows, columns); `missing` stands for the frames of a picture."""
+    """(frames, rows, columns); `missing` stands for the frames of an image."""
     if isinstance(value, int):
         return value, value, value
     return value if len(value) == 3 else (missing, *value)

@@ -84,7 +84,7 @@ class LinearAttention(Mechanism):
 
     @classmethod
     def inline(cls) -> "LinearAttention":
-        """The published injective form for pictures: subtraction and a 3 x 3 local residual."""
+        """The published injective form for images: subtraction and a 3 x 3 local residual."""
         return cls(feature_map="identity", normalization="subtraction", local_residual=(3, 3))
 
     @property

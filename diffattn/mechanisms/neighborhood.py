@@ -194,8 +194,8 @@ def _per_axis(words: str, least: int) -> Must:
 class NeighborhoodAttention(Mechanism):
     """The nearest `kernel_size` cells along each axis, as in NATTEN. Time O(n (window + others) d).
 
-    Every option is one value for all axes, or one for each: (rows, columns) on pictures, (frames, rows, columns) on
-    pictures and videos. A window larger than the axis is the whole axis, so one value also fits axes of a single cell.
+    Every option is one value for all axes, or one for each: (rows, columns) on images, (frames, rows, columns) on
+    images and videos. A window larger than the axis is the whole axis, so one value also fits axes of a single cell.
 
     >>> NeighborhoodAttention(kernel_size=13).flops(TokenGrid(64, 64, before=512), heads=24, head_dim=128) / 1e9
     63.266881536

@@ -3,7 +3,7 @@
 Source: Vaswani et al., Attention Is All You Need, equation 1, https://arxiv.org/abs/1706.03762.
 Swapped into a model it hands the call to the kernel the model itself would have used.
 
-`proportional` and `ntk_factor` are CLEAR's two changes for pictures larger than those of training, without its window:
+`proportional` and `ntk_factor` are CLEAR's two changes for images larger than those of training, without its window:
 the baseline that its released high-resolution code compares with (Liu et al., https://arxiv.org/abs/2412.16112).
 """
 

@@ -9,7 +9,7 @@ its norm, or the keys, heads side by side, where `Context.features` is None.
 With two numbers, `stride` is (rows, columns) and every frame is merged by itself; with three, (frames, rows, columns),
 cells merge across frames. Along an axis shorter than its stride, one block takes the whole axis. A block holds one cell
 that others merge into: its first, or one drawn anew for every layer and denoising step from `seed`. The draw knows
-nothing of the batch: a picture is drawn alike alone and in company, and the halves of classifier-free guidance alike.
+nothing of the batch: an image is drawn alike alone and in company, and the halves of classifier-free guidance alike.
 
 A model's mask over the keys may hide other tokens. One that touches cells is refused, because merging would mix hidden
 with visible ones; so is one that differs between queries.
@@ -66,7 +66,7 @@ class TokenMergeAttention(Mechanism):
     proportional: bool = False
     """Count a merged key as often as it has members."""
     max_downsample: Annotated[int | None, at_least(1)] = None
-    """Layers coarser than this, against the latent picture, stay exact; None: no limit. 1 in the paper."""
+    """Layers coarser than this, against the latent image, stay exact; None: no limit. 1 in the paper."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

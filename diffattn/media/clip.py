@@ -1,4 +1,4 @@
-"""Frames of a video file or of a folder of pictures, one by one, and how to tell them from others."""
+"""Frames of a video file or of a folder of images, one by one, and how to tell them from others."""
 
 import functools
 import hashlib
@@ -21,16 +21,16 @@ logger = logging.getLogger("diffattn")
 
 PANEL = "Input video"
 FOLDER_RATE = Fraction(25)
-"""Frames per second of a folder of pictures, unless it is told."""
+"""Frames per second of a folder of images, unless it is told."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """The part of a video file, or of a folder of pictures of one size, that is used.
+    """The part of a video file, or of a folder of images of one size, that is used.
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: no video, no pictures, or a rate for a video file, which has its own.
+        ValueError: no video, no images, or a rate for a video file, which has its own.
     """
 
     path: Path
@@ -114,7 +114,7 @@ def _widened(frame: Pixels, aspect: Fraction) -> Pixels:
 
 
 def read_opaque(path: Path) -> Pixels:
-    """A picture file as uint8 RGB; what is transparent shows white, and the log says so."""
+    """An image file as uint8 RGB; what is transparent shows white, and the log says so."""
     picture = read_picture(path)
     if picture.alpha is None or (picture.alpha == 255).all():
         return picture.pixels

@@ -1,4 +1,4 @@
-"""Give a picture the colours of another: by wavelet bands, by mean and deviation, or by keeping its luma.
+"""Give an image the colours of another: by wavelet bands, by mean and deviation, or by keeping its luma.
 
     wavelet   y = x - low(x) + low(s) = x + low(s - x),    low = blur_16 blur_8 blur_4 blur_2 blur_1
     AdaIN     y = (x - mean(x)) / std(x) * std(s) + mean(s)        per channel, std = sqrt(unbiased variance + eps)
@@ -6,7 +6,7 @@
 blur_r is the 3 x 3 binomial filter, outer([1, 2, 1], [1, 2, 1]) / 16, with its taps r pixels apart and the edge pixels
 repeated. low is linear, so the wavelet form costs one decomposition instead of two.
 
-Pictures are `(batch, 3, rows, columns)`, floating point in 0-1; results are not clamped, `to_bytes` does that. Half
+Images are `(batch, 3, rows, columns)`, floating point in 0-1; results are not clamped, `to_bytes` does that. Half
 precision is worked out in float32.
 
 Sources: the a trous decomposition as used for colours in StableSR, Wang et al., 2023,
@@ -40,7 +40,7 @@ def blur(pictures: Tensor, dilation: int) -> Tensor:
 
 
 def wavelet_split(pictures: Tensor, levels: int = 5) -> tuple[Tensor, Tensor]:
-    """High and low band, which sum to the pictures; the low one is blurred `levels` times, 1, 2, 4, .. pixels apart."""
+    """High and low band, which sum to the images; the low one is blurred `levels` times, 1, 2, 4, .. pixels apart."""
     low = _low(pictures, levels)
     return pictures - low, low
 
@@ -73,7 +73,7 @@ def adain_fix(content: Tensor, style: Tensor, eps: float = 1e-5) -> Tensor:
     _check(content, style)
     if len(content) != len(style):
         raise ValueError(
-            f"expected as many pictures of style as of content; got {len(style)} for {len(content)}; repeat the style"
+            f"expected as many images of style as of content; got {len(style)} for {len(content)}; repeat the style"
         )
     x, s = _wide(content), _wide(style)
     scale = _deviation(s, eps) / _deviation(x, eps)
@@ -93,7 +93,7 @@ def keep_luma(gray: Tensor, coloured: Tensor) -> Tensor:
     _check(gray, coloured)
     if len(gray) != len(coloured):
         raise ValueError(
-            f"expected as many coloured pictures as gray ones; got {len(coloured)} for {len(gray)}; pair them up"
+            f"expected as many coloured images as gray ones; got {len(coloured)} for {len(gray)}; pair them up"
         )
     y, (u, v) = _luma(_integers(gray)), _chroma(_resized(_integers(coloured), gray.shape[-2], gray.shape[-1]))
     planes = [y + _sum((1.140, v)), y + _sum((-0.395, u), (-0.581, v)), y + _sum((2.032, u))]
@@ -101,13 +101,13 @@ def keep_luma(gray: Tensor, coloured: Tensor) -> Tensor:
 
 
 def to_bytes(pictures: Tensor, truncate: bool = True) -> Tensor:
-    """uint8 pictures 0-255, after a clamp to 0-1.
+    """uint8 images 0-255, after a clamp to 0-1.
 
     Args:
         truncate: cut fractions off, as the released PASD and STAR do; False rounds, which is half a step brighter.
     """
     if not pictures.is_floating_point():
-        raise TypeError(f"expected floating point pictures in 0-1; got {pictures.dtype}; divide bytes by 255")
+        raise TypeError(f"expected floating point images in 0-1; got {pictures.dtype}; divide bytes by 255")
     scaled = _wide(pictures).clamp(0, 1).mul_(255)
     return (scaled if truncate else scaled.round_()).to(torch.uint8)
 
@@ -176,6 +176,6 @@ def _check(*batches: Tensor) -> None:
     for pictures in batches:
         if pictures.ndim != 4 or pictures.shape[1] != 3 or not pictures.is_floating_point():
             raise ValueError(
-                f"expected floating point pictures (batch, 3, rows, columns) in 0-1; got {pictures.dtype} of shape "
+                f"expected floating point images (batch, 3, rows, columns) in 0-1; got {pictures.dtype} of shape "
                 f"{tuple(pictures.shape)}; permute arrays and divide bytes by 255"
             )

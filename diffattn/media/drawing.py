@@ -1,4 +1,4 @@
-"""Draw: the pattern of a mechanism, and sheets of pictures side by side.
+"""Draw: the pattern of a mechanism, and sheets of images side by side.
 
 Sheets are made with Pillow. `plot_mask` needs matplotlib, the extra `demo`.
 """
@@ -113,7 +113,7 @@ def _plot_windows(
 
 @dataclass(frozen=True)
 class Entry:
-    """One picture of a sheet, with lines of text below it; with `error`, its distance to another picture as a map."""
+    """One image of a sheet, with lines of text below it; with `error`, its distance to another image as a map."""
 
     picture: Image.Image
     lines: tuple[str, ...] = ()
@@ -188,7 +188,7 @@ def _draw_entry(
 
 
 def error_map(a: Any, b: Any) -> np.ndarray:
-    """Largest absolute difference of the channels of two pictures, `(height, width)` in 0-1."""
+    """Largest absolute difference of the channels of two images, `(height, width)` in 0-1."""
     return np.asarray(np.abs(as_pixels(a) - as_pixels(b)).max(axis=-1))
 
 

@@ -23,7 +23,7 @@ LARGEST_VIDEO = (2**31 - 1) // 8
 """FFmpeg encodes fewer than so many pixels, with a border of 128 in rows and columns."""
 
 FRAME = re.compile(r"frame-(\d{4,})\.png")
-"""Names of the pictures in a folder that stands for a video, numbered from 0."""
+"""Names of the images in a folder that stands for a video, numbered from 0."""
 
 
 def check_file(
@@ -83,7 +83,7 @@ def check_video_size(height: int, width: int) -> None:
 
 
 def check_picture_ending(path: Path, *, option: str = "--output") -> None:
-    """Raise unless Pillow writes pictures by the ending of `path`; it reads more kinds than it writes."""
+    """Raise unless Pillow writes images by the ending of `path`; it reads more kinds than it writes."""
     kind = Image.registered_extensions().get(path.suffix.lower(), "")
     try:
         Image.new("RGB", (8, 8)).save(io.BytesIO(), kind)
@@ -94,7 +94,7 @@ def check_picture_ending(path: Path, *, option: str = "--output") -> None:
 
 
 def check_picture_size(path: Path, height: int, width: int) -> None:
-    """Raise for a picture that the format of `path` cannot hold."""
+    """Raise for an image that the format of `path` cannot hold."""
     kind = Image.registered_extensions().get(path.suffix.lower(), "")
     most = LONGEST_SIDE.get(kind)
     if most is not None and max(height, width) > most:

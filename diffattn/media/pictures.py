@@ -17,10 +17,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from diffattn.files.writing import written
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-"""Endings of what counts as a picture in a folder."""
+"""Endings of what counts as an image in a folder."""
 
 UNREAD_ENDINGS = (".avif", ".heic", ".heif", ".gif", ".jp2", ".j2k", ".jxl", ".psd", ".svg", ".dng", ".cr2", ".nef")
-"""Endings of pictures that a folder may hold, and that are left out of it with a line."""
+"""Endings of images that a folder may hold, and that are left out of it with a line."""
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 """Endings that `write_picture` takes."""
@@ -38,7 +38,7 @@ logger = logging.getLogger("diffattn")
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A picture as it is shown."""
+    """An image as it is shown."""
 
     pixels: Pixels
     """RGB, `(rows, columns, 3)`."""
@@ -56,13 +56,13 @@ class Picture:
 
 
 def read_picture(path: str | os.PathLike[str] | BinaryIO) -> Picture:
-    """Read the first frame of a picture file, or of a file in memory, turned as its EXIF orientation says.
+    """Read the first frame of an image file, or of a file in memory, turned as its EXIF orientation says.
 
-    Gray, palette, CMYK and 1-bit pictures become RGB. Of 16 bits a channel the upper 8 are left: gray ones are rounded
+    Gray, palette, CMYK and 1-bit images become RGB. Of 16 bits a channel the upper 8 are left: gray ones are rounded
     here; colour ones Pillow itself cuts off.
 
     Raises:
-        ValueError: an empty or cut off file, none of a picture, or one of a kind without a conversion to RGB.
+        ValueError: an empty or cut off file, none of an image, or one of a kind without a conversion to RGB.
     """
     try:
         with Image.open(path) as image:
@@ -73,9 +73,9 @@ def read_picture(path: str | os.PathLike[str] | BinaryIO) -> Picture:
         raise
     except UnidentifiedImageError as error:
         what = "a file of another kind" if _size(path) else "an empty file"
-        raise ValueError(f"expected a picture in {path}; got {what}; leave it out or convert it") from error
+        raise ValueError(f"expected an image in {path}; got {what}; leave it out or convert it") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"expected a whole picture in {path}; got: {error}; make the file anew") from error
+        raise ValueError(f"expected a whole image in {path}; got: {error}; make the file anew") from error
     return Picture(pixels, alpha, icc if icc and icc[16:20] == b"RGB " else None)
 
 
@@ -84,7 +84,7 @@ def _size(path: str | os.PathLike[str] | BinaryIO) -> int:
 
 
 def _tell_frames(path: str | os.PathLike[str] | BinaryIO, image: Image.Image) -> None:
-    """Say that a file has more than the picture that is read; photographs with a small copy (MPO) apart."""
+    """Say that a file has more than the image that is read; photographs with a small copy (MPO) apart."""
     count = getattr(image, "n_frames", 1)
     if count > 1 and image.format != "MPO":
         what = "pages" if image.format == "TIFF" else "frames"
@@ -110,11 +110,11 @@ def _split(image: Image.Image) -> tuple[Pixels, Pixels | None]:
 def write_picture(
     path: str | Path, pixels: Pixels, alpha: Pixels | None = None, icc: bytes | None = None, quality: int = 95
 ) -> Path:
-    """Write a picture as PNG, JPEG or WebP, by the ending of `path`, whole or not at all.
+    """Write an image as PNG, JPEG or WebP, by the ending of `path`, whole or not at all.
 
     Args:
         pixels: RGB, `(rows, columns, 3)`.
-        alpha: opacity, `(rows, columns)`; JPEG, which has none, gets the picture on white.
+        alpha: opacity, `(rows, columns)`; JPEG, which has none, gets the image on white.
         icc: colour profile to put in.
         quality: of JPEG and WebP, 1-100.
     """
@@ -156,13 +156,13 @@ def _on_white(image: Image.Image, alpha: Image.Image) -> Image.Image:
 
 
 def find_pictures(inputs: Sequence[str | Path]) -> list[Path]:
-    """The picture files that files, folders and patterns name, in that order and each once.
+    """The image files that files, folders and patterns name, in that order and each once.
 
-    A folder stands for the pictures right in it, and a pattern (`*`, `?`, `[..]`; `**` for all folders below) for those
+    A folder stands for the images right in it, and a pattern (`*`, `?`, `[..]`; `**` for all folders below) for those
     that match, in natural order: `2.png` before `10.png`. A file named by itself counts whatever its ending.
 
     Raises:
-        ValueError: a name that leads to no picture.
+        ValueError: a name that leads to no image.
     """
     found: dict[Path, Path] = {}
     for given in inputs:
@@ -175,7 +175,7 @@ def find_pictures(inputs: Sequence[str | Path]) -> list[Path]:
             _tell_left_out(names)
         if not files:
             raise ValueError(
-                f"expected a picture, a folder of pictures or a pattern of their names; got {str(given)!r}, which "
+                f"expected an image, a folder of images or a pattern of their names; got {str(given)!r}, which "
                 f"leads to no file that ends in {', '.join(PICTURE_ENDINGS)}; check the name"
             )
         for file in files:
@@ -184,7 +184,7 @@ def find_pictures(inputs: Sequence[str | Path]) -> list[Path]:
 
 
 def _tell_left_out(names: Sequence[Path]) -> None:
-    """Say which pictures of a folder are of a kind that is not read."""
+    """Say which images of a folder are of a kind that is not read."""
     unread = [file for file in names if file.suffix.lower() in UNREAD_ENDINGS and not file.name.startswith(".")]
     for file in sorted(unread, key=_natural):
         logger.warning("%s: left out, %s files are not read; convert it to .png or .jpg", file, file.suffix.lower())
@@ -203,13 +203,13 @@ def _natural(file: Path) -> list[tuple[str | int, ...]]:
 
 
 def side_by_side(pictures: Sequence[Pixels], labels: Sequence[str], height: int | None = None) -> Pixels:
-    """A comparison sheet: pictures in a row on white, each with its label above.
+    """A comparison sheet: images in a row on white, each with its label above.
 
     Args:
         height: that all are scaled to, in pixels; None for that of the highest.
     """
     if not pictures or len(pictures) != len(labels):
-        raise ValueError(f"expected pictures with a label each; got {len(pictures)} and {len(labels)}; pair them up")
+        raise ValueError(f"expected images with a label each; got {len(pictures)} and {len(labels)}; pair them up")
     for pixels in pictures:
         _check(pixels)
     rows = max(len(pixels) for pixels in pictures) if height is None else height

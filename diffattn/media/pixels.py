@@ -7,7 +7,7 @@ import torch
 
 
 def as_pixels(picture: Any) -> np.ndarray:
-    """A picture (Pillow, array or tensor; 8-bit or 0-1 floats) as float64 in 0-1."""
+    """An image (Pillow, array or tensor; 8-bit or 0-1 floats) as float64 in 0-1."""
     if isinstance(picture, torch.Tensor):
         picture = picture.detach().cpu().double().numpy() if picture.is_floating_point() else picture.cpu().numpy()
     pixels = np.asarray(picture)

@@ -1,4 +1,4 @@
-"""Windows along an axis, tiles of a picture, and the blend of what was computed in each.
+"""Windows along an axis, tiles of an image, and the blend of what was computed in each.
 
     n       = least number with (n - 1)(size - overlap) + size >= length
     start_k = min(k (size - overlap), length - size)                       k = 0 .. n - 1
@@ -47,7 +47,7 @@ def starts(length: int, size: int, overlap: int, *, even: bool = False) -> list[
 
 @dataclass(frozen=True)
 class Tile:
-    """A rectangle of a picture, in pixels or latent cells."""
+    """A rectangle of an image, in pixels or latent cells."""
 
     top: int
     left: int
@@ -60,7 +60,7 @@ class Tile:
         return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
 
     def scaled(self, factor: float) -> "Tile":
-        """The same rectangle of a picture `factor` times as large, with its edges rounded down."""
+        """The same rectangle of an image `factor` times as large, with its edges rounded down."""
         edges = (self.top, self.left, self.top + self.height, self.left + self.width)
         top, left, bottom, right = (math.floor(edge * factor) for edge in edges)
         return Tile(top, left, bottom - top, right - left)
@@ -69,7 +69,7 @@ class Tile:
 def tiles(
     height: int, width: int, size: int, overlap: int, *, even: bool = True, columns_first: bool = False
 ) -> list[Tile]:
-    """Tiles of `size` a side, or of the whole side where that is shorter, that cover a picture.
+    """Tiles of `size` a side, or of the whole side where that is shorter, that cover an image.
 
     Args:
         columns_first: go down each column before the next, instead of along each row.
@@ -84,7 +84,7 @@ def tiles(
 def official_tiles(height: int, width: int, size: int, overlap: int) -> list[Tile]:
     """The tiles of the released PASD: square, of the shortest of `size` and both sides, column by column.
 
-    They differ from `tiles` in what is not cut: a picture of up to size^2 cells, however long, stays whole.
+    They differ from `tiles` in what is not cut: an image of up to size^2 cells, however long, stays whole.
     """
     if height * width <= size**2:
         return [Tile(0, 0, height, width)]

@@ -1,4 +1,4 @@
-"""Several ranks at one picture or video, by torch.distributed: operations, and clip-parallel video built on them.
+"""Several ranks at one image or video, by torch.distributed: operations, and clip-parallel video built on them.
 
 The law: the result does not depend on the number of ranks, nor on how the work is split.
 """

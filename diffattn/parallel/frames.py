@@ -77,7 +77,7 @@ def apply_on_clips(
     _raise_everywhere(plan, error)
     settings = [f"{type(swap.model).__name__}: {swap.mechanism.to_dict()}" for swap in swaps]
     plan.agree("the split, the mode, the model or the mechanism", (plan.lengths, mode, settings))
-    handle = commit(swaps, trained=True)  # its warning is of pictures; clips have their own
+    handle = commit(swaps, trained=True)  # its warning is of images; clips have their own
     try:
         for swap in swaps:
             stack = ExitStack()

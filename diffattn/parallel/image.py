@@ -1,9 +1,9 @@
-"""Patch parallelism: one picture on several ranks, each with some rows of its tokens.
+"""Patch parallelism: one image on several ranks, each with some rows of its tokens.
 
     mesh = init_device_mesh("cuda", (ranks,))
     diffattn.apply(pipe, "clear", radius=16)        # or diffattn.load, with trained weights
     shard(pipe, mesh)
-    picture = pipe(prompt, generator=generator).images[0]     # the same call on every rank, the same picture on each
+    image = pipe(prompt, generator=generator).images[0]     # the same call on every rank, the same image on each
 
 Every rank runs the whole pipeline; within a forward of the transformer it works on its own rows, and the prediction is
 put together at the end, a few numbers a token. All that is computed token by token stays local, attention exchanges
@@ -31,20 +31,20 @@ from .patches import PatchAttention, Patches, TextMode
 
 Call = dict[str, Any]
 WHOLE = ("controlnet_block_samples", "controlnet_single_block_samples", "block_controlnet_hidden_states")
-"""Arguments of a forward that hold a number for every token of the picture, and are not cut."""
+"""Arguments of a forward that hold a number for every token of the image, and are not cut."""
 
 
 def shard(target: Any, mesh: DeviceMesh | None = None, *, mode: TextMode = "exact") -> Handle:
-    """Share the rows of every picture out among the ranks of a one-dimensional `mesh` (None: this process alone).
+    """Share the rows of every image out among the ranks of a one-dimensional `mesh` (None: this process alone).
 
     Every rank calls it, and later the pipeline, with the same arguments. Returns the handle of the swap.
 
     Args:
         target: a Flux or SD3 pipeline or transformer whose attention is swapped to `clear`.
-        mode: how text attends to the picture: "exact" (log-sum-exp merge) or "paper" (averaged).
+        mode: how text attends to the image: "exact" (log-sum-exp merge) or "paper" (averaged).
 
     Raises `ValueError` or `TypeError`, with nothing changed, for a model that is not swapped, of another family, or
-    with layers, steps or options that need the whole picture.
+    with layers, steps or options that need the whole image.
     """
     swaps = swaps_of(target)
     if len(swaps) != 1:
@@ -79,7 +79,7 @@ def check_whole_picture(swap: ModelSwap) -> None:
 
 @dataclass(frozen=True)
 class PatchFamily:
-    """How a family's pictures are cut into rows, and put together."""
+    """How a family's images are cut into rows, and put together."""
 
     model: str
     """Class name of the model, subclasses included."""
@@ -95,7 +95,7 @@ class PatchFamily:
             call = named_call(module, args, kwargs)
             given = [name for name in WHOLE if call.get(name) is not None]
             if given:
-                raise ValueError(f"{given[0]} is not shared out over patches: use one rank for a ControlNet")
+                raise ValueError(f"{given[0]} is not split over patches: use one rank for a ControlNet")
             return (), self.cut(module, call, patches)
 
         def after(module: nn.Module, args: Any, output: Any) -> Any:
@@ -112,7 +112,7 @@ def _cut_flux(model: nn.Module, call: Call, patches: Patches) -> Call:
     """Tokens row by row; their rotary positions are given beside them."""
     [layout] = flux_ids(model, call)
     if layout.after:
-        raise ValueError(f"{layout.after} tokens of reference pictures are not shared out over patches: use one rank")
+        raise ValueError(f"{layout.after} tokens of reference images are not split over patches: use one rank")
     plan = patches.begin(layout.height)
     own = slice(plan.own.start * layout.width, plan.own.stop * layout.width)
     ids = call["img_ids"]

@@ -1,4 +1,4 @@
-"""CLEAR's local attention where every rank has some rows of the picture.
+"""CLEAR's local attention where every rank has some rows of the image.
 
     cells of a patch:  text, and the cells within the radius; rows of other patches come as a halo of keys and values
     text, exact:       all tokens: each rank attends for it to its own patch, merged by log-sum-exp (`merge.py`)
@@ -35,7 +35,7 @@ TextMode = Literal["exact", "paper"]
 
 @dataclass(eq=False)
 class Patches:
-    """How the rows of the present forward are shared out; the `FramePlan` of a picture counts rows, not frames."""
+    """How the rows of the present forward are split; the `FramePlan` of an image counts rows, not frames."""
 
     mesh: DeviceMesh | None = None
     traffic: Traffic = field(default_factory=Traffic)
@@ -48,7 +48,7 @@ class Patches:
         ranks = 1 if self.mesh is None else self.mesh.size()
         if rows < ranks:
             raise ValueError(
-                f"a picture of {rows} rows of tokens can't be shared out among {ranks} ranks: start fewer of them, or "
+                f"an image of {rows} rows of tokens can't be split among {ranks} ranks: start fewer of them, or "
                 f"make a taller picture"
             )
         if rows not in self._plans:
@@ -65,7 +65,7 @@ class Patches:
 
 @dataclass(frozen=True, kw_only=True)
 class PatchAttention(Mechanism):
-    """`mechanism` on a picture of which this rank holds some rows; grids are those of its patch."""
+    """`mechanism` on an image of which this rank holds some rows; grids are those of its patch."""
 
     type: ClassVar[str] = ClearAttention.type
     kinds: ClassVar[frozenset[str]] = ClearAttention.kinds
@@ -76,11 +76,9 @@ class PatchAttention(Mechanism):
 
     def __post_init__(self) -> None:
         if type(self.mechanism) is not ClearAttention:
-            raise TypeError(f"patches of a picture are for clear, whose window is a disc, got {self.mechanism}")
+            raise TypeError(f"patches of an image are for clear, whose window is a disc, got {self.mechanism}")
         if self.mechanism.down_factor is not None:
-            raise ValueError(
-                f"{self.mechanism} sees pooled keys of the whole picture, which no rank has: leave them out"
-            )
+            raise ValueError(f"{self.mechanism} sees pooled keys of the whole image, which no rank has: leave them out")
         if self.text not in ("exact", "paper"):
             raise ValueError(f"mode must be 'exact' or 'paper', got {self.text!r}")
 
@@ -94,7 +92,7 @@ class PatchAttention(Mechanism):
     def check(self, grid: TokenGrid, *, context: Context = Context()) -> None:
         self.patches.present.check(grid.height)
         if context.mask is not None:
-            raise NotImplementedError("a model's mask is not shared out over patches: use one rank")
+            raise NotImplementedError("a model's mask is not split over patches: use one rank")
 
     def attend(
         self,

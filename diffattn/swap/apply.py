@@ -150,7 +150,7 @@ def commit(swaps: list[ModelSwap], trained: bool = False) -> Handle:
 @functools.cache  # once per mechanism
 def _say_untrained(name: str) -> None:
     logger.warning(
-        "%s takes the place of the attention that the model was trained with: expect other pictures; load weights "
+        "%s takes the place of the attention that the model was trained with: expect other images; load weights "
         "trained for it by diffattn.load, or keep the first quarter of the steps dense by steps=",
         name,
     )

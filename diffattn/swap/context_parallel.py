@@ -1,6 +1,6 @@
 """Swapped attention under diffusers' context parallelism (Ulysses): every rank sees all tokens, with some of the heads.
 
-diffusers splits each stream of a model (text, picture) evenly along its tokens, so at the exit of a layer
+diffusers splits each stream of a model (text, image) evenly along its tokens, so at the exit of a layer
 
     rank r holds (b, h, n_r, d), its tokens:      text_r, picture_r
     an all-to-all gives it (b, h_r, n, d):        text_0, text_1, ..., picture_0, picture_1, ...

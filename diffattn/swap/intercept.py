@@ -64,7 +64,7 @@ _computed: ContextVar[Layer | None] = ContextVar("diffattn layer", default=None)
 class Exit:
     """Stands for the two attention functions inside one rebound `__call__`.
 
-    With `prompts` the processor is an IP-Adapter's: what follows the layer's own attention goes to picture prompts.
+    With `prompts` the processor is an IP-Adapter's: what follows the layer's own attention goes to image prompts.
     """
 
     def __init__(self, names: dict[str, Any], prompts: bool = False) -> None:
@@ -140,7 +140,7 @@ class Exit:
         return layer.attend(query, key, value, attn_mask, scale)
 
     def _leave_prompts(self) -> None:
-        """Further calls, for picture prompts, stay with the model whatever their keys."""
+        """Further calls, for image prompts, stay with the model whatever their keys."""
         if not self._prompts:
             return
         if torch.compiler.is_compiling():

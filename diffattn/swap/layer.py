@@ -81,7 +81,7 @@ class SwappedLayer:
         """Is this call the mechanism's, or the model's own attention for now?
 
         A call with other keys than the queries' own tokens stays dense where it would anyway, and is refused else;
-        those of picture prompts (IP-Adapter) follow the layer's own and do not come here. Under torch.compile the
+        those of image prompts (IP-Adapter) follow the layer's own and do not come here. Under torch.compile the
         operator decides.
         """
         if not self.active:
@@ -170,7 +170,7 @@ class SwappedLayer:
                 f"layer out by layers=, or call diffattn.restore first"
             )
         if frame is not None and not any(layer == id(self) for layer, *_ in frame.call.done):
-            self._count(outcome, query, frame)  # what follows a call of the layer's own are picture prompts
+            self._count(outcome, query, frame)  # what follows a call of the layer's own are image prompts
 
     def _tokens(self, query: Tensor, parallel_config: Any) -> int:
         return query.shape[2] if parallel_config is None else context_parallel.count_tokens(parallel_config, query)
@@ -364,7 +364,7 @@ class SwappedLayer:
 
 
 def downsample(pixels: int, grid: TokenGrid) -> int:
-    """How many times coarser `grid` is than a latent picture of `pixels` cells, along a side, rounded up."""
+    """How many times coarser `grid` is than a latent image of `pixels` cells, along a side, rounded up."""
     return max(1, math.ceil((pixels // (grid.height * grid.width)) ** 0.5))
 
 

@@ -242,7 +242,7 @@ class ModelSwap:
             logger.warning(message, *values)
 
     def _keep_swapped(self) -> None:
-        """Swap the processors too that something has put in place since: picture prompts, fused projections, perturbed
+        """Swap the processors too that something has put in place since: image prompts, fused projections, perturbed
         guidance, the user. `restore` takes a swap off.
         """
         self._seen |= {name for name in self.layers if self.in_place(name)}

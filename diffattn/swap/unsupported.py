@@ -10,12 +10,12 @@ from typing import Any
 
 from .intercept import DISPATCH, SDPA
 
-_KEYS_BESIDE = "its picture is asked alone and answered by text and picture: it has fewer queries than keys"
+_KEYS_BESIDE = "its image is asked alone and answered by text and image: it has fewer queries than keys"
 _CACHE = "it keeps keys of earlier calls: it has fewer queries than keys"
 _NABLA = "it puts its tokens into blocks and attends sparsely by itself (NABLA)"
-_REFERENCE_CACHE = "it attends in a helper beside the processor, to cached keys of reference pictures in most steps"
-_EXAMPLES = "it puts example pictures and the picture it makes into one sequence, and a window would lie on an example"
-_SEVERAL = "it makes several pictures in one sequence (layers), and a window would lie on the first alone"
+_REFERENCE_CACHE = "it attends in a helper beside the processor, to cached keys of reference images in most steps"
+_EXAMPLES = "it puts example images and the image it makes into one sequence, and a window would lie on an example"
+_SEVERAL = "it makes several images in one sequence (layers), and a window would lie on the first alone"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 >>> from diffusers import FluxPipeline
 >>> from diffattn import tiny
 >>> pipe = FluxPipeline.from_pretrained(tiny.path("flux"))
->>> picture = pipe("a red circle at the top left on a blue background", **tiny.defaults("flux")).images[0]
+>>> image = pipe("a red circle at the top left on a blue background", **tiny.defaults("flux")).images[0]
 >>> from diffusers import TextToVideoSDPipeline
 >>> pipe = TextToVideoSDPipeline.from_pretrained(tiny.path("video"))
 >>> frames = pipe("a red circle moving sideways on a blue background", **tiny.defaults("video")).frames[0]

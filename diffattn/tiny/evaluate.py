@@ -16,7 +16,7 @@ _CAPTION_PIXELS = 36
 
 
 def generate(pipeline: Any, scenes: Sequence[Scene], *, seed: int = 0, **overrides: Any) -> list[np.ndarray]:
-    """Draw every scene's caption, uint8 RGB (SIDE, SIDE, 3) each; picture i starts from noise of `seed` + i.
+    """Draw every scene's caption, uint8 RGB (SIDE, SIDE, 3) each; image i starts from noise of `seed` + i.
 
     `overrides` replace the pipeline's default call arguments.
     """
@@ -31,7 +31,7 @@ def generate(pipeline: Any, scenes: Sequence[Scene], *, seed: int = 0, **overrid
 
 
 def judge(pictures: Sequence[np.ndarray], scenes: Sequence[Scene]) -> tuple[list[Finding], float]:
-    """Findings of all pictures, and the share in which every promise was kept."""
+    """Findings of all images, and the share in which every promise was kept."""
     findings = [find(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
     return findings, sum(finding.kept for finding in findings) / len(findings)
 
@@ -39,7 +39,7 @@ def judge(pictures: Sequence[np.ndarray], scenes: Sequence[Scene]) -> tuple[list
 def write_sheet(
     pictures: Sequence[np.ndarray], scenes: Sequence[Scene], findings: Sequence[Finding], file: Path, columns: int = 8
 ) -> None:
-    """Save the pictures in a grid with their captions; captions of failures are red."""
+    """Save the images in a grid with their captions; captions of failures are red."""
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (SIDE + 8), rows * (SIDE + _CAPTION_PIXELS)), "white")
     draw = ImageDraw.Draw(sheet)

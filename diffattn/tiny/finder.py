@@ -1,4 +1,4 @@
-"""Whether a picture shows what its caption promises: the right colour at the right place on the right background."""
+"""Whether an image shows what its caption promises: the right colour at the right place on the right background."""
 
 from dataclasses import dataclass
 
@@ -38,14 +38,14 @@ class Finding:
 
 
 def find(picture: np.ndarray, scene: Scene) -> Finding:
-    """Look for `scene`'s object in a uint8 RGB picture of shape (SIDE, SIDE, 3).
+    """Look for `scene`'s object in a uint8 RGB image of shape (SIDE, SIDE, 3).
 
     Every pixel takes the name of its nearest palette colour (a stripe counts as its background's colour). The
     commonest name is the background; the object is the largest 4-connected blob of the promised colour.
     """
     if picture.shape != (SIDE, SIDE, 3) or picture.dtype != np.uint8:
         raise ValueError(
-            f"expected a uint8 picture of shape {(SIDE, SIDE, 3)}; got {picture.dtype} of shape {picture.shape}; "
+            f"expected a uint8 image of shape {(SIDE, SIDE, 3)}; got {picture.dtype} of shape {picture.shape}; "
             "generate it at the native size and convert it with numpy.asarray"
         )
     names = name_pixels(picture)

@@ -2,7 +2,7 @@
 
     centre(t) = 24 + 5 sin(2 pi (start + t) / period)      along the line, in pixels
 
-The shape slows down before it turns at the end of its line, so its course has no corner and never leaves the picture,
+The shape slows down before it turns at the end of its line, so its course has no corner and never leaves the image,
 however long the video is; and it never leaves the middle, where attention over time at one place finds it in every
 frame. A caption may leave out the colour, the shape, or both: the video then shows any one of them, the same in all
 its frames.

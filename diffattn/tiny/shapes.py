@@ -1,7 +1,7 @@
-"""Captioned pictures made by formula: one coloured shape at one of nine places on a plain or striped background.
+"""Captioned images made by formula: one coloured shape at one of nine places on a plain or striped background.
 
 The whole world is `Scene`: colour, shape, place, background colour, size and texture. `render` draws a scene as an
-RGB picture, `captions` says it in words, and `is_held_out` names the combinations that training never sees.
+RGB image, `captions` says it in words, and `is_held_out` names the combinations that training never sees.
 """
 
 import itertools
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 SIDE = 128
-"""Side of a picture in pixels."""
+"""Side of an image in pixels."""
 
 PALETTE: dict[str, tuple[int, int, int]] = {
     "red": (215, 35, 40),
@@ -55,7 +55,7 @@ _STRETCH = 0.03
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What one picture shows; each field is a key of this module's tables."""
+    """What one image shows; each field is a key of this module's tables."""
 
     colour: str
     shape: str
@@ -139,7 +139,7 @@ def render(scene: Scene, rng: np.random.Generator | None = None) -> np.ndarray:
     """Draw a scene as uint8 RGB of shape (SIDE, SIDE, 3).
 
     With `rng` the shape is moved by up to a pixel each way and its radius scaled by up to 3 percent, which is small
-    beside the 8 pixels of an image token; without it the picture is the nominal one.
+    beside the 8 pixels of an image token; without it the image is the nominal one.
     """
     row, column = PLACES[scene.place]
     shift_y, shift_x, stretch = (0.0, 0.0, 0.0) if rng is None else rng.uniform(-1.0, 1.0, 3)
@@ -181,10 +181,10 @@ def outline_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) ->
 
 
 def to_tensor(drawn: np.ndarray) -> torch.Tensor:
-    """Uint8 pictures (batch, side, side, 3) as float32 (batch, 3, side, side) in -1..1."""
+    """Uint8 images (batch, side, side, 3) as float32 (batch, 3, side, side) in -1..1."""
     return torch.from_numpy(drawn).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
 
 
 def pixels(batch: list[Scene], rng: np.random.Generator) -> torch.Tensor:
-    """Jittered pictures of a batch of scenes, float32 (batch, 3, side, side) in -1..1."""
+    """Jittered images of a batch of scenes, float32 (batch, 3, side, side) in -1..1."""
     return to_tensor(np.stack([render(scene, rng) for scene in batch]))

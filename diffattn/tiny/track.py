@@ -101,7 +101,7 @@ def widen(mask: np.ndarray, pixels: int = 2) -> np.ndarray:
 
 
 def centroid(weights: np.ndarray) -> tuple[float, float]:
-    """x and y of the middle of a picture of weights, in pixels."""
+    """x and y of the middle of an image of weights, in pixels."""
     pixels, total = np.arange(SIDE) + 0.5, weights.sum()
     return float(weights.sum(0) @ pixels / total), float(weights.sum(1) @ pixels / total)
 

@@ -1,4 +1,4 @@
-"""The cache that training reads instead of pictures and captions, so that it needs neither VAE nor text encoders.
+"""The cache that training reads instead of images and captions, so that it needs neither VAE nor text encoders.
 
 `cache_facts.py` says what its files are.
 """
@@ -58,18 +58,18 @@ def write_cache(
     world: int = 1,
     progress: bool = False,
 ) -> Counts:
-    """Encode the pictures and captions of a folder with a stock pipeline, as far as they aren't yet.
+    """Encode the images and captions of a folder with a stock pipeline, as far as they aren't yet.
 
-    Files are written whole or not at all; one that is not whole, or whose picture or caption has changed since, is
-    written anew. Corrupt pictures are left out with a warning each.
+    Files are written whole or not at all; one that is not whole, or whose image or caption has changed since, is
+    written anew. Corrupt images are left out with a warning each.
 
     Args:
-        size: height and width in pixels; pictures are resized to cover it and cropped at their centre.
+        size: height and width in pixels; images are resized to cover it and cropped at their centre.
         max_sequence_length: text tokens; None: as the pipeline's own calls.
-        rank: this process works on every `world`-th picture, from the `rank`-th on.
+        rank: this process works on every `world`-th image, from the `rank`-th on.
 
-    Raises `ValueError` for a folder without pictures or captions, for one that holds the cache of another model,
-    precision or size, and where every picture is corrupt.
+    Raises `ValueError` for a folder without images or captions, for one that holds the cache of another model,
+    precision or size, and where every image is corrupt.
     """
     root = Path(folder)
     pictures = find_pictures(root)
@@ -87,7 +87,7 @@ def write_cache(
     if outcomes["corrupt"] == len(mine) and all(_pixels(one, size) is None for one in pictures):
         if claimed:
             (root / FACTS).unlink(missing_ok=True)
-        raise ValueError(f"expected pictures in {root}, got {len(pictures)} corrupt files only; replace them")
+        raise ValueError(f"expected images in {root}, got {len(pictures)} corrupt files only; replace them")
     return Counts(**outcomes)
 
 
@@ -100,7 +100,7 @@ class Origins:
         self._unknown: list[str] = []
 
     def of(self, picture: Captioned, shapes: Shapes) -> str:
-        """What a file with tensors of `shapes` says: two fingerprints, of picture and caption and of the encoders."""
+        """What a file with tensors of `shapes` says: two fingerprints, of image and caption and of the encoders."""
         parts: list[Any] = [str(self._dtype)]
         if "mean" in shapes:
             parts += [picture.path.read_bytes(), self._facts["picture_size"]]
@@ -131,7 +131,7 @@ class Origins:
             logger.warning("pictures or captions have changed, encoded anew: %s", named(sorted(set(self._changed))))
         if self._unknown:
             logger.warning(
-                "files in %s do not say what they were made from, kept: %s; delete them if pictures or captions have "
+                "files in %s do not say what they were made from, kept: %s; delete them if images or captions have "
                 "changed",
                 folder,
                 named(sorted(set(self._unknown))),
@@ -141,8 +141,8 @@ class Origins:
 class CacheSource(Source):
     """The samples of a cache; a latent is drawn from the VAE's posterior each time.
 
-    They are the pictures of the folder whose files are there, told by names alone; pictures without are left out with
-    a warning. A folder without any picture gives what its cache files hold.
+    They are the images of the folder whose files are there, told by names alone; images without are left out with
+    a warning. A folder without any image gives what its cache files hold.
 
     Args:
         expected: what the cache must be, such as `model_facts(transformer)`; other values raise `ValueError`.
@@ -256,7 +256,7 @@ def _claim(folder: Path, facts: Facts) -> bool:
 
 
 def _encode(pipe: Any, picture: Captioned, facts: Facts, dtype: torch.dtype, origins: Origins) -> str:
-    """Write what one picture lacks; says what became of it, in the words of `Counts`."""
+    """Write what one image lacks; says what became of it, in the words of `Counts`."""
     files = layout(facts)
     paths = {ending: picture.path.with_name(f"{picture.path.stem}{ending}") for ending in files}
     wanted = {ending: origins.of(picture, shapes) for ending, shapes in files.items()}
@@ -298,11 +298,11 @@ def _whole(path: Path, shapes: Shapes) -> bool:
 
 
 def _pixels(picture: Captioned, size: tuple[int, int]) -> Tensor | None:
-    """The picture; None, with a warning, where it can't be read."""
+    """The image; None, with a warning, where it can't be read."""
     try:
         return load_picture(picture.path, size)
     except ValueError as error:
-        logger.warning("corrupt picture: %s", error)
+        logger.warning("corrupt image: %s", error)
         return None
 
 
@@ -341,10 +341,10 @@ def _cached_names(folder: Path, endings: tuple[str, ...]) -> list[str]:
     if not whole & wanted:
         lost = f"{FACTS} is missing; " if any(file.endswith(SAMPLE) for file in files) and SAMPLE not in endings else ""
         raise ValueError(
-            f"expected cached pictures in {folder}, got none of {len(wanted)}; {lost}run write_cache on it first"
+            f"expected cached images in {folder}, got none of {len(wanted)}; {lost}run write_cache on it first"
         )
     if wanted - whole:
         logger.warning("not cached, left out: %s; run write_cache on %s", named(sorted(wanted - whole)), folder)
     if whole - wanted:
-        logger.warning("cached, but their pictures are gone, left out: %s", named(sorted(whole - wanted)))
+        logger.warning("cached, but their images are gone, left out: %s", named(sorted(whole - wanted)))
     return sorted(whole & wanted)

@@ -1,6 +1,6 @@
 """What the files of a cache are: diffattn_cache.json, the two formats, and whether they belong to a model.
 
-Flux has the files of CLEAR's official training, beside each picture NAME:
+Flux has the files of CLEAR's official training, beside each image NAME:
 
 - NAME_latent_code.safetensors: `mean` and `std` of the VAE's posterior (channels, height, width), neither shifted nor
   scaled;

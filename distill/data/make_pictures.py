@@ -1,7 +1,7 @@
-"""The teacher makes its own training set: a picture for every prompt.
+"""The teacher makes its own training set: an image for every prompt.
 
 A student trained on what its teacher draws keeps the teacher's look better than one trained on photographs (CLEAR,
-https://arxiv.org/abs/2412.16112). Picture i depends on its prompt, `seed` + i and the call alone.
+https://arxiv.org/abs/2412.16112). Image i depends on its prompt, `seed` + i and the call alone.
 """
 
 import inspect
@@ -54,13 +54,13 @@ def make_pictures(
 ) -> Counts:
     """Draw prompt i, from noise of `seed` + i, to 00000i.png and its prompt to 00000i.json; what is there is skipped.
 
-    00000i.json says besides by which model and call the picture was drawn.
+    00000i.json says besides by which model and call the image was drawn.
 
     Args:
         call: further arguments of the pipeline's call, such as the number of steps.
         rank: this process draws every `world`-th prompt, from the `rank`-th on.
 
-    Raises `ValueError` where the folder holds pictures of other prompts, seeds, models, sizes or other arguments.
+    Raises `ValueError` where the folder holds images of other prompts, seeds, models, sizes or other arguments.
     """
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"expected a list of prompts, got {prompts!r}; read_prompts reads one from a file")
@@ -97,7 +97,7 @@ def _check_size(pipe: Any, call: Mapping[str, Any]) -> None:
 
 
 def _made(picture: Path, said: dict[str, Any]) -> bool:
-    """Whether a picture is there; raises `ValueError` where it is another one."""
+    """Whether an image is there; raises `ValueError` where it is another one."""
     try:
         known = json.loads(picture.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -140,17 +140,17 @@ def _draw(pipe: Any, batch: Mapping[Path, dict[str, Any]], call: Mapping[str, An
         asked = call.get("width", picture.width), call.get("height", picture.height)
         if picture.size != asked:  # pipelines round a size, with no more than a log line
             raise ValueError(
-                f"expected pictures of height {asked[1]} and width {asked[0]}, the pipeline draws {picture.height} and "
+                f"expected images of height {asked[1]} and width {asked[0]}, the pipeline draws {picture.height} and "
                 f"{picture.width}: ask for that size, or for another"
             )
         with written(path) as temporary:
             picture.save(temporary)
-        # Last: it says that the picture is whole.
+        # Last: it says that the image is whole.
         write_json(path.with_suffix(".json"), said)
 
 
 def draw(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], **call: Any) -> list[Image.Image]:
-    """A picture for every prompt, from the noise of its seed; a video pipeline makes one frame."""
+    """An image for every prompt, from the noise of its seed; a video pipeline makes one frame."""
     if "num_frames" in inspect.signature(type(pipe).__call__).parameters:
         call = {"num_frames": 1, **call}
     # On the CPU, so that every machine draws the same noise.

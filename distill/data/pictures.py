@@ -37,7 +37,7 @@ METADATA = ("metadata.jsonl", "metadata.json")
 
 @dataclass(frozen=True)
 class Captioned:
-    """A picture in a folder, with its caption."""
+    """An image in a folder, with its caption."""
 
     name: str
     """Path below the folder, with slashes and without the ending."""
@@ -47,7 +47,7 @@ class Captioned:
 
 @dataclass(frozen=True)
 class Packed:
-    """A picture in a shard, with its caption."""
+    """An image in a shard, with its caption."""
 
     name: str
     """SHARD/NAME."""
@@ -59,7 +59,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the pictures that one process worked on."""
+    """What became of the images that one process worked on."""
 
     done: int = 0
     skipped: int = 0
@@ -69,23 +69,21 @@ class Counts:
 
 
 def find_pictures(folder: str | os.PathLike[str]) -> list[Captioned]:
-    """All pictures of a folder by name; raises `ValueError` where there are none, or any without a caption.
+    """All images of a folder by name; raises `ValueError` where there are none, or any without a caption.
 
-    The pictures themselves are not opened.
+    The images themselves are not opened.
     """
     root = Path(folder)
     files = list_files(root)
     pictures = pictures_in(files)
     if not pictures:
-        raise ValueError(
-            f"expected pictures ({', '.join(ENDINGS)}) in {root}, got none; give the folder that holds them"
-        )
+        raise ValueError(f"expected images ({', '.join(ENDINGS)}) in {root}, got none; give the folder that holds them")
     known, listed = set(files), _listed_captions(root, files)
     captions = {name: _caption_beside(root, name, known) or listed.get(file, "") for name, file in pictures.items()}
     absent = [pictures[name] for name, caption in captions.items() if not caption]
     if absent:
         raise ValueError(
-            f"expected a caption for every picture of {root}, got none for {named(absent)}; write it to NAME.txt, to "
+            f"expected a caption for every image of {root}, got none for {named(absent)}; write it to NAME.txt, to "
             f'NAME.json as {{"prompt": ...}}, or to {METADATA[0]}'
         )
     return [Captioned(name, root / pictures[name], caption) for name, caption in captions.items()]
@@ -120,7 +118,7 @@ def list_files(folder: Path) -> list[str]:
 
 
 def pictures_in(files: Iterable[str]) -> dict[str, str]:
-    """Names of the pictures among some files, with the file of each."""
+    """Names of the images among some files, with the file of each."""
     pictures: dict[str, str] = {}
     for file in files:
         name, ending = os.path.splitext(file)
@@ -133,7 +131,7 @@ def pictures_in(files: Iterable[str]) -> dict[str, str]:
 
 
 def load_picture(source: str | os.PathLike[str] | BinaryIO, size: tuple[int, int]) -> Tensor:
-    """A picture, resized to cover `size` (height, width) and cropped at its centre: float32 (3, h, w) in [-1, 1].
+    """An image, resized to cover `size` (height, width) and cropped at its centre: float32 (3, h, w) in [-1, 1].
 
     It is read as `read_picture` of `diffattn.media` does, and what is clear becomes white. Raises `ValueError` with its
     name where it can't be read.
@@ -142,7 +140,7 @@ def load_picture(source: str | os.PathLike[str] | BinaryIO, size: tuple[int, int
     try:
         picture = Image.fromarray(read_picture(source).on_white)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source} is not a whole picture ({error}); replace or remove it") from error
+        raise ValueError(f"{source} is not a whole image ({error}); replace or remove it") from error
     fitted = ImageOps.fit(picture, (width, height), method=Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
 
@@ -208,10 +206,10 @@ def _expanded(pattern: str) -> list[str]:
 
 
 def read_shards(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Packed]:
-    """The pictures of some shards, in order.
+    """The images of some shards, in order.
 
-    A corrupt picture is left out with a warning, and their number is said at the end. Raises `ValueError` for a shard
-    that is not whole, a picture without a caption, and where every picture is corrupt.
+    A corrupt image is left out with a warning, and their number is said at the end. Raises `ValueError` for a shard
+    that is not whole, an image without a caption, and where every image is corrupt.
     """
     total = corrupt = 0
     for packed in _packed(paths):
@@ -220,19 +218,19 @@ def read_shards(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Packed]:
             read_picture(io.BytesIO(packed.data))
         except ValueError as error:
             corrupt += 1
-            logger.warning("corrupt picture: %s in a shard (%s)", packed.name, error)
+            logger.warning("corrupt image: %s in a shard (%s)", packed.name, error)
             continue
         yield packed
     if corrupt == total:
-        raise ValueError(f"expected pictures in the shards, got {corrupt} corrupt ones only; write the shards again")
+        raise ValueError(f"expected images in the shards, got {corrupt} corrupt ones only; write the shards again")
     if corrupt:
-        logger.warning("%d of the %d pictures in the shards are corrupt and left out", corrupt, total)
+        logger.warning("%d of the %d images in the shards are corrupt and left out", corrupt, total)
 
 
 def unpack_shards(
     paths: Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str], *, rank: int = 0, world: int = 1
 ) -> Counts:
-    """Write the pictures of some shards to a folder, as SHARD/NAME.png and .json; what is there already is skipped.
+    """Write the images of some shards to a folder, as SHARD/NAME.png and .json; what is there already is skipped.
 
     They are not opened: what reads them next names the corrupt ones.
 
@@ -256,7 +254,7 @@ def unpack_shards(
 
 
 def _is_there(packed: Packed, picture: Path, caption: Path) -> bool:
-    """Is it the same picture with the same caption that lies there?"""
+    """Is it the same image with the same caption that lies there?"""
     try:
         return picture.read_bytes() == packed.data and json.loads(caption.read_bytes()) == {"prompt": packed.caption}
     except (OSError, ValueError):
@@ -295,7 +293,7 @@ def _pack(shard: Path, sample: dict[str, Any]) -> Packed:
     if ending is None or not caption:
         endings = sorted(name for name in sample if not name.startswith("__"))
         raise ValueError(
-            f"expected a picture and a caption (json or txt) for {name}, got {', '.join(endings)} only; files of one "
+            f"expected an image and a caption (json or txt) for {name}, got {', '.join(endings)} only; files of one "
             f"name must lie next to each other in the shard"
         )
     return Packed(name, ending, sample[ending[1:]], caption)
@@ -313,7 +311,7 @@ def _caption_beside(root: Path, name: str, files: set[str]) -> str:
 
 
 def _listed_captions(root: Path, files: Sequence[str]) -> dict[str, str]:
-    """The captions in the metadata files, by picture file."""
+    """The captions in the metadata files, by image file."""
     captions: dict[str, str] = {}
     for file in map(PurePosixPath, files):
         if file.name in METADATA:

@@ -22,7 +22,7 @@ class Sample:
     latents: Tensor
     """(channels, height, width), or (channels, frames, height, width); shifted and scaled, float32."""
     conditioning: dict[str, Tensor]
-    """Arguments of the model's forward that say what is in the picture, without the batch axis."""
+    """Arguments of the model's forward that say what is in the image, without the batch axis."""
 
 
 class Source(Protocol):
@@ -85,7 +85,7 @@ def collate(source: Source, chosen: Sequence[int], seed: int) -> Batch:
     shapes = {tuple(sample.latents.shape): sample.name for sample in samples}
     if len(shapes) > 1:
         found = ", ".join(f"{name} is {list(shape)}" for shape, name in shapes.items())
-        raise ValueError(f"latents of one batch must be of one size, got {found}; sort the pictures by size")
+        raise ValueError(f"latents of one batch must be of one size, got {found}; sort the images by size")
     names = samples[0].conditioning
     conditioning = {name: torch.stack([sample.conditioning[name] for sample in samples]) for name in names}
     return Batch(

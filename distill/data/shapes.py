@@ -1,4 +1,4 @@
-"""The bundled pipeline's own world as data: procedural pictures, encoded once, seen in training or held out from it."""
+"""The bundled pipeline's own world as data: procedural images, encoded once, seen in training or held out from it."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ PART = 32
 
 
 class Shapes:
-    """`count` pictures of `diffattn.tiny.shapes` with their captions, as samples of the pipeline `pipe`.
+    """`count` images of `diffattn.tiny.shapes` with their captions, as samples of the pipeline `pipe`.
 
     `unseen`: held-out combinations, for evaluation; else those that training may see.
     """
@@ -50,17 +50,17 @@ class Shapes:
         return len(self._captions)
 
     def sample(self, index: int, generator: torch.Generator) -> Sample:
-        """One picture; nothing in it is random."""
+        """One image; nothing in it is random."""
         conditioning = {"encoder_hidden_states": self._text[index], "pooled_projections": self._pooled[index]}
         return Sample(self._captions[index], self._latents[index], conditioning)
 
 
 def encode(vae: Any, pictures: Tensor) -> Tensor:
-    """Posterior means of pictures in [-1, 1], shifted and scaled as the transformer sees them."""
+    """Posterior means of images in [-1, 1], shifted and scaled as the transformer sees them."""
     means: Tensor = vae.encode(pictures).latent_dist.mean
     return (means - vae.config.shift_factor) * vae.config.scaling_factor
 
 
 def held_out(count: int, seed: int = 0) -> list[str]:
-    """Captions of pictures that training never sees."""
+    """Captions of images that training never sees."""
     return [caption(scene) for scene in held_out_scenes(count, seed)]

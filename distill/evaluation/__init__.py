@@ -1,1 +1,1 @@
-"""A student beside its teacher: figures, pictures, and the page that shows them."""
+"""A student beside its teacher: figures, images, and the page that shows them."""

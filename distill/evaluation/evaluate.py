@@ -1,11 +1,11 @@
-"""A student beside its teacher: velocity by noise level, attention and cost by layer, time of a forward, pictures.
+"""A student beside its teacher: velocity by noise level, attention and cost by layer, time of a forward, images.
 
 Three models are compared on the same inputs: the teacher (exact attention, original weights), the student, and the swap
 alone (the student's attention with the original weights), which says what training brought.
 
     velocity error = E |p - p_teacher|^2 / E |p_teacher|^2 at each noise level, over held-out samples
 
-`evaluation_page.py` writes the figures, as JSON, Markdown and a sheet of pictures.
+`evaluation_page.py` writes the figures, as JSON, Markdown and a sheet of images.
 """
 
 import contextlib
@@ -132,10 +132,10 @@ def evaluate(
     metrics: Mapping[str, Metric] | None = None,
     rounds: int = 0,
 ) -> tuple[Evaluation, dict[str, list[np.ndarray]]]:
-    """All figures on `samples` of a held-out source, and the pictures that `draw(prompt, seed)` makes of `prompts`.
+    """All figures on `samples` of a held-out source, and the images that `draw(prompt, seed)` makes of `prompts`.
 
     Args:
-        metrics: further comparisons of the pictures, as `picture_metrics.open_metrics` opens them.
+        metrics: further comparisons of the images, as `picture_metrics.open_metrics` opens them.
         rounds: how often every model's forward is timed; 0 for not at all.
     """
     if metrics and (draw is None or not prompts):
@@ -251,7 +251,7 @@ def draw_all(
 def compare(
     drawn: dict[str, list[np.ndarray]], prompts: Sequence[str] = (), metrics: Mapping[str, Metric] | None = None
 ) -> Pictures:
-    """PSNR and SSIM of the student's pictures, and of the swap's, to the teacher's; further metrics of all three."""
+    """PSNR and SSIM of the student's images, and of the swap's, to the teacher's; further metrics of all three."""
     others = [which for which in MODELS if which != "teacher"]
 
     def mean(metric: Callable[[Any, Any], float], which: str) -> float:

@@ -1,4 +1,4 @@
-"""An evaluation as files: evaluation.json, evaluation.md and, where pictures were drawn, sheet.png."""
+"""An evaluation as files: evaluation.json, evaluation.md and, where images were drawn, sheet.png."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,7 +18,7 @@ from .picture_metrics import TITLES
 def save(
     evaluation: Evaluation, drawn: dict[str, list[np.ndarray]], prompts: Sequence[str], folder: Path
 ) -> list[Path]:
-    """Write `evaluation.json`, `evaluation.md`, and `sheet.png` where pictures were drawn."""
+    """Write `evaluation.json`, `evaluation.md`, and `sheet.png` where images were drawn."""
     paths = [
         write_json(folder / "evaluation.json", asdict(evaluation)),
         write_text(folder / "evaluation.md", markdown(evaluation)),
@@ -89,7 +89,7 @@ def _speed(speed: Speed) -> list[str]:
         f"Time of a forward, one sample with latents {' x '.join(map(str, speed.size))}, {speed.rounds} rounds in "
         f"turn; {hardware_line(speed.machine)}:",
         "",
-        "| model | median | quartiles | speed-up |",
+        "| model | median | quartiles | speedup |",
         "|---|---:|---:|---:|",
         *rows,
     ]

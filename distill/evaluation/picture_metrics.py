@@ -1,12 +1,12 @@
-"""Comparisons of pictures by trained networks, from weights that lie on this machine: nothing is downloaded.
+"""Comparisons of images by trained networks, from weights that lie on this machine: nothing is downloaded.
 
-- `lpips`, a distance to the teacher's pictures (Zhang et al., https://arxiv.org/abs/1801.03924, AlexNet, version 0.1):
+- `lpips`, a distance to the teacher's images (Zhang et al., https://arxiv.org/abs/1801.03924, AlexNet, version 0.1):
   needs torchmetrics, which brings the linear layers, and the weights of torchvision's AlexNet in a file. torchvision
   itself, which torchmetrics would ask for and let download them, is not needed.
-- `clip_text`, 100 times the cosine of picture and prompt, at least 0 (Hessel et al., https://arxiv.org/abs/2104.08718),
-  and `clip_picture`, the same of picture and teacher's picture: a folder with a CLIP model of transformers.
-- `frechet`, the Frechet distance of the features of all pictures to those of the teacher's, as FID, but by the features
-  of a model of transformers such as DINOv2 or CLIP: needs torchmetrics. It is biased for less pictures than features.
+- `clip_text`, 100 times the cosine of image and prompt, at least 0 (Hessel et al., https://arxiv.org/abs/2104.08718),
+  and `clip_picture`, the same of image and teacher's image: a folder with a CLIP model of transformers.
+- `frechet`, the Frechet distance of the features of all images to those of the teacher's, as FID, but by the features
+  of a model of transformers such as DINOv2 or CLIP: needs torchmetrics. It is biased for less images than features.
 
 The Inception network of the original FID is not offered: its weights come as TorchScript or pickle, which may run code
 when they are read. Models are read from safetensors, LPIPS's weights without code.
@@ -26,7 +26,7 @@ from diffattn.files.weights import load_strictly, read_weights
 Pictures = Sequence[np.ndarray]
 """uint8 (height, width, 3) each."""
 Metric = Callable[[Pictures, Pictures, Sequence[str]], float]
-"""Pictures, the teacher's pictures, prompts -> one number."""
+"""Pictures, the teacher's images, prompts -> one number."""
 Place = str | os.PathLike[str]
 
 TITLES = {
@@ -60,7 +60,7 @@ def open_metrics(
 
 
 class Lpips:
-    """Mean over the pictures of LPIPS to the teacher's; both have at least 32 pixels a side."""
+    """Mean over the images of LPIPS to the teacher's; both have at least 32 pixels a side."""
 
     def __init__(self, weights: Place, device: torch.device | str) -> None:
         try:
@@ -133,7 +133,7 @@ def _load_alexnet(net: nn.Sequential, path: Path) -> None:
 
 
 class Clip:
-    """Cosines of CLIP's embeddings, times 100 and at least 0, as means over the pictures."""
+    """Cosines of CLIP's embeddings, times 100 and at least 0, as means over the images."""
 
     def __init__(self, folder: Place, device: torch.device | str) -> None:
         from transformers import AutoTokenizer, CLIPModel
@@ -145,7 +145,7 @@ class Clip:
 
     @torch.no_grad()
     def text(self, pictures: Pictures, teacher: Pictures, prompts: Sequence[str]) -> float:
-        """Of each picture and its prompt, which is cut where it is too long."""
+        """Of each image and its prompt, which is cut where it is too long."""
         words = self.tokenizer(
             list(prompts), padding=True, truncation=True, max_length=self.length, return_tensors="pt"
         ).to(self.look.device)
@@ -156,7 +156,7 @@ class Clip:
 
     @torch.no_grad()
     def picture(self, pictures: Pictures, teacher: Pictures, prompts: Sequence[str]) -> float:
-        """Of each picture and the teacher's."""
+        """Of each image and the teacher's."""
         return _cosine(self._embedded(pictures), self._embedded(teacher))
 
     def _embedded(self, pictures: Pictures) -> Tensor:
@@ -166,7 +166,7 @@ class Clip:
 
 
 class Frechet:
-    """|mu - mu_t|^2 + trace(S + S_t - 2 (S S_t)^(1/2)) over the features of all pictures and of the teacher's."""
+    """|mu - mu_t|^2 + trace(S + S_t - 2 (S S_t)^(1/2)) over the features of all images and of the teacher's."""
 
     def __init__(self, folder: Place, device: torch.device | str) -> None:
         try:
@@ -182,9 +182,7 @@ class Frechet:
     @torch.no_grad()
     def __call__(self, pictures: Pictures, teacher: Pictures, prompts: Sequence[str]) -> float:
         if len(pictures) < 2:
-            raise ValueError(
-                f"the Frechet distance compares at least 2 pictures, got {len(pictures)}; give more prompts"
-            )
+            raise ValueError(f"the Frechet distance compares at least 2 images, got {len(pictures)}; give more prompts")
         self.distance.reset()
         for group, real in ((teacher, True), (pictures, False)):
             for picture in group:
@@ -193,7 +191,7 @@ class Frechet:
 
 
 class Features(nn.Module):
-    """Pooled features of uint8 pictures (b, 3, height, width)."""
+    """Pooled features of uint8 images (b, 3, height, width)."""
 
     def __init__(self, model: Any, look: "Look") -> None:
         super().__init__()

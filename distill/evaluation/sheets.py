@@ -1,4 +1,4 @@
-"""Sheets of pictures during training: teacher, student and swap alone, of the same prompts and the same noise."""
+"""Sheets of images during training: teacher, student and swap alone, of the same prompts and the same noise."""
 
 from pathlib import Path
 

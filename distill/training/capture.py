@@ -5,7 +5,7 @@
     captured.outputs  # one tensor a layer, in the order of `names`
 
 A layer's output is what its module returns for the grid: after the output projection where the module has one, the
-attention itself where it has none, as in Flux's single blocks (the tensor of CLEAR's loss). Modules that return picture
+attention itself where it has none, as in Flux's single blocks (the tensor of CLEAR's loss). Modules that return image
 and text apart give the picture's.
 
 The hooks listen inside the `with` block alone, so a block that gradient checkpointing computes again in the backward

@@ -322,7 +322,7 @@ def make_accelerator(config: DistillConfig, folder: Path) -> Accelerator:
 
 
 def _axes(tracker: Any) -> dict[str, str]:
-    """TensorBoard asks for the order of the axes of a picture."""
+    """TensorBoard asks for the order of the axes of an image."""
     return {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
 
 

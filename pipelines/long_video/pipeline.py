@@ -58,11 +58,11 @@ class LongVideoPipeline:
         """Make the video and return this rank's latents, `(frames, channels, height, width)`.
 
         Args:
-            output: a video file or a folder for pictures; None: neither.
+            output: a video file or a folder for images; None: neither.
             work: folder of the parts of a video file, the same for all ranks. None: beside `output`.
             checkpoints: where and when to save.
             resume: what a checkpoint gave, to go on from.
-            overwrite: remove what a folder for pictures has of a longer video; without it that raises `ValueError`.
+            overwrite: remove what a folder for images has of a longer video; without it that raises `ValueError`.
         """
         if output is not None and output.suffix == "":
             check_frames(output, config.frames, overwrite=overwrite, option="output")

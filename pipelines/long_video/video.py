@@ -19,7 +19,7 @@ from diffattn.media.video import VideoWriter, pyav
 def check_output(output: Path, height: int, width: int, *, overwrite: bool = False, count: int | None = None) -> None:
     """Raise before the work where `output` could not be written after it, or would replace another video.
 
-    `count`: frames of a run that goes on; so many may be in a folder for pictures.
+    `count`: frames of a run that goes on; so many may be in a folder for images.
     """
     if output.suffix == "":
         check_frames(output, count, overwrite=overwrite)

@@ -26,7 +26,7 @@ from .sampling.vae_tiles import padded_tiles, run_in_tiles
 from .settings import CELL, Defaults, check_choices, check_level, check_tiles
 
 Pictures = Image.Image | Tensor | Any
-"""One picture or several of one size: of Pillow, or arrays and tensors as diffusers' image processor takes them."""
+"""One image or several of one size: of Pillow, or arrays and tensors as diffusers' image processor takes them."""
 
 Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 
@@ -78,32 +78,32 @@ class PixelAwarePipeline(DiffusionPipeline, StableDiffusionMixin, TextualInversi
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Restore one picture, or several of one size.
+        """Restore one image, or several of one size.
 
         Args:
-            image: pictures of any size; gray ones, or colour ones taken for gray, where `task` is "grayscale".
+            image: images of any size; gray ones, or colour ones taken for gray, where `task` is "grayscale".
             prompt: what they show; one for all, or one each.
             negative_prompt: None: the authors'.
-            added_prompt: words for quality after every prompt. None: the authors'.
-            captioner: says what a picture shows, before the prompt. None: no caption.
+            added_prompt: quality prompt after every prompt. None: the authors'.
+            captioner: says what an image shows, before the prompt. None: no caption.
             upscale: factor of both sides.
-            process_size: least length in pixels of the shorter side while restoring: smaller pictures are enlarged to
+            process_size: least length in pixels of the shorter side while restoring: smaller images are enlarged to
                 it and made smaller again. None: 768, or 1280 for SDXL.
             task: "realisr", or "grayscale" to colorize: the result keeps the luma of the input.
             num_inference_steps: None: 20, or 25 for SDXL.
             guidance_scale: weight of the prompt over the negative prompt; at most 1 leaves the negative one out, and
                 halves the cost. None: 9, or 7 for SDXL.
-            conditioning_scale: weight of the picture: factor of the ControlNet's residuals. None: 1, or 0.8 for SDXL.
+            conditioning_scale: weight of the image: factor of the ControlNet's residuals. None: 1, or 0.8 for SDXL.
             guess_mode: the ControlNet sees the positive half alone, its residuals growing from 0.1 to 1 with depth.
             start: from the "lr" picture's latents under noise, or from "noise" alone. None: "lr", or "noise" for SDXL.
             added_noise_level: timestep, from 0, of the second noise on the latents of the "lr" start.
-            tile_size: longest side in pixels that is restored at once; longer pictures are restored in tiles.
+            tile_size: longest side in pixels that is restored at once; longer images are restored in tiles.
             tile_overlap: least overlap of tiles in pixels.
             tile_batch: tiles in one call of the networks: faster where they are small, for more memory.
             color_fix: give the result the colours of the input by "wavelet" or "adain"; None: leave them.
             official: what the released code does where it is wrong: see `add_noise_twice`, `official_tiles`,
                 `gaussian_weights`, and VAE tiles without blending.
-            generator: one for all pictures, or one each: then a picture does not depend on the others in its batch.
+            generator: one for all images, or one each: then an image does not depend on the others in its batch.
             latents: start from these instead, (batch, 4, rows, columns), as they go into the first step.
             cross_attention_kwargs: for the U-Net's attention processors.
             output_type: "pil", "np", "pt", or "latent" for latents before decoding.
@@ -111,7 +111,7 @@ class PixelAwarePipeline(DiffusionPipeline, StableDiffusionMixin, TextualInversi
             callback_on_step_end: called as `f(pipe, step, timestep, tensors)`, and may return other tensors.
             callback_on_step_end_tensor_inputs: what it gets; "latents" is all there is.
 
-        Raises `ValueError` for settings out of range and pictures of unlike sizes, before anything is computed.
+        Raises `ValueError` for settings out of range and images of unlike sizes, before anything is computed.
         """
         defaults = self.defaults
         guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
@@ -154,7 +154,7 @@ class PixelAwarePipeline(DiffusionPipeline, StableDiffusionMixin, TextualInversi
         return ImagePipelineOutput(images=result) if return_dict else (result,)
 
     def as_pictures(self, image: Pictures) -> list[Image.Image]:
-        """Pillow pictures of what the caller gave; raises `ValueError` for none, and for what is no picture."""
+        """Pillow images of what the caller gave; raises `ValueError` for none, and for what is no image."""
         if isinstance(image, list | tuple) and image and all(isinstance(one, Image.Image) for one in image):
             return list(image)
         if isinstance(image, Image.Image):
@@ -164,9 +164,9 @@ class PixelAwarePipeline(DiffusionPipeline, StableDiffusionMixin, TextualInversi
         try:
             given = self.image_processor.preprocess(image) if image is not None and len(image) else None
         except (ValueError, TypeError) as error:
-            raise ValueError(f"expected pictures; got {type(image).__name__}: {error}") from error
+            raise ValueError(f"expected images; got {type(image).__name__}: {error}") from error
         if given is None:
-            raise ValueError("expected at least one picture; got none")
+            raise ValueError("expected at least one image; got none")
         pictures: list[Image.Image] = self.image_processor.postprocess(given, output_type="pil")
         return pictures
 
@@ -175,7 +175,7 @@ class PixelAwarePipeline(DiffusionPipeline, StableDiffusionMixin, TextualInversi
         sizes = {picture.size for picture in prepared}
         if len(sizes) > 1:
             raise ValueError(
-                f"expected pictures of one size in a batch; got {sorted(sizes)} after preparation; call once for each"
+                f"expected images of one size in a batch; got {sorted(sizes)} after preparation; call once for each"
             )
         arrays = self.image_processor.pil_to_numpy(list(prepared))
         tensor: Tensor = self.image_processor.numpy_to_pt(arrays)
@@ -189,7 +189,7 @@ class PixelAwarePipeline(DiffusionPipeline, StableDiffusionMixin, TextualInversi
         captioner: prompts.Captioner | None,
         task: str,
     ) -> list[str]:
-        """The whole prompt of each picture; captions are of the pictures as they were given."""
+        """The whole prompt of each image; captions are of the images as they were given."""
         added = self.quality if added is None else added
         replaced = self.replaced | (prompts.COLOR_REPLACED if task == "grayscale" else {})
         captions = [captioner(picture) if captioner else "" for picture in inputs]
@@ -199,7 +199,7 @@ class PixelAwarePipeline(DiffusionPipeline, StableDiffusionMixin, TextualInversi
         ]
 
     def compose_negatives(self, count: int, negative: str | Sequence[str] | None, task: str) -> list[str]:
-        """The negative prompt of each picture."""
+        """The negative prompt of each image."""
         if negative is None:
             negative = prompts.COLOR_NEGATIVE if task == "grayscale" else self.negative
         return spread(negative, count, "negative_prompt")
@@ -207,11 +207,11 @@ class PixelAwarePipeline(DiffusionPipeline, StableDiffusionMixin, TextualInversi
     def encode_texts(
         self, texts: list[str], negatives: list[str], size: Sequence[int], *, guided: bool
     ) -> TextCondition:
-        """What the networks are told of pictures of `size`, rows and columns."""
+        """What the networks are told of images of `size`, rows and columns."""
         raise NotImplementedError
 
     def start_latents(self, pictures: Tensor, start: str, level: int, generator: Generators, official: bool) -> Tensor:
-        """Latents for the first step; each picture draws its VAE sample, then its noise."""
+        """Latents for the first step; each image draws its VAE sample, then its noise."""
         rows, columns = (side // CELL for side in pictures.shape[-2:])
         shape = (len(pictures), self.vae.config.latent_channels, rows, columns)
         empty = torch.empty(shape, dtype=self.unet.dtype, device=pictures.device)
@@ -221,12 +221,12 @@ class PixelAwarePipeline(DiffusionPipeline, StableDiffusionMixin, TextualInversi
         return self.add_start_noise(latents, level, generator, official) * self.scheduler.init_noise_sigma
 
     def add_start_noise(self, latents: Tensor, level: int, generator: Generators, official: bool) -> Tensor:
-        """The "lr" start of latents of pictures."""
+        """The "lr" start of latents of images."""
         noises = draw(latents, generator), draw(latents, generator)
         return add_noise_twice(latents, noises, self.scheduler, level, official=official)
 
     def encode(self, pictures: Tensor, generator: Generators, official: bool) -> Tensor:
-        """Scaled latents of pictures in 0..1, drawn from the VAE's distribution."""
+        """Scaled latents of images in 0..1, drawn from the VAE's distribution."""
         with self.in_vae_dtype() as dtype:
             pixels = (2.0 * pictures - 1.0).to(dtype)
             if official:
@@ -300,10 +300,10 @@ def plan_tiles(latents: Tensor, size: int, overlap: int, batch: int, official: b
 
 
 def spread(value: str | Sequence[str], count: int, name: str) -> list[str]:
-    """One text for each picture."""
+    """One text for each image."""
     texts = [value] * count if isinstance(value, str) else list(value)
     if len(texts) != count:
-        raise ValueError(f"expected one {name}, or one for each of {count} pictures; got {len(texts)}")
+        raise ValueError(f"expected one {name}, or one for each of {count} images; got {len(texts)}")
     return texts
 
 

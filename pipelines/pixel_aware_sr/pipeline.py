@@ -1,7 +1,7 @@
-"""PASD on diffusers: restore, enlarge, stylize or colorize pictures under a pixel-aware ControlNet.
+"""PASD on diffusers: restore, enlarge, stylize or colorize images under a pixel-aware ControlNet.
 
     pipe = PASDPipeline.from_checkpoint("pasd/checkpoint-100000", base="stable-diffusion-v1-5/stable-diffusion-v1-5")
-    picture = pipe(Image.open("small.jpg"), "a harbour", upscale=4).images[0]
+    image = pipe(Image.open("small.jpg"), "a harbour", upscale=4).images[0]
 
 Source: Yang et al., Pixel-Aware Stable Diffusion, https://arxiv.org/abs/2308.14469; docs/super-resolution.md lists
 what differs from the released code.

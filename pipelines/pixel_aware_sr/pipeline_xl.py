@@ -98,7 +98,7 @@ class PASDXLPipeline(PixelAwarePipeline, StableDiffusionXLLoraLoaderMixin):  # t
     def encode_texts(
         self, texts: list[str], negatives: list[str], size: Sequence[int], *, guided: bool
     ) -> TextCondition:
-        """Both CLIP models' states; the time ids name the size of the whole picture, for tiles as well."""
+        """Both CLIP models' states; the time ids name the size of the whole image, for tiles as well."""
         positive, negative, pooled, negative_pooled = self._encode_prompt(
             texts,
             device=self._execution_device,

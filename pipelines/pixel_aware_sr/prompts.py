@@ -1,4 +1,4 @@
-"""Prompts for restoration: what a picture shows, what the user adds, and words for quality."""
+"""Prompts for restoration: what an image shows, what the user adds, and the quality prompt."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from PIL import Image
 
 Captioner = Callable[[Image.Image], str]
-"""Says what a picture shows, such as a BLIP model's pipeline from transformers does; nothing is loaded by default."""
+"""Says what an image shows, such as a BLIP model's pipeline from transformers does; nothing is loaded by default."""
 
 QUALITY = "clean, high-resolution, 8k"
 NEGATIVE = "blurry, dotted, noise, raster lines, unclear, lowres, over-smoothed"
@@ -27,7 +27,7 @@ COLOR_REPLACED = {"black and white": "color"}
 
 
 def compose(user: str, caption: str = "", quality: str = "", replaced: Mapping[str, str] = REPLACED) -> str:
-    """Caption, user's words and words for quality, as far as there are any, separated by commas.
+    """Caption, user's words and quality prompt, as far as there are any, separated by commas.
 
     >>> compose("a harbour", "a blurry photo of boats", QUALITY)
     'a clear photo of boats, a harbour, clean, high-resolution, 8k'

@@ -1,4 +1,4 @@
-"""X-Portrait: a picture of a person, animated after a video of another (arXiv 2403.15931)."""
+"""X-Portrait: an image of a person, animated after a video of another (arXiv 2403.15931)."""
 
 from diffattn.pipelines import keep_paths
 

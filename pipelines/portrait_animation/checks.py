@@ -47,7 +47,7 @@ def check_frames(driving: Tensor, local: Tensor, latents: Tensor | None) -> None
     """Raise `ValueError` for frames, or latents of them, of another number or size."""
     if len(driving) != len(local):
         raise ValueError(
-            f"expected as many pictures of eyes and mouth as driving frames; got {len(local)} and {len(driving)}; make "
+            f"expected as many images of eyes and mouth as driving frames; got {len(local)} and {len(driving)}; make "
             "one of each frame"
         )
     frames, _, rows, columns = driving.shape

@@ -1,4 +1,4 @@
-"""X-Portrait on diffusers: a picture of a person, animated after a video of another.
+"""X-Portrait on diffusers: an image of a person, animated after a video of another.
 
     pipe = XPortraitPipeline.from_pretrained("x-portrait", dtype=torch.float16).to("cuda")
     frames = pipe(Image.open("person.jpg"), driving, eyes_and_mouth).frames[0]
@@ -35,7 +35,7 @@ Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 
 
 class XPortraitPipeline(DiffusionPipeline, StableDiffusionMixin):  # type: ignore[misc]
-    """Animates a picture of a person.
+    """Animates an image of a person.
 
     Args:
         unet: with motion modules.
@@ -99,18 +99,18 @@ class XPortraitPipeline(DiffusionPipeline, StableDiffusionMixin):  # type: ignor
     ) -> AnimateDiffPipelineOutput | tuple[Any]:
         """Animate one person; a video of as many frames as there are driving frames.
 
-        All pictures are stretched to `height` x `width`.
+        All images are stretched to `height` x `width`.
 
         Args:
-            image: the person; or several pictures of the same person, the first of which the noise starts from.
+            image: the person; or several images of the same person, the first of which the noise starts from.
             driving: frames of the movement, with the driving face where the person's is.
             local: the same frames with nothing but eyes and mouth, on black.
             height: of the video in pixels, a multiple of 8. None: what the networks were trained on, 512.
             width: likewise.
             num_inference_steps: DDIM takes the official timesteps, which may be a few more.
             guidance_scale: at most 1 leaves out the half without control, as models distilled for LCM want.
-            control_mode: what the other half of guidance sees: "controlnet_important" neither reference nor control
-                pictures, "balance" the reference and grey control pictures.
+            control_mode: what the other guidance branch sees: "controlnet_important" neither reference nor control
+                images, "balance" the reference and grey control images.
             window_size: frames that the U-Net sees together, at most `motion_max_seq_length` of its configuration.
             window_overlap: least number of frames that neighbouring windows share.
             window_batch: windows in one call of the U-Net: faster, for more memory.
@@ -124,7 +124,7 @@ class XPortraitPipeline(DiffusionPipeline, StableDiffusionMixin):  # type: ignor
             callback_on_step_end: called as `f(pipe, step, timestep, tensors)`, and may return other tensors.
             callback_on_step_end_tensor_inputs: what it gets; "latents" is all there is.
 
-        Raises `ValueError` for settings out of range and numbers of pictures that differ, before any work.
+        Raises `ValueError` for settings out of range and numbers of images that differ, before any work.
         """
         trained = CELL * self.unet.config.sample_size
         height, width = (trained if side is None else side for side in (height, width))
@@ -185,13 +185,13 @@ class XPortraitPipeline(DiffusionPipeline, StableDiffusionMixin):  # type: ignor
         return [circular_windows(frames, size, overlap, offset) for offset in offsets]
 
     def encode(self, pictures: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Scaled latents of pictures (n, 3, rows, columns) in -1..1, drawn from the VAE's distribution."""
+        """Scaled latents of images (n, 3, rows, columns) in -1..1, drawn from the VAE's distribution."""
         distribution = self.vae.encode(pictures.to(self.vae.dtype)).latent_dist
         latents: Tensor = distribution.sample(generator) * self.vae.config.scaling_factor
         return latents.to(self.unet.dtype)
 
     def encode_controls(self, driving: Tensor, local: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-        """Features of both kinds of control pictures, `chunk` at a time; on the CPU, as the pictures are."""
+        """Features of both kinds of control images, `chunk` at a time; on the CPU, as the images are."""
         pose, eyes_and_mouth = (
             encode_once(net.controlnet_cond_embedding, pictures, self._execution_device, self.unet.dtype, chunk)
             for net, pictures in zip(self.controlnet.nets, (driving, local), strict=True)

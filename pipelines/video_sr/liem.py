@@ -22,11 +22,11 @@ from torch import Tensor, nn
 class LIEMSpatial(nn.Module):
     """Gate of each place by its neighbourhood.
 
-    y = x sigmoid(conv([max_c x, mean_c x])),    zeros around the picture
+    y = x sigmoid(conv([max_c x, mean_c x])),    zeros around the image
     """
 
     def __init__(self, kernel_size: int = 7) -> None:
-        """`kernel_size` is odd, so that the picture keeps its size."""
+        """`kernel_size` is odd, so that the image keeps its size."""
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"expected an odd kernel_size; got {kernel_size}; the released weights have 7")

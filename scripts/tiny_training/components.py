@@ -13,13 +13,13 @@ from tiny_training.text import MAX_TOKENS
 
 LATENT_CHANNELS = 4
 LATENT_SIDE = 32
-"""Side of the VAE's latent of a native picture: 128 pixels / 4."""
+"""Side of the VAE's latent of a native image: 128 pixels / 4."""
 
 VIDEO_LATENT_SIDE = 12
 """Side of the VAE's latent of a native frame: 48 pixels / 4."""
 
 IMAGE_TOKENS = (LATENT_SIDE // 2) ** 2
-"""Image tokens of a native picture: the latent in patches of 2 x 2."""
+"""Image tokens of a native image: the latent in patches of 2 x 2."""
 
 HEAD_DIM = 40
 ROPE_DIMS = (8, 16, 16)

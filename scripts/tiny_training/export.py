@@ -41,7 +41,7 @@ def export_pipeline(work_dir: Path, folder: Path) -> FluxPipeline:
 def export_video_pipeline(work_dir: Path, folder: Path) -> TextToVideoSDPipeline:
     """Write the averaged weights of `work_dir`/video.pt and the VAE of `work_dir`/vae as a pipeline in `folder`.
 
-    U-Net and VAE are stored in float16, as those of the picture pipeline are.
+    U-Net and VAE are stored in float16, as those of the image pipeline are.
     """
     video = TinyVideo()
     load_averaged(video, work_dir / "video.pt")

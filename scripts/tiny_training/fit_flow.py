@@ -1,7 +1,7 @@
 """Training of the tiny Flux transformer and its text encoders by flow matching on latents.
 
-Worker processes of one thread each share the work: every worker encodes and trains on its own pictures, and gradients
-are averaged after each step. Training starts on pictures of half the side, four times cheaper, and ends at native size.
+Worker processes of one thread each share the work: every worker encodes and trains on its own images, and gradients
+are averaged after each step. Training starts on images of half the side, four times cheaper, and ends at native size.
 """
 
 import logging
@@ -86,7 +86,7 @@ class TinyFlow(nn.Module):
         """Mean squared error of the velocity at random noise levels, `object_weight` times as heavy on the object.
 
         x = (1 - sigma) latents + sigma noise, target = noise - latents, sigma = sigmoid(0.7 + 1.4 normal).
-        Places are decided above sigma = 0.9 and outlines below it: one picture in seven is noised above it.
+        Places are decided above sigma = 0.9 and outlines below it: one image in seven is noised above it.
         """
         noise = torch.randn(latents.shape, generator=generator)
         sigma = torch.sigmoid(0.7 + 1.4 * torch.randn(len(latents), generator=generator))
@@ -114,10 +114,10 @@ def object_tokens(latents: Tensor) -> Tensor:
 
 
 class Pictures:
-    """The latents of one worker's training pictures at one size, with captions drawn anew each time."""
+    """The latents of one worker's training images at one size, with captions drawn anew each time."""
 
     def __init__(self, vae: AutoencoderKL, side: int, plan: FlowPlan, rank: int, folder: Path, step: int) -> None:
-        """Encode `plan.pictures` pictures that are not held out, or reuse the file of an earlier run.
+        """Encode `plan.pictures` images that are not held out, or reuse the file of an earlier run.
 
         `step` is the first to draw from them; it seeds the order of batches, so that a resumed run sees new ones.
         """
@@ -137,7 +137,7 @@ class Pictures:
         return torch.cat(parts)
 
     def batch(self, size: int) -> tuple[Tensor, list[str]]:
-        """Latents of `size` random pictures and a caption of each, empty for a share `dropout` of them."""
+        """Latents of `size` random images and a caption of each, empty for a share `dropout` of them."""
         chosen = self.rng.integers(len(self.scenes), size=size)
         return self.latents[torch.from_numpy(chosen)].float(), [self._caption(self.scenes[i]) for i in chosen]
 

@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 KL_WEIGHT = 3e-4
 WORLD = tuple(scenes())
 CROP = 64
-"""Side in pixels of the random crops that most training steps see; the last tenth sees whole pictures."""
+"""Side in pixels of the random crops that most training steps see; the last tenth sees whole images."""
 
 
 Draw = Callable[[int, np.random.Generator], torch.Tensor]
-"""Draws so many random pictures, float32 (batch, 3, side, side) in -1..1."""
+"""Draws so many random images, float32 (batch, 3, side, side) in -1..1."""
 
 
 def mixed_precision() -> torch.autocast:
@@ -29,18 +29,18 @@ def mixed_precision() -> torch.autocast:
 
 
 def draw_pictures(count: int, rng: np.random.Generator) -> torch.Tensor:
-    """Jittered pictures of `count` random scenes, float32 (batch, 3, side, side) in -1..1."""
+    """Jittered images of `count` random scenes, float32 (batch, 3, side, side) in -1..1."""
     return pixels([WORLD[index] for index in rng.integers(len(WORLD), size=count)], rng)
 
 
 def crop(pictures: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """One random CROP x CROP window of a batch of pictures (batch, 3, side, side)."""
+    """One random CROP x CROP window of a batch of images (batch, 3, side, side)."""
     top, left = rng.integers(SIDE - CROP + 1, size=2)
     return pictures[:, :, top : top + CROP, left : left + CROP].contiguous()
 
 
 def fit_vae(vae: AutoencoderKL, *, steps: int, batch_size: int, rate: float, seed: int) -> None:
-    """Train `vae` in place on pictures of every scene, then set its scale and shift from measured latents.
+    """Train `vae` in place on images of every scene, then set its scale and shift from measured latents.
 
     Minimises mean |decode(z) - x| + KL_WEIGHT * mean KL(q(z|x) || N(0, 1)), both means over elements.
     """
@@ -72,7 +72,7 @@ def fit_vae(vae: AutoencoderKL, *, steps: int, batch_size: int, rate: float, see
 
 @torch.no_grad()
 def measure_latents(vae: AutoencoderKL, rng: np.random.Generator, count: int = 512) -> None:
-    """Set `shift_factor` to the mean and `scaling_factor` to 1 / deviation of the latents of `count` pictures."""
+    """Set `shift_factor` to the mean and `scaling_factor` to 1 / deviation of the latents of `count` images."""
     batches = rng.choice(len(WORLD), size=(count // 32, 32), replace=False)
     means = torch.cat([vae.encode(pixels([WORLD[i] for i in row], rng)).latent_dist.mean for row in batches])
     vae.register_to_config(shift_factor=means.mean().item(), scaling_factor=1.0 / means.std().item())
@@ -81,16 +81,16 @@ def measure_latents(vae: AutoencoderKL, rng: np.random.Generator, count: int = 5
 
 
 def encode_scenes(vae: AutoencoderKL, batch: list[Scene], rng: np.random.Generator, side: int = SIDE) -> torch.Tensor:
-    """Normalised posterior means, float32 (batch, channels, side / 4, side / 4), of jittered pictures.
+    """Normalised posterior means, float32 (batch, channels, side / 4, side / 4), of jittered images.
 
-    Pictures of a smaller side are the native ones, area-averaged.
+    Images of a smaller side are the native ones, area-averaged.
     """
     return encode(vae, functional.interpolate(pixels(batch, rng), size=(side, side), mode="area"))
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
-    """Normalised posterior means, float32, of pictures (batch, 3, rows, columns) in -1..1."""
+    """Normalised posterior means, float32, of images (batch, 3, rows, columns) in -1..1."""
     with mixed_precision():
         means = vae.encode(pictures).latent_dist.mean.float()
     return (means - vae.config.shift_factor) * vae.config.scaling_factor
@@ -99,7 +99,7 @@ def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
 def refine_decoder(
     vae: AutoencoderKL, draw: Draw = draw_pictures, *, steps: int, batch_size: int, rate: float, seed: int
 ) -> None:
-    """Train the decoder on, on pictures of `draw`; the encoder is fixed, so that latents already encoded stay valid.
+    """Train the decoder on, on images of `draw`; the encoder is fixed, so that latents already encoded stay valid.
 
     Minimises mean |d| + 2 d^2 with d = decode(z + noise) - x; the square weighs the few wrong pixels of small shapes,
     and the noise, a tenth of the latents' deviation, stands for the imprecision of generated latents.

@@ -12,7 +12,7 @@ from diffattn.tiny import moving
 from diffattn.tiny.shapes import captions, scenes
 
 MAX_TOKENS = 32
-"""Tokens per caption of a picture, for both encoders, the padding included."""
+"""Tokens per caption of an image, for both encoders, the padding included."""
 
 MAX_VIDEO_TOKENS = 16
 """Tokens per caption of a video, the padding included."""

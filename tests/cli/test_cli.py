@@ -347,7 +347,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("a.mp4", "FluxPipeline makes pictures, and --output"),
+        ("a.mp4", "FluxPipeline makes images, and --output"),
         ("a.mkv", "makes pictures"),
         ("a.psd", "cannot write '.psd'"),  # Pillow reads these only
         ("a.webp", "expected sides of at most 16383 pixels for WEBP"),

@@ -24,7 +24,7 @@ class Controlled:
     """A pipeline, and the one with a ControlNet around the same models."""
 
     def __init__(self, family: str) -> None:
-        torch.manual_seed(0)  # Flux encodes the control picture: the same VAE every time
+        torch.manual_seed(0)  # Flux encodes the control image: the same VAE every time
         self.plain = tiny_pipelines.PIPELINES[family](steps=2)
         self.control: Tiny = {"Flux": models.flux_controlnet, "SD1.5": models.controlnet}[family]()
         self.tiny = self.plain

@@ -1,4 +1,4 @@
-"""IP-Adapter: its loader gives every layer a new processor, and its processors attend a second time, to a picture."""
+"""IP-Adapter: its loader gives every layer a new processor, and its processors attend a second time, to an image."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +16,11 @@ import diffattn
 
 FEATURES, TEXT_WIDTH = 6, 12
 EMBEDDING = draw(1, 1, FEATURES)
-"""What an image encoder makes of one picture."""
+"""What an image encoder makes of one image."""
 
 
 Prompted = tuple[TinyPipeline, Callable[[], None], list[Tensor], tuple[str, ...]]
-"""A pipeline, what loads its adapter, and the picture prompt with the names of the arguments that take it."""
+"""A pipeline, what loads its adapter, and the image prompt with the names of the arguments that take it."""
 
 
 def image_projection() -> dict[str, Tensor]:
@@ -83,12 +83,12 @@ families = pytest.mark.parametrize("family", PIPELINES)
 works = pytest.mark.cell(
     "IP-Adapter",
     outcome="works",
-    note="replaces the processors, and the swap goes on over the new ones; attention to the picture prompt stays dense",
+    note="replaces the processors, and the swap goes on over the new ones; attention to the image prompt stays dense",
 )
 
 
 def prompted(family: str) -> Composition:
-    """A pipeline that is given the picture prompt once it has its adapter."""
+    """A pipeline that is given the image prompt once it has its adapter."""
     tiny, load, embeddings, arguments = PIPELINES[family]()
     (name,) = tiny.layouts
     model = getattr(tiny.pipe, name)
@@ -138,7 +138,7 @@ def test_the_scale_is_set_under_a_swap_and_outlasts_it(family: str) -> None:
 @pytest.mark.cell("IP-Adapter", family="Flux", outcome="works")
 @torch.no_grad()
 def test_a_picture_prompt_with_as_many_tokens_as_the_picture() -> None:
-    """The number of keys does not tell the two calls apart: 56 cells, and 14 pictures of 4 tokens."""
+    """The number of keys does not tell the two calls apart: 56 cells, and 14 images of 4 tokens."""
     tiny = flux()
     rows, columns = 7, 8
     tiny.inputs |= {

@@ -25,7 +25,7 @@ def test_a_pipeline_of_perturbed_attention_guidance() -> None:
     with diffattn.apply(case.pipe, "clear", radius=RADIUS):
         want = case.run()
     case.call |= {"pag_scale": 4.0}
-    # as wide as the picture, a window is the model's own attention
+    # as wide as the image, a window is the model's own attention
     with diffattn.apply(case.pipe, "clear", radius=100):
         for _ in range(2):
             assert error(case.run(), guided) < TOLERANCE

@@ -1,4 +1,4 @@
-"""Pipelines that edit: a window over the picture that is made, while the pictures it is made from are seen whole."""
+"""Pipelines that edit: a window over the image that is made, while the images it is made from are seen whole."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def picture(width: int, height: int) -> Image.Image:
 
 
 def kontext() -> TinyPipeline:
-    """Makes a picture of 16 x 24 pixels, 4 x 6 tokens, from one of 12 x 20 pixels, 3 x 5 tokens."""
+    """Makes an image of 16 x 24 pixels, 4 x 6 tokens, from one of 12 x 20 pixels, 3 x 5 tokens."""
     pipe = diffusers.FluxKontextPipeline(
         diffusers.FlowMatchEulerDiscreteScheduler(),
         tiny_vae(latent_channels=1, shift_factor=0.0),
@@ -41,7 +41,7 @@ def kontext_layouts(references: int) -> dict[str, tuple[Tokens, ...]]:
 
 
 def qwen_image_edit_plus() -> TinyPipeline:
-    """Makes a picture of 6 x 9 tokens from one of 8 x 6 and one of 6 x 8; the guidance has a shorter text."""
+    """Makes an image of 6 x 9 tokens from one of 8 x 6 and one of 6 x 8; the guidance has a shorter text."""
     vae = diffusers.AutoencoderKLQwenImage(
         base_dim=4, z_dim=1, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0], latents_std=[1.0]
     )

@@ -1,4 +1,4 @@
-"""Runs from a cache: neither VAE nor text encoders are loaded, until a picture is to be drawn."""
+"""Runs from a cache: neither VAE nor text encoders are loaded, until an image is to be drawn."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def build(name: str) -> Any:
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
-    """Of each family a saved pipeline and a cache of two pictures."""
+    """Of each family a saved pipeline and a cache of two images."""
     made = {}
     for name in ENCODING:
         model, data = (tmp_path_factory.mktemp(f"{name}-{kind}") for kind in ("model", "data"))

@@ -195,7 +195,7 @@ def test_what_a_family_cannot_take_is_said_before_anything_is_written(name, opti
 
 def test_captions_are_needed(pipes, folder):
     (folder / "a.txt").unlink()
-    with pytest.raises(ValueError, match="caption for every picture.*a.png"):
+    with pytest.raises(ValueError, match="caption for every image.*a.png"):
         write(pipes["SDXL"], "SDXL", folder)
 
 

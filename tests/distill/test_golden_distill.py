@@ -36,7 +36,7 @@ def model_of(config: Record, weights: dict[str, Tensor]) -> FluxTransformer2DMod
 
 
 def check_inputs(config: Record, tensors: Record) -> None:
-    """The packed picture, its ids and the text lie as the library makes them of the latents."""
+    """The packed image, its ids and the text lie as the library makes them of the latents."""
     height, width, text = config["height"], config["width"], config["text_length"]
     assert tensors["latents"].shape[1:] == (config["latent_channels"], 2 * height, 2 * width)
     assert tensors["encoder_hidden_states"].shape[1] == text

@@ -37,7 +37,7 @@ def size_of(path: Path) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> Setting:
-    """A short run with few pictures."""
+    """A short run with few images."""
     patch = pytest.MonkeyPatch()
     patch.setattr("diffattn.distill.setting.TRAINING_PICTURES", 24)
     patch.setattr("diffattn.distill.setting.HELD_OUT_PICTURES", 4)

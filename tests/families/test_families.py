@@ -257,7 +257,7 @@ def test_the_grid_is_read_at_every_forward(tiny: Tiny, family: str) -> None:
 
 
 def with_ids(tiny: Tiny, rows: int, columns: int, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """A call for a picture of another size, its references as they are, with changed ids."""
+    """A call for an image of another size, its references as they are, with changed ids."""
     ids = tiny.inputs["img_ids"]
     references = ids[..., tiny.spatial[JOINT][0].rows * tiny.spatial[JOINT][0].columns :, :]
     picture = picture_ids(rows, columns, ids.shape[-1]).expand(*ids.shape[:-2], -1, -1)
@@ -305,9 +305,9 @@ def test_ids_that_list_no_picture() -> None:
     ids = tiny.inputs["img_ids"]
     with diffattn.apply(tiny.model, "clear", radius=RADIUS):
         for wrong, sizes in ((ids.flip(0), "6 x 9"), (0 * ids, "1 x 1"), (ids[torch.randperm(54)], "6 x 9")):
-            with pytest.raises(ValueError, match=f"a picture of {sizes} tokens row by row, got 54 tokens"):
+            with pytest.raises(ValueError, match=f"an image of {sizes} tokens row by row, got 54 tokens"):
                 tiny.run(img_ids=wrong)
-        with pytest.raises(ValueError, match="a picture of 6 x 9 tokens row by row, got 53 tokens"):
+        with pytest.raises(ValueError, match="an image of 6 x 9 tokens row by row, got 53 tokens"):
             tiny.run(img_ids=ids[:53], hidden_states=tiny.inputs["hidden_states"][:, :53])
     with pytest.raises(ValueError, match="the grid is read from img_ids, which this call of the model leaves out"):
         family_of(tiny.model).layers[0].read(tiny.model, {"img_ids": None})

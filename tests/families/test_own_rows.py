@@ -168,7 +168,7 @@ def test_a_row_of_ones_own(name: str, families: list[Family]) -> None:
 
 @torch.no_grad()
 def test_a_cache_of_keys_is_refused_at_its_first_call(families: list[Family]) -> None:
-    """GLM-Image's edit: keys of the picture that is edited come beside the queries' own tokens."""
+    """GLM-Image's edit: keys of the image that is edited come beside the queries' own tokens."""
     own, tiny = OWN["GLM-Image"], glm_image()
     families.append(Family("mine", ("GlmImageTransformer2DModel",), (Layers(own.name, "spatial", own.read),)))
 

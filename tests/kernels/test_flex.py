@@ -102,7 +102,7 @@ def test_partial_blocks_of_a_rule_on_tiles_hold_padding(bricks):
 
 
 def test_the_blocks_of_a_rule_on_tiles_take_no_time(bricks, monkeypatch):
-    """One cell speaks for its tile: an 8K picture asks for thousands of pairs, not for hundreds of millions."""
+    """One cell speaks for its tile: an 8K image asks for thousands of pairs, not for hundreds of millions."""
     pattern, asked = bricks((1, 32, 32), 2), []
     allowed = bricks.allowed
     monkeypatch.setattr(

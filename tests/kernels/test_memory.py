@@ -1,4 +1,4 @@
-"""One call on the tokens of an 8K picture with text stays below 4 GB, Python and torch included."""
+"""One call on the tokens of an 8K image with text stays below 4 GB, Python and torch included."""
 
 import subprocess
 import sys

@@ -61,7 +61,7 @@ def test_coordinates_are_exact_on_many_cells(tile):
     ("tile", "shape", "most", "multiple", "expected"),
     [
         ((1, 8, 8), (1, 96, 96), 256, 1, (1, 8, 8)),
-        ((8, 8, 8), (1, 96, 96), 256, 1, (1, 8, 8)),  # a picture has no frames to fill
+        ((8, 8, 8), (1, 96, 96), 256, 1, (1, 8, 8)),  # an image has no frames to fill
         ((6, 8, 8), (30, 48, 80), 128, 128, (2, 8, 8)),
         ((1, 8, 8), (1, 96, 96), 128, 128, None),
         ((1, 64, 64), (1, 128, 128), 256, 1, (1, 4, 64)),  # equal cost: the widest

@@ -153,5 +153,5 @@ def test_bad_options(options: dict[str, float], message: str) -> None:
 
 
 def test_the_pattern_says_that_only_offsets_count() -> None:
-    """What makes the block mask of an 8K picture a matter of a second."""
+    """What makes the block mask of an 8K image a matter of a second."""
     assert shift_invariant(ClearAttention(radius=8).pattern(TokenGrid(2, 2)))

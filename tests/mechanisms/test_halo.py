@@ -1,4 +1,4 @@
-"""What is special about halo attention: its tiles, ragged or not, on pictures and videos, and how it is given them."""
+"""What is special about halo attention: its tiles, ragged or not, on images and videos, and how it is given them."""
 
 import itertools
 import json

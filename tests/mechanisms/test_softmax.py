@@ -1,4 +1,4 @@
-"""Full attention, as the model computes it and with CLEAR's changes for larger pictures."""
+"""Full attention, as the model computes it and with CLEAR's changes for larger images."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Colours of one picture given to another."""
+"""Colours of one image given to another."""
 
 from itertools import product
 
@@ -177,5 +177,5 @@ def test_bytes_of_bytes_are_refused() -> None:
 @pytest.mark.parametrize("fix", [wavelet_fix, adain_fix, keep_luma])
 @pytest.mark.parametrize("wrong", [torch.zeros(3, 4, 4), torch.zeros(1, 4, 4, 4), torch.zeros(1, 3, 4, 4).byte()])
 def test_what_is_no_batch_of_rgb_floats_is_refused(fix, wrong: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"expected floating point pictures \(batch, 3, rows, columns\)"):
+    with pytest.raises(ValueError, match=r"expected floating point images \(batch, 3, rows, columns\)"):
         fix(wrong, wrong)

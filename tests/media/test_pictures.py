@@ -63,7 +63,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pictures_are_turned_upright(tmp_path: Path, orientation: int) -> None:
-    """A camera stores the picture turned and says so; what is read is what was seen."""
+    """A camera stores the image turned and says so; what is read is what was seen."""
     stored = {
         1: RGB, 2: RGB[:, ::-1], 3: RGB[::-1, ::-1], 4: RGB[::-1], 5: RGB.transpose(1, 0, 2),
         6: np.rot90(RGB, 1), 7: np.rot90(RGB, 2).transpose(1, 0, 2), 8: np.rot90(RGB, -1),
@@ -137,7 +137,7 @@ def test_a_cut_off_file_is_refused_by_name(tmp_path: Path, kind: str) -> None:
     data = encoded(kind)
     for share in (0.01, 0.3, 0.6, 0.9):
         (tmp_path / "a.png").write_bytes(data[: int(share * len(data))])
-        with pytest.raises(ValueError, match="expected a .*picture in .*a.png; got"):
+        with pytest.raises(ValueError, match="expected a .*image in .*a.png; got"):
             read_picture(tmp_path / "a.png")
 
 
@@ -145,7 +145,7 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     for data, got in ((b"", "an empty file"), (b"plain words", "a file of another kind")):
         file.write_bytes(data)
-        with pytest.raises(ValueError, match=f"expected a picture in .*a.png; got {got}; leave it out"):
+        with pytest.raises(ValueError, match=f"expected an image in .*a.png; got {got}; leave it out"):
             read_picture(file)
     Image.fromarray(np.zeros((2, 2), dtype=np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(ValueError, match="a.tif; got: floating point pixels"):
@@ -201,7 +201,7 @@ def test_patterns_files_and_folders_go_in_order_and_each_once(folder: Path) -> N
 
 @pytest.mark.parametrize("name", ["*.jpeg", "missing.png", "folder.png", "*.txt"])
 def test_a_name_without_pictures_is_refused(folder: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="expected a picture, a folder .* leads to no file"):
+    with pytest.raises(ValueError, match="expected an image, a folder .* leads to no file"):
         find_pictures([folder / "img10.png", folder / name])
 
 

@@ -140,7 +140,7 @@ def test_restore_is_bit_exact(family: str) -> None:
     ("build", "options", "error", "message"),
     [
         (models.flux, None, ValueError, "shard needs one swapped model, found 0: call diffattn.apply"),
-        (models.flux, {"mechanism": "agent", "num_agents": 4}, TypeError, "patches of a picture are for clear"),
+        (models.flux, {"mechanism": "agent", "num_agents": 4}, TypeError, "patches of an image are for clear"),
         (models.flux, {"mechanism": "clear", "radius": 2, "min_tokens": 10}, ValueError, "leave some attention full"),
         (models.flux, {"mechanism": "clear", "radius": 2, "layers": "single*"}, ValueError, "keep full attention"),
         (models.wan, {"mechanism": "clear", "radius": 2}, ValueError, "can't be cut into patches yet"),
@@ -173,13 +173,13 @@ def test_reference_pictures_and_controlnets_are_refused_in_the_forward() -> None
     built = models.flux_kontext()
     diffattn.apply(built.model, "clear", radius=2)
     shard(built.model)
-    with pytest.raises(ValueError, match="12 tokens of reference pictures are not shared out"):
+    with pytest.raises(ValueError, match="12 tokens of reference images are not split"):
         run(built)
     built = models.flux()
     diffattn.apply(built.model, "clear", radius=2)
     shard(built.model)
     built.inputs["controlnet_block_samples"] = [torch.zeros(1)]
-    with pytest.raises(ValueError, match="controlnet_block_samples is not shared out over patches"):
+    with pytest.raises(ValueError, match="controlnet_block_samples is not split over patches"):
         run(built)
 
 
@@ -195,7 +195,7 @@ def too_many(mesh: DeviceMesh) -> str:
 def test_fewer_rows_than_ranks_are_refused_on_every_rank() -> None:
     rows = models.ROWS
     for message in on_ranks(rows + 1, too_many):
-        assert f"a picture of {rows} rows of tokens can't be shared out among {rows + 1} ranks" in message
+        assert f"an image of {rows} rows of tokens can't be split among {rows + 1} ranks" in message
 
 
 def test_the_reach_is_that_of_the_disc() -> None:

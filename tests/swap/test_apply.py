@@ -132,7 +132,7 @@ def test_grid_errors_come_at_the_call(tiny: Tiny) -> None:
     with pytest.raises(ValueError, match="down_factor=4 does not divide the grid of 6 rows and 9 columns"):
         tiny.run()
     diffattn.apply(tiny.model, "clear", radius=2)
-    with pytest.raises(ValueError, match="img_ids must list a picture of 6 x 9 tokens row by row"):
+    with pytest.raises(ValueError, match="img_ids must list an image of 6 x 9 tokens row by row"):
         tiny.run(img_ids=tiny.inputs["img_ids"].flip(0))
     short = {**tiny.inputs, "hidden_states": tiny.inputs["hidden_states"][:, :30], "img_ids": tiny.inputs["img_ids"]}
     with pytest.raises((ValueError, RuntimeError)):

@@ -31,7 +31,7 @@ from diffattn.swap.calls import frames
 
 
 def turned(tiny: Tiny) -> dict[str, Any]:
-    """The picture of 6 x 9 tokens as one of 9 x 6: as many tokens."""
+    """The image of 6 x 9 tokens as one of 9 x 6: as many tokens."""
     return {"img_ids": picture_ids(9, 6), "hidden_states": tiny.inputs["hidden_states"]}
 
 

@@ -63,7 +63,7 @@ def test_one_graph_serves_all_layers_of_a_kind(mechanism: str) -> None:
 
 @torch.no_grad()
 def test_compiled_blocks_follow_the_grid() -> None:
-    """Another picture of as many tokens: no shape tells the graph that its grid is another one."""
+    """Another image of as many tokens: no shape tells the graph that its grid is another one."""
     tiny = flux()
     turned = {"img_ids": picture_ids(9, 6)}
     diffattn.apply(tiny.model, "clear", radius=2)

@@ -91,7 +91,7 @@ class TorchProcessor:
 
 
 class ModuleProcessor(nn.Module):
-    """A processor with weights, such as those of picture prompts."""
+    """A processor with weights, such as those of image prompts."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -129,7 +129,7 @@ def test_attention_in_a_helper_function() -> None:
 
 
 def test_pictures_made_in_layers() -> None:
-    """Of several pictures in a sequence the first alone had a window."""
+    """Of several images in a sequence the first alone had a window."""
     tiny = qwen_image()
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     pipe = diffusers.QwenImageLayeredPipeline(scheduler, None, None, None, None, tiny.model)
@@ -146,7 +146,7 @@ def test_pictures_made_in_layers() -> None:
 
 
 def rows_of_pictures(*sizes: tuple[int, int]) -> Tensor:
-    """The ids that VisualCloze gives: rows of examples numbered from 1, the last with the picture that is made."""
+    """The ids that VisualCloze gives: rows of examples numbered from 1, the last with the image that is made."""
     rows = [models.picture_ids(*size) for size in sizes]
     for number, row in enumerate(rows, start=1):
         row[:, 0] = number
@@ -164,8 +164,8 @@ def test_examples_in_the_sequence() -> None:
     diffattn.apply(tiny.model, "clear", radius=2)
     for dtype in (torch.float32, torch.bfloat16):
         ids = rows_of_pictures((6, 9), (6, 9), (3, 8)).to(dtype)
-        with pytest.raises(ValueError, match="img_ids list 3 pictures that begin with number 1, as those of VisualClo"):
+        with pytest.raises(ValueError, match="img_ids list 3 images that begin with number 1, as those of VisualClo"):
             tiny.run(hidden_states=models.draw(2, len(ids), 4), img_ids=ids)
-    tiny.run(img_ids=rows_of_pictures((6, 9)))  # no examples: one picture
+    tiny.run(img_ids=rows_of_pictures((6, 9)))  # no examples: one image
     diffattn.restore(tiny.model)
     tiny.run(hidden_states=models.draw(2, len(ids), 4), img_ids=ids)

@@ -1,4 +1,4 @@
-"""The judge of generated pictures: it accepts true captions and refuses false ones."""
+"""The judge of generated images: it accepts true captions and refuses false ones."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ SCENE = Scene(colour="red", shape="circle", place="at the top left", background=
 
 @pytest.fixture(scope="module")
 def truth() -> tuple[list[np.ndarray], list[Scene]]:
-    """Jittered pictures of 60 scenes."""
+    """Jittered images of 60 scenes."""
     rng, world = np.random.default_rng(0), list(scenes())
     chosen = [world[index] for index in rng.choice(len(world), size=60, replace=False)]
     return [render(scene, rng) for scene in chosen], chosen

@@ -24,7 +24,7 @@ def load(**options: object) -> FluxPipeline:
 
 
 def draw(pipeline: FluxPipeline, seed: int, **overrides: object) -> np.ndarray:
-    """One picture of PROMPT as floats in 0..1."""
+    """One image of PROMPT as floats in 0..1."""
     arguments = tiny.defaults("flux") | {"num_inference_steps": 3} | overrides
     return pipeline(PROMPT, generator=torch.Generator().manual_seed(seed), output_type="np", **arguments).images[0]
 

@@ -1,4 +1,4 @@
-"""The captioned pictures: what they contain, how they are split, and how they are drawn."""
+"""The captioned images: what they contain, how they are split, and how they are drawn."""
 
 import numpy as np
 import pytest

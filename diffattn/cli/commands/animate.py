@@ -1,4 +1,4 @@
-"""The command `diffattn animate`: a picture of a person moved after a video of another by X-Portrait."""
+"""The command `diffattn animate`: an image of a person moved after a video of another by X-Portrait."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,10 +35,10 @@ def animate(
     checkpoint: Annotated[Path, typer.Option(help="Folder of the converted X-Portrait checkpoint.")],
     output: Annotated[Path, output_option("Video, .mp4, .mov or .mkv; with the driving video's sound.")],
     preview: Annotated[
-        Path | None, typer.Option(help="Also a video of source, landmarks, control pictures and result in a row.")
+        Path | None, typer.Option(help="Also a video of source, landmarks, control images and result in a row.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run that was stopped, from its folder OUTPUT.work.")
+        bool, typer.Option("--resume", help="Continue a run that was stopped, from its folder OUTPUT.work.")
     ] = False,
     overwrite: Overwrite = False,
     landmarks: Annotated[
@@ -57,9 +57,9 @@ def animate(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Animate a picture of a person after a video of another by X-Portrait.
+    """Animate an image of a person after a video of another by X-Portrait.
 
-    The result has as many frames as are used, and their rate. A stopped run goes on with --resume.
+    The result has as many frames as are used, and their rate. A stopped run continues with --resume.
 
     The exit code is 1 where the run fails on the way, 2 where it cannot begin.
     """
@@ -88,7 +88,7 @@ def animate(
         try:
             run.write(run.denoise())
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            complain(RuntimeError(f"{error or 'out of memory'}; what is done is kept: go on with --resume"))
+            complain(RuntimeError(f"{error or 'out of memory'}; what is done is kept: continue with --resume"))
             raise typer.Exit(FAILED) from error
     typer.echo(str(output))
 

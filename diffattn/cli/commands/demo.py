@@ -1,4 +1,4 @@
-"""The command `diffattn demo`: the same prompts and seeds by full and by cheap attention."""
+"""The command `diffattn demo`: the same prompts and seeds by full and by efficient attention."""
 
 from pathlib import Path
 from typing import Annotated
@@ -49,7 +49,7 @@ def demo(
         Path, output_option("Folder for sheet.png and demo.json; those of a former demo are replaced.")
     ] = Path("outputs/demo"),
 ) -> None:
-    """Draw the same prompts by full and by cheap attention: one sheet of pictures, one table."""
+    """Draw the same prompts by full and by efficient attention: one sheet of images, one table."""
     from diffattn.media.outputs import check_folder
 
     from .. import demonstration
@@ -62,9 +62,7 @@ def demo(
     methods = demonstration.default_methods(whole(radius or (4, 8)))
     pipe = opened(model, device, dtype)
     if makes_video(pipe):
-        raise ValueError(
-            f"{type(pipe).__name__} makes videos, and the demonstration draws pictures; name another model"
-        )
+        raise ValueError(f"{type(pipe).__name__} makes videos, and the demonstration draws images; name another model")
     check_sides(pipe, height, width)
     given = {"num_inference_steps": steps, "height": height, "width": width}
     call = {**native_call(model), **{key: value for key, value in given.items() if value is not None}}

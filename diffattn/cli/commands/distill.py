@@ -1,4 +1,4 @@
-"""The commands `diffattn distill run | evaluate | export | cache | generate`: train a cheap attention, and judge it."""
+"""The commands `diffattn distill run | evaluate | export | cache | generate`: train an efficient attention, judge it."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,9 @@ from ..frame import Device, Dtype, Seed, app, examples, output_option, quiet
 from ..ranks import is_first, own_device
 
 distill = typer.Typer(
-    rich_markup_mode="rich", no_args_is_help=True, help="Train a model to its cheap attention, and judge the result."
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    help="Train a model to its efficient attention, and judge the result.",
 )
 app.add_typer(distill, name="distill")
 
@@ -69,7 +71,7 @@ def run(
     if setting is None and not is_first():
         return  # the first process says and judges
     if not outcome.finished:
-        typer.echo(f"stopped after {outcome.step} of {chosen.steps} steps; --resume auto goes on")
+        typer.echo(f"stopped after {outcome.step} of {chosen.steps} steps; --resume auto continues")
         return
     typer.echo(f"wrote {output / 'adapter'}; diffattn.load(pipe, {str(output / 'adapter')!r}) takes it")
     if judge:
@@ -107,7 +109,7 @@ def evaluate(
         Path | None, output_option("Folder for the figures. Default: the run's, with --set one below it.")
     ] = None,
 ) -> None:
-    """Teacher, student and swap alone on the same inputs: velocity, attention, time, pictures."""
+    """Teacher, student and swap alone on the same inputs: velocity, attention, time, images."""
     import diffattn.distill.evaluation.picture_metrics as picture_metrics
     import diffattn.distill.run as running
 
@@ -153,7 +155,7 @@ def export(
     repo_id: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Where to, on the hub.")] = None,
     output: Annotated[Path | None, output_option("Folder to write. Default: adapter in that of the run.")] = None,
 ) -> None:
-    """Write a run's student as a folder to share: weights, and a card with its evaluation and pictures."""
+    """Write a run's student as a folder to share: weights, and a card with its evaluation and images."""
     import diffattn.distill.run as running
 
     if repo_id is not None and not push_to_hub:
@@ -176,9 +178,9 @@ def generate(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    output: Annotated[Path, output_option("Folder for pictures and captions.")] = Path("outputs/pictures"),
+    output: Annotated[Path, output_option("Folder for images and captions.")] = Path("outputs/pictures"),
 ) -> None:
-    """Let the teacher make its own training pictures; goes on where it stopped.
+    """Let the teacher make its own training images; goes on where it stopped.
 
     Several processes, by torchrun or accelerate launch, share the work.
     """
@@ -206,14 +208,14 @@ def of_process(rank: int, world: int) -> str:
 
 @distill.command(
     epilog=examples(
-        "diffattn distill cache black-forest-labs/FLUX.1-dev pictures --size 1024x1024",
-        "diffattn distill cache MODEL pictures --size 1024x1024 --shards 'data-{000..009}.tar'",
-        "torchrun --nproc-per-node 4 -m diffattn.distill cache MODEL pictures --size 1024x1024",
+        "diffattn distill cache black-forest-labs/FLUX.1-dev images --size 1024x1024",
+        "diffattn distill cache MODEL images --size 1024x1024 --shards 'data-{000..009}.tar'",
+        "torchrun --nproc-per-node 4 -m diffattn.distill cache MODEL images --size 1024x1024",
     )
 )
 def cache(
     model: Annotated[str, typer.Argument(help="Hub id, folder, or tiny for the bundled pipeline.")],
-    folder: Annotated[Path, typer.Argument(help="Folder of pictures with captions.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of images with captions.")],
     size: Annotated[str, typer.Option(help="HEIGHTxWIDTH in pixels, of all of them.")],
     text_length: Annotated[int | None, typer.Option(min=1, help="Text tokens. Default: the pipeline's own.")] = None,
     shards: Annotated[
@@ -223,7 +225,7 @@ def cache(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Encode pictures and captions once, Flux's in CLEAR's format; goes on where it stopped.
+    """Encode images and captions once, Flux's in CLEAR's format; goes on where it stopped.
 
     Several processes, by torchrun or accelerate launch, share the work.
     """

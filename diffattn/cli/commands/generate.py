@@ -1,4 +1,4 @@
-"""The command `diffattn generate`: pictures or a video with any model, by cheap attention or by its own."""
+"""The command `diffattn generate`: images or a video with any model, by efficient attention or by its own."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -54,12 +54,12 @@ def generate(
     fps: Annotated[int, typer.Option(min=1, help="Frames a second in an .mp4 file.")] = 8,
     parallel: Annotated[
         bool,
-        typer.Option("--parallel", help="Rows of the picture shared out among the processes that torchrun started."),
+        typer.Option("--parallel", help="Rows of the image split among the processes that torchrun started."),
     ] = False,
     offload: Annotated[bool, typer.Option("--offload", help="Keep on the GPU only the model that is at work.")] = False,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Replace videos and frames that are there; pictures are replaced anyway."),
+        typer.Option("--overwrite", help="Replace videos and frames that are there; images are replaced anyway."),
     ] = False,
     seed: Seed = 0,
     device: Device = "auto",
@@ -68,7 +68,7 @@ def generate(
         "outputs/picture.png"
     ),
 ) -> None:
-    """Make pictures or a video with any model, by cheap attention or by its own."""
+    """Make images or a video with any model, by efficient attention or by its own."""
     from .. import generation as making
     from ..arguments import parse_steps
     from ..checkpoints import native_call
@@ -84,7 +84,7 @@ def generate(
         raise ValueError("--compare needs something to compare: add --mechanism or --adapter")
     enlargement.check(request)
     if compare and parallel:
-        raise ValueError("--compare makes the picture twice, and --parallel shares one out: leave one of them out")
+        raise ValueError("--compare makes the image twice, and --parallel shares one out: leave one of them out")
     with joined(parallel) as mesh:
         swap = replace(swap, mesh=mesh)
         pipe = opened(model, own_device(device) if parallel else device, dtype, offload)

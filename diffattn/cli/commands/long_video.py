@@ -1,4 +1,4 @@
-"""The command `diffattn long-video`: a text-to-video model, its frames shared out among the processes of torchrun."""
+"""The command `diffattn long-video`: a text-to-video model, its frames split among the processes of torchrun."""
 
 import logging
 import os
@@ -42,7 +42,7 @@ def long_video(
     ] = None,
     save_every: Annotated[int, typer.Option(min=0, help="Steps between two checkpoints; 0: none.")] = 5,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint, on any number of ranks.")
+        bool, typer.Option("--resume", help="Continue from the last checkpoint, on any number of ranks.")
     ] = False,
     overwrite: Overwrite = False,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the checkpoints when the video is done.")] = False,
@@ -59,10 +59,10 @@ def long_video(
         ),
     ] = "auto",
     output: Annotated[
-        Path, typer.Option(help="Video file (.mp4, .mov, .mkv), or folder for pictures.", rich_help_panel=COMMON)
+        Path, typer.Option(help="Video file (.mp4, .mov, .mkv), or folder for images.", rich_help_panel=COMMON)
     ] = Path("outputs/long-video.mp4"),
 ) -> None:
-    """Make a long video by a text-to-video model, its frames shared out among the ranks of torchrun.
+    """Make a long video by a text-to-video model, its frames split among the ranks of torchrun.
 
     `torchrun ... -m diffattn long-video` and `-m diffattn.pipelines.long_video` are the same. The exit code is 1 where
     the run fails on the way, 2 where it cannot begin.

@@ -35,7 +35,7 @@ def mask(
     seed: UnusedSeed = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
-    output: Annotated[Path, output_option("The picture, such as .png, .svg or .pdf.")] = Path("mask.png"),
+    output: Annotated[Path, output_option("The image, such as .png, .svg or .pdf.")] = Path("mask.png"),
 ) -> None:
     """Draw who sees whom under a mechanism on any grid, and the window of one query."""
     from diffattn.files.writing import written

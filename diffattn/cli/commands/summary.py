@@ -33,7 +33,7 @@ def summary(
     option: Options = None,
     layers: Layers = None,
     height: Annotated[
-        int | None, typer.Option(min=1, help="Of the picture, in pixels. Default: 1024, or the bundled pipeline's own.")
+        int | None, typer.Option(min=1, help="Of the image, in pixels. Default: 1024, or the bundled pipeline's own.")
     ] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Likewise.")] = None,
     frames: Annotated[int, typer.Option(min=1, help="Frames of the token grid, not of the video.")] = 1,

@@ -1,4 +1,4 @@
-"""The command `diffattn upscale`: pictures in files restored, enlarged, stylized or colorized by PASD."""
+"""The command `diffattn upscale`: images in files restored, enlarged, stylized or colorized by PASD."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -48,18 +48,18 @@ def upscale(
         typer.Option("--format", help="Default: that of the input where it can be written, else png."),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Make what is there anew; without it whole pictures are skipped.")
+        bool, typer.Option("--overwrite", help="Make what is there anew; without it whole images are skipped.")
     ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     output: Annotated[Path, output_option("Folder of the results, named as the inputs.")] = Path("outputs/upscaled"),
 ) -> None:
-    """Restore and enlarge pictures by PASD; or stylize or colorize them.
+    """Restore and enlarge images by PASD; or stylize or colorize them.
 
-    Opacity and colour profile are kept, pictures are turned as EXIF says, 16 bits a channel become 8.
+    Opacity and colour profile are kept, images are turned as EXIF says, 16 bits a channel become 8.
 
-    The exit code is 1 where a picture failed; the others are made all the same.
+    The exit code is 1 where an image failed; the others are made all the same.
     """
     with quiet():  # diffusers and transformers speak of missing extras when they are imported
         import diffattn.pipelines.pixel_aware_sr.run.batch as batch

@@ -36,12 +36,12 @@ def video_upscale(
     checkpoint: Annotated[Path, typer.Option(help="Folder of the converted STAR checkpoint, I2VGen-XL variant.")],
     output: Annotated[Path, output_option("Video, .mp4, .mov or .mkv; with the input's sound.")],
     scale: Annotated[float, typer.Option(help="Factor of both sides, from 1.")] = 4.0,
-    prompt: Annotated[str, typer.Option(help="What the video shows; words for quality follow.")] = "a good video",
+    prompt: Annotated[str, typer.Option(help="What the video shows; a quality prompt follows.")] = "a good video",
     negative_prompt: Annotated[
         str | None, typer.Option(help="What it is not to look like. Default: blur, noise, compression and the like.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run that was stopped, from its folder OUTPUT.work.")
+        bool, typer.Option("--resume", help="Continue a run that was stopped, from its folder OUTPUT.work.")
     ] = False,
     overwrite: Overwrite = False,
     offload: Annotated[
@@ -59,7 +59,7 @@ def video_upscale(
     """Restore and enlarge a video by STAR.
 
     The result has the frames, the rate and the sound of the input, the right way up; an odd side gets its last row or
-    column twice. What the run needs of memory and disk is told before it begins. A stopped run goes on with --resume.
+    column twice. What the run needs of memory and disk is told before it begins. A stopped run continues with --resume.
 
     The exit code is 1 where the run fails on the way, 2 where it cannot begin.
     """
@@ -90,7 +90,7 @@ def video_upscale(
         try:
             run.make()
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            complain(RuntimeError(f"{error or 'out of memory'}; what is done is kept: go on with --resume"))
+            complain(RuntimeError(f"{error or 'out of memory'}; what is done is kept: continue with --resume"))
             raise typer.Exit(FAILED) from error
     typer.echo(str(output))
 

@@ -84,7 +84,7 @@ def markdown(result: Result) -> str:
         "# Attention benchmark",
         "",
         f"{hardware_line(result.machine)}. Times in ms, medians of {settings.rounds} interleaved rounds, batch 1;",
-        "speed-ups are ratios of medians: over full SDPA, over the official order as released, and over our kernel",
+        "speedups are ratios of medians: over full SDPA, over the official order as released, and over our kernel",
         "on the official order's blocks. Errors: largest absolute difference to softmax in float64 at some queries",
         f"(tolerance {TOLERANCE[settings.dtype]:.0e}), and to the official order's output.",
     ]
@@ -140,7 +140,7 @@ def _plot_case(axes: Any, case: Case) -> None:
 
 
 def save(result: Result, folder: Path) -> list[Path]:
-    """Write `bench.json`, `bench.md` and `bench.png`; the picture needs matplotlib."""
+    """Write `bench.json`, `bench.md` and `bench.png`; the image needs matplotlib."""
     paths = [write_json(folder / "bench.json", result.to_dict()), write_text(folder / "bench.md", markdown(result))]
     with written(folder / "bench.png") as path:
         plot(result).savefig(path)

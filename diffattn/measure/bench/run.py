@@ -104,7 +104,7 @@ def _row(
 
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:
-    """Rows with their speed-ups over the baselines; none for rows, or over baselines, that failed."""
+    """Rows with their speedups over the baselines; none for rows, or over baselines, that failed."""
     medians = {row.name: row.timing.median for row in rows if row.passed}
 
     def ratio(row: Row, baseline: str) -> float | None:

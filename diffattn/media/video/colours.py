@@ -80,7 +80,7 @@ class Shown:
         return pixels
 
     def _opaque(self, frame: Any, pixels: Pixels) -> Pixels:
-        """On white, as pictures are."""
+        """On white, as images are."""
         if not any(component.is_alpha for component in frame.format.components):
             return pixels
         alpha = frame.reformat(format="rgba", interpolation=READ).to_ndarray()[..., 3:].astype(np.uint16)

@@ -1,4 +1,4 @@
-"""Open a video file by PyAV, and go through the packets of its pictures."""
+"""Open a video file by PyAV, and go through the packets of its images."""
 
 import contextlib
 import logging
@@ -20,18 +20,18 @@ def pyav() -> Any:
     try:
         import av
     except ImportError as error:
-        need = "video files need PyAV: pip install 'diffattn[video]'; a folder of pictures does without"
+        need = "video files need PyAV: pip install 'diffattn[video]'; a folder of images does without"
         raise ImportError(need) from error
     return av
 
 
 @contextlib.contextmanager
 def opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
-    """A container and its stream of pictures, that stops at errors instead of covering them up.
+    """A container and its stream of images, that stops at errors instead of covering them up.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no video, one of an unknown codec, or a picture file of several pictures.
+        ValueError: no video, one of an unknown codec, or an image file of several images.
     """
     av = pyav()
     if not Path(path).is_file():
@@ -47,7 +47,7 @@ def opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
             _check_single(path)
         stream = pictures_of(container)
         if stream is None:
-            raise ValueError(f"expected a video in {path}; got a file without pictures; name another")
+            raise ValueError(f"expected a video in {path}; got a file without images; name another")
         if stream.codec_context is None:
             raise ValueError(f"expected a video in {path} of a codec that FFmpeg knows; got another; encode it anew")
         stream.codec_context.options = {"err_detect": "explode"}
@@ -63,7 +63,7 @@ def pictures_of(container: Any) -> Any:
 
 
 def _check_single(path: str | Path) -> None:
-    """FFmpeg takes the first picture of such a file, or none."""
+    """FFmpeg takes the first image of such a file, or none."""
     try:
         with Image.open(path) as image:
             count = getattr(image, "n_frames", 1)
@@ -71,8 +71,8 @@ def _check_single(path: str | Path) -> None:
         return
     if count > 1:
         raise ValueError(
-            f"expected a video; got {count} pictures in {path}, of which FFmpeg reads one at most; save them as a "
-            "folder of pictures, as .gif or as .mp4"
+            f"expected a video; got {count} images in {path}, of which FFmpeg reads one at most; save them as a "
+            "folder of images, as .gif or as .mp4"
         )
 
 

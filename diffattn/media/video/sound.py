@@ -16,7 +16,7 @@ logger = logging.getLogger("diffattn")
 
 
 class Sound:
-    """Packets of a file's default track of sound, from a moment of its pictures on.
+    """Packets of a file's default track of sound, from a moment of its images on.
 
     Args:
         source: video or sound file; one without sound gives none.

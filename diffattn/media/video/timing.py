@@ -119,7 +119,7 @@ def _first_time(container: Any, stream: Any, path: str) -> Fraction | None:
 
 
 def _end_of(container: Any, stream: Any) -> Fraction | None:
-    """Seconds on the file's clock; the length of a whole file is that of its pictures where there is nothing else."""
+    """Seconds on the file's clock; the length of a whole file is that of its images where there is nothing else."""
     if stream.duration is not None:
         return Fraction(((stream.start_time or 0) + stream.duration) * stream.time_base)
     if container.duration is None or len(container.streams) > 1:

@@ -1,4 +1,4 @@
-"""How the frames of one video are shared out among ranks: a clip of neighbouring frames for each.
+"""How the frames of one video are split among ranks: a clip of neighbouring frames for each.
 
     clip r = frames first_r ... first_r + lengths_r - 1,    first_r = lengths_0 + ... + lengths_(r-1)
 
@@ -159,7 +159,7 @@ class FramePlan:
 def _wrong_split(frames: int, ranks: int, lengths: Sequence[int] | None) -> str:
     """What is wrong with a split, if anything."""
     if frames < ranks:
-        return f"{frames} frames can't be shared out among {ranks} ranks: each needs one; start fewer ranks"
+        return f"{frames} frames can't be split among {ranks} ranks: each needs one; start fewer ranks"
     if lengths is not None and (len(lengths) != ranks or sum(lengths) != frames or min(lengths) < 1):
         return (
             f"lengths must name a clip of at least one frame for each of {ranks} ranks, {frames} frames in all, "

@@ -14,7 +14,7 @@ Projections are linear, W (x + e_p) = W x + W e_p: the rows are projected, and a
 A video of at most `rows` frames is one chunk, with the numbers of its frames as positions: the model's own.
 
 Cost beside that of `ClipAttention`: keys and values of (S + 2 padding) / S times the clip are added to and copied.
-All else treats a frame as a picture. The idea, chunks with positions of their own, is Video-Infinity's author's answer
+All else treats a frame as an image. The idea, chunks with positions of their own, is Video-Infinity's author's answer
 to a request for AnimateDiff made concrete; its quality has not been measured.
 """
 

@@ -3,7 +3,7 @@
     TransformerTemporalModel   its GroupNorm takes the statistics of all frames; its attentions are swapped layers
     TemporalConvLayer          four times GroupNorm, SiLU, Conv3d with a kernel of 3 frames
 
-All else treats a frame as a picture. No module knows the number of a frame, so nothing needs positions.
+All else treats a frame as an image. No module knows the number of a frame, so nothing needs positions.
 """
 
 from contextlib import ExitStack

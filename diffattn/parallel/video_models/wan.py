@@ -4,7 +4,7 @@
     attn1    dual-scope attention over all tokens (`rotary.py`): (frames, h, w) row-major, rotated by frame, row, column
     attn2    attends to the text, token by token; with a prompt for each frame, frame by frame
 
-All else is per token. Frames are latent frames everywhere: 21 for 81 pictures, which is Wan's length in training;
+All else is per token. Frames are latent frames everywhere: 21 for 81 images, which is Wan's length in training;
 `DualScopeAttention(train_frames=21)` says so. Phases exist up to the model's `rope_max_seq_len` (1024).
 """
 

@@ -101,7 +101,7 @@ class Call:
     """Does `steps=` leave this step to the model's own attention?"""
     timestep: float | None = None
     pixels: int = 0
-    """Cells of the latent picture, where levels differ."""
+    """Cells of the latent image, where levels differ."""
     sample: Any = None
     """What tells this call from the others of the same step: its text, and its number among those with it."""
     features: dict[int, Tensor] = field(default_factory=dict)

@@ -1,6 +1,6 @@
 """Watches over the ranks of a run: when one dies, fails or stands still, all end, and say which one and where.
 
-Every rank puts a sign of life into the shared store twice a second, with where it is ("step 3 of 20"). A second thread
+Every rank puts a heartbeat into the shared store twice a second, with where it is ("step 3 of 20"). A second thread
 judges what it knows of the others, and ends the process, for the main thread may hang in a collective:
 
     a rank says that it failed, or stopped giving signs    -> at once, or after `silence` seconds

@@ -33,7 +33,7 @@ def open_base(source: Source, classes: dict[str, Any], dtype: torch.dtype) -> di
 def check_base(source: Source, classes: dict[str, Any]) -> None:
     """Raise `ValueError` unless `source` is a pipeline of the kind that the networks were made for; reads its index.
 
-    That is Stable Diffusion, or SDXL where `classes` has a second text encoder: a pipeline with a U-Net of pictures,
+    That is Stable Diffusion, or SDXL where `classes` has a second text encoder: a pipeline with a U-Net of images,
     and parts of the classes that are wanted.
     """
     try:

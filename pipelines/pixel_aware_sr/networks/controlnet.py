@@ -1,4 +1,4 @@
-"""The ControlNet of PASD: a stock one that first removes the degradation of the picture it is conditioned on."""
+"""The ControlNet of PASD: a stock one that first removes the degradation of the image it is conditioned on."""
 
 from collections.abc import Sequence
 from typing import Any, Self
@@ -18,7 +18,7 @@ FOREGROUND_SCALE, BACKGROUND_SCALE = 1.5, 0.6
 
 
 class DegradationRemoval(ControlNetConditioningEmbedding):  # type: ignore[misc]
-    """Condition encoder that is trained to predict the clean picture at 1/2, 1/4 and 1/8 of its size.
+    """Condition encoder that is trained to predict the clean image at 1/2, 1/4 and 1/8 of its size.
 
     A stock encoder, with RRDB blocks after its first convolution where `rrdb_blocks` > 0, and a convolution to RGB
     after each that halves the size (PASD, section 3.2 of https://arxiv.org/abs/2308.14469).
@@ -59,7 +59,7 @@ class DegradationRemoval(ControlNetConditioningEmbedding):  # type: ignore[misc]
         return found
 
     def rgbs(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """The clean picture in -1..1 that each of the `features` predicts, (batch, 3, rows, columns) of its size."""
+        """The clean image in -1..1 that each of the `features` predicts, (batch, 3, rows, columns) of its size."""
         return [convolution(hidden) for convolution, hidden in zip(self.to_rgbs, features, strict=True)]
 
 
@@ -105,7 +105,7 @@ class PASDControlNetModel(ControlNetModel):  # type: ignore[misc]
     """`ControlNetModel` with `DegradationRemoval` as its condition encoder.
 
     The configuration is the stock one with the official keys `use_rrdb` and `return_rgbs` (has it the convolutions to
-    RGB, which training alone needs?). What the encoder makes of a picture depends on neither timestep nor prompt:
+    RGB, which training alone needs?). What the encoder makes of an image depends on neither timestep nor prompt:
     `encode_condition` computes it once, and `forward` takes it in the picture's place.
     """
 
@@ -141,7 +141,7 @@ class PASDControlNetModel(ControlNetModel):  # type: ignore[misc]
         return encoded.to(picture.device)
 
     def clean_pictures(self, picture: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """For training: what `encode_condition` returns, and the clean picture predicted at 1/2, 1/4 and 1/8 size."""
+        """For training: what `encode_condition` returns, and the clean image predicted at 1/2, 1/4 and 1/8 size."""
         encoder = self.controlnet_cond_embedding
         features = encoder.features(self._beside_weights(picture))
         return encoder.conv_out(features[-1]), encoder.rgbs(features)
@@ -169,7 +169,7 @@ class PASDControlNetModel(ControlNetModel):  # type: ignore[misc]
             sample: noisy latents, (batch, 4, rows, columns).
             timestep: one for all, or one each.
             encoder_hidden_states: text.
-            controlnet_cond: the degraded picture in 0..1, (batch, 3, 8 rows, 8 columns), or its encoded form.
+            controlnet_cond: the degraded image in 0..1, (batch, 3, 8 rows, 8 columns), or its encoded form.
             conditioning_scale: factor of every residual.
             *args: as in diffusers.
             fg_mask: 1 in the foreground and 0 elsewhere, (batch or 1, 1, any rows, any columns): the residuals are

@@ -20,13 +20,13 @@ class PASDUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
     connection, as ever, and is the context of one pixel-aware layer. Without residuals the model is the stock U-Net.
 
     Cost: attention in each of these layers is quadratic in the number of its tokens, at the finest level for the
-    whole latent picture; `diffattn.apply` makes it local. The full form adds 248 M weights to the 860 M of SD 1.5 and
+    whole latent image; `diffattn.apply` makes it local. The full form adds 248 M weights to the 860 M of SD 1.5 and
     1035 M to the 2567 M of SDXL; the light form adds 29 M to SD 1.5.
     """
 
     @extends(UNet2DConditionModel, pixel_attention="full")
     def __init__(self, *args: Any, pixel_attention: Variant = "full", **kwargs: Any) -> None:
-        """Build it untrained: pixel-aware layers change the picture until they are trained or loaded."""
+        """Build it untrained: pixel-aware layers change the image until they are trained or loaded."""
         super().__init__(*args, **kwargs)
         if pixel_attention not in ("full", "light"):
             raise ValueError(f'expected pixel_attention to be "full" or "light"; got {pixel_attention!r}')

@@ -1,1 +1,1 @@
-"""The command: one picture after the other."""
+"""The command: one image after the other."""

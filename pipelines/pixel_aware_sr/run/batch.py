@@ -26,12 +26,12 @@ from diffattn.media.pictures import (
 logger = logging.getLogger("diffattn")
 
 FAILURES = (ValueError, OSError, MemoryError, RuntimeError)
-"""What one picture may fail by while the others go on: its file, its size, the device's memory."""
+"""What one image may fail by while the others go on: its file, its size, the device's memory."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One picture."""
+    """One image."""
 
     source: Path
     target: Path
@@ -46,7 +46,7 @@ class Job:
 
 @dataclass
 class Tally:
-    """How many pictures ended how."""
+    """How many images ended how."""
 
     done: int = 0
     skipped: int = 0
@@ -60,7 +60,7 @@ class Tally:
 
 
 def plan_jobs(inputs: Sequence[str | Path], output: Path, *, ending: str | None = None, sheets: bool) -> list[Job]:
-    """What is to be made of the pictures that `inputs` name, without touching a file.
+    """What is to be made of the images that `inputs` name, without touching a file.
 
     Args:
         inputs: as `find_pictures` takes them.
@@ -68,7 +68,7 @@ def plan_jobs(inputs: Sequence[str | Path], output: Path, *, ending: str | None 
         ending: of the results; None: that of the source where it can be written, else `.png`.
         sheets: a comparison `<stem>-compare.png` beside each result.
 
-    Raises `ValueError` for inputs without pictures, a folder that can't be written, and results that would overwrite
+    Raises `ValueError` for inputs without images, a folder that can't be written, and results that would overwrite
     each other or an input.
     """
     check_folder(output)
@@ -96,11 +96,11 @@ def check_names(jobs: Sequence[Job]) -> None:
 def run_jobs(
     jobs: Sequence[Job], restore: Callable[[Picture], Picture], *, factor: float, overwrite: bool = False
 ) -> Tally:
-    """Make what is not there yet; a picture that fails gets a line on stderr, and the others are made.
+    """Make what is not there yet; an image that fails gets a line on stderr, and the others are made.
 
     Args:
         jobs: from `plan_jobs`.
-        restore: makes a picture `factor` times as large in both directions.
+        restore: makes an image `factor` times as large in both directions.
         factor: see there.
         overwrite: make what is there as well. Files that are cut off do not count as there.
     """
@@ -151,7 +151,7 @@ def check_side(picture: Picture, factor: float, target: Path) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Is there a picture that can be read to its end?"""
+    """Is there an image that can be read to its end?"""
     try:
         read_result(path)
     except (ValueError, FileNotFoundError):
@@ -160,7 +160,7 @@ def is_whole(path: Path) -> bool:
 
 
 def read_result(path: Path) -> Picture:
-    """Read a picture of our own, of any size: Pillow's limit is meant for files from elsewhere."""
+    """Read an image of our own, of any size: Pillow's limit is meant for files from elsewhere."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         return read_picture(path)
@@ -177,6 +177,6 @@ def write_sheet(source: Path, target: Path, sheet: Path) -> None:
 
 
 def describe(job: Job, error: BaseException) -> str:
-    """An error as one line that names the picture."""
+    """An error as one line that names the image."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if str(job.source) in text else f"{job.source}: {text}"

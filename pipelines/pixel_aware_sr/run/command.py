@@ -1,4 +1,4 @@
-"""What `diffattn upscale` does: settings that are checked, a pipeline of the checkpoint's kind, pictures through it."""
+"""What `diffattn upscale` does: settings that are checked, a pipeline of the checkpoint's kind, images through it."""
 
 import json
 from dataclasses import dataclass
@@ -85,15 +85,15 @@ def load_lora(pipe: Any, file: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Restoration:
-    """How every picture is restored; None leaves the choice to the pipeline."""
+    """How every image is restored; None leaves the choice to the pipeline."""
 
-    prompt: Annotated[str, Help("What all the pictures show.")] = ""
+    prompt: Annotated[str, Help("What all the images show.")] = ""
     negative_prompt: Annotated[str | None, Help("What they are not to look like. Default: the authors'.")] = None
     scale: Annotated[float | None, Help("Factor of both sides, above 0. Default: 4.")] = None
-    colorize: Annotated[bool, Help("Give gray pictures colours, at their own size; keeps their luma.")] = False
+    colorize: Annotated[bool, Help("Give gray images colours, at their own size; keeps their luma.")] = False
     steps: Annotated[int | None, at_least(1), Help("Denoising steps. Default: 20, or 25 for SDXL.")] = None
     guidance: Annotated[float | None, Help("Guidance scale. Default: 9, or 7 for SDXL.")] = None
-    conditioning_scale: Annotated[float | None, Help("Weight of the picture. Default: 1, or 0.8 for SDXL.")] = None
+    conditioning_scale: Annotated[float | None, Help("Weight of the image. Default: 1, or 0.8 for SDXL.")] = None
     tile: Annotated[int, Help("Longest side in pixels that is restored at once.", panel=TILES)] = 1024
     tile_overlap: Annotated[int, Help("In pixels.", panel=TILES)] = 128
     tile_batch: Annotated[int, Help("Tiles at a time: faster on a GPU, for more memory.", panel=TILES)] = 1
@@ -103,12 +103,12 @@ class Restoration:
     ] = None
     official: Annotated[bool, Help("Also what the released code does where it is wrong.")] = False
     seed: int = 0
-    """Of each picture: what becomes of one does not depend on the others."""
+    """Of each image: what becomes of one does not depend on the others."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.colorize and self.scale is not None:
-            raise ValueError("--colorize keeps the size of a picture: leave --scale out")
+            raise ValueError("--colorize keeps the size of an image: leave --scale out")
         if self.colorize and self.color_fix is not None:
             raise ValueError("--colorize makes colours, which --color-fix takes from the input: leave one of them out")
         if not 0.0 < self.factor < float("inf"):
@@ -121,7 +121,7 @@ class Restoration:
         return 1.0 if self.colorize else SCALE if self.scale is None else self.scale
 
     def restore(self, pipe: Any, picture: Picture) -> Picture:
-        """The picture, restored; its opacity enlarged by Lanczos."""
+        """The image, restored; its opacity enlarged by Lanczos."""
         image = Image.fromarray(picture.pixels)
         self._tile_vae(pipe, image)
         result = pipe(image, self.prompt, **self._call()).images[0]

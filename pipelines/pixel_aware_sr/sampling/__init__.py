@@ -1,1 +1,1 @@
-"""The steps of a run, from the picture given to the picture returned."""
+"""The steps of a run, from the image given to the image returned."""

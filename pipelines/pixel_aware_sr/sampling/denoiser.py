@@ -1,7 +1,7 @@
 """One prediction of the noise: the ControlNet and the U-Net, on the whole latents or on tiles of them.
 
 The condition encoder sees each tile's pixels once, before the first step; what it makes of them serves every step and
-both halves of classifier-free guidance.
+both branches of classifier-free guidance.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from ..networks.unet import PASDUNet2DConditionModel
 
 @dataclass(frozen=True)
 class TextCondition:
-    """What the U-Net is told beside the picture."""
+    """What the U-Net is told beside the image."""
 
     embeds: Tensor
     """(batch, tokens, width); with guidance (2 batch, ...), the negative half first."""
@@ -78,7 +78,7 @@ class Denoiser:
         guess_mode: bool = False,
         cross_attention_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        """Encode the pictures, (batch, 3, 8 rows, 8 columns) in 0..1, tile by tile."""
+        """Encode the images, (batch, 3, 8 rows, 8 columns) in 0..1, tile by tile."""
         self.unet, self.controlnet, self.text, self.plan = unet, controlnet, text, plan
         self.guidance_scale, self.conditioning_scale, self.guess_mode = guidance_scale, conditioning_scale, guess_mode
         self.cross_attention_kwargs = cross_attention_kwargs

@@ -1,4 +1,4 @@
-"""From decoded pixels to the pictures that the caller gets."""
+"""From decoded pixels to the images that the caller gets."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ COLOR_FIXES: dict[str | None, Callable[[Tensor, Tensor], Tensor]] = {
 def finish(
     decoded: Tensor, prepared: Tensor, given: Image.Image, upscale: float, task: str, color_fix: str | None
 ) -> Image.Image:
-    """Colours and size of a result: decoded and prepared picture are (3, rows, columns) in 0..1."""
+    """Colours and size of a result: decoded and prepared image are (3, rows, columns) in 0..1."""
     if task == "grayscale":
         gray = from_pil(given.convert("L").convert("RGB"))
         return to_pil(keep_luma(gray, decoded[None].cpu().clamp(0, 1))[0], truncate=False)
@@ -30,12 +30,12 @@ def finish(
 
 
 def to_pil(picture: Tensor, truncate: bool = True) -> Image.Image:
-    """A Pillow picture of (3, rows, columns) around 0..1; fractions of 1/255 are cut off, as the released code does."""
+    """A Pillow image of (3, rows, columns) around 0..1; fractions of 1/255 are cut off, as the released code does."""
     return Image.fromarray(to_bytes(picture, truncate).permute(1, 2, 0).cpu().numpy())
 
 
 def as_output(finished: list[Image.Image], output_type: str) -> Any:
-    """Pillow pictures, or all of them in one array (batch, rows, columns, 3) or tensor (batch, 3, rows, columns)."""
+    """Pillow images, or all of them in one array (batch, rows, columns, 3) or tensor (batch, 3, rows, columns)."""
     if output_type == "pil":
         return finished
     arrays = VaeImageProcessor.pil_to_numpy(finished)
@@ -43,6 +43,6 @@ def as_output(finished: list[Image.Image], output_type: str) -> Any:
 
 
 def from_pil(picture: Image.Image) -> Tensor:
-    """(1, 3, rows, columns) in 0..1 of an RGB picture."""
+    """(1, 3, rows, columns) in 0..1 of an RGB image."""
     pixels: Tensor = VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(picture))
     return pixels

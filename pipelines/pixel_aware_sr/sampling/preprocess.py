@@ -1,8 +1,8 @@
-"""The size a picture is restored at, and the way there and back.
+"""The size an image is restored at, and the way there and back.
 
     realisr    (w, h) * upscale, bicubic; then, where the shorter side is below the process size, up to it, bilinear
     grayscale  gray; shorter side to the process size, bilinear, or less, so that the longer is at most twice that
-    both       each side down to a multiple of 8, bicubic: the picture is squeezed, not cropped
+    both       each side down to a multiple of 8, bicubic: the image is squeezed, not cropped
 
 Source: the released code of PASD, Yang, Wu, Ren, Xie, Zhang, 2024, https://arxiv.org/abs/2308.14469. Unlike there,
 `upscale` may be a fraction, and a side never ends below 8 pixels.
@@ -19,7 +19,7 @@ MULTIPLE = 8
 
 
 def target_size(width: int, height: int, *, upscale: float, process_size: int, task: str) -> tuple[int, int]:
-    """Width and height in pixels that a picture of this size is restored at.
+    """Width and height in pixels that an image of this size is restored at.
 
     Args:
         upscale: factor above 0 to each side; the task "grayscale" ignores it.
@@ -30,7 +30,7 @@ def target_size(width: int, height: int, *, upscale: float, process_size: int, t
 
 
 def prepare(picture: Image.Image, *, upscale: float, process_size: int, task: str) -> Image.Image:
-    """The RGB picture to restore, of `target_size`; gray for the task "grayscale"."""
+    """The RGB image to restore, of `target_size`; gray for the task "grayscale"."""
     steps = _resizes(*picture.size, upscale, process_size, task)
     picture = picture.convert("L").convert("RGB") if task == "grayscale" else picture.convert("RGB")
     for size, resampling in steps:
@@ -39,14 +39,14 @@ def prepare(picture: Image.Image, *, upscale: float, process_size: int, task: st
 
 
 def restore_size(picture: Image.Image, width: int, height: int, upscale: float) -> Image.Image:
-    """A restored picture at `upscale` times the input's width and height, which it was squeezed from; bicubic."""
+    """A restored image at `upscale` times the input's width and height, which it was squeezed from; bicubic."""
     return picture.resize(_scaled(width, height, upscale), Resampling.BICUBIC)
 
 
 def _resizes(
     width: int, height: int, upscale: float, process_size: int, task: str
 ) -> list[tuple[tuple[int, int], Resampling]]:
-    """Sizes that a picture passes through, and how it is resampled to each."""
+    """Sizes that an image passes through, and how it is resampled to each."""
     if task not in TASKS:
         raise ValueError(f"expected a task of {', '.join(TASKS)}; got {task!r}; choose one of them")
     if process_size < MULTIPLE:

@@ -1,6 +1,6 @@
 """The latents that restoration starts from: the low-resolution picture's own, in noise.
 
-    z1 = sqrt(abar_T) z + sqrt(1 - abar_T) n1        z: latents of the picture; T: the first timestep
+    z1 = sqrt(abar_T) z + sqrt(1 - abar_T) n1        z: latents of the image; T: the first timestep
     z2 = sqrt(abar_a) z1 + sqrt(1 - abar_a) n2       a: `level`, 900 in PASD
 
 so that z weighs sqrt(abar_T abar_a) = 0.0081 with Stable Diffusion's schedule: too little to copy noise from, and
@@ -21,7 +21,7 @@ XL_SHARE = 0.005
 
 
 def draw(like: Tensor, generator: Generators) -> Tensor:
-    """Standard normal noise of the same shape; with a generator for each picture, each draws its own."""
+    """Standard normal noise of the same shape; with a generator for each image, each draws its own."""
     noise: Tensor = randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
     return noise
 

@@ -1,1 +1,1 @@
-"""What PASD's training needs: bad pictures from good ones, and the losses."""
+"""What PASD's training needs: bad images from good ones, and the losses."""

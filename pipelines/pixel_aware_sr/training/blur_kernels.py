@@ -117,7 +117,7 @@ def draw_kernel(rng: np.random.Generator, blur: Blur) -> Kernel:
 
 
 def draw_final_sinc(rng: np.random.Generator) -> SincKernel:
-    """The last filter, which stands for the ringing of sharpened and recompressed pictures."""
+    """The last filter, which stands for the ringing of sharpened and recompressed images."""
     return SincKernel(size=draw_size(rng), cutoff=rng.uniform(math.pi / 3, math.pi))
 
 

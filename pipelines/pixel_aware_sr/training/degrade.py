@@ -1,11 +1,11 @@
-"""Bad pictures from good ones, for training: two rounds of blur, resize, noise and JPEG, each of random strength.
+"""Bad images from good ones, for training: two rounds of blur, resize, noise and JPEG, each of random strength.
 
     first     blur, resize, noise, JPEG
     second    blur (with a probability), resize, noise
     last      resize to 1 / final_scale and sinc, JPEG; or JPEG, resize and sinc
     restore   resize to the size at the start, round to 8 bit
 
-`draw` settles everything by a seed, `apply` carries it out, `degrade` does both. A bad picture lies on its good one
+`draw` settles everything by a seed, `apply` carries it out, `degrade` does both. A bad image lies on its good one
 pixel by pixel: nothing is flipped, cropped or shifted, so that the caller augments before.
 
 Source: Wang, Xie, Dong, Shan, Real-ESRGAN, 2021, https://arxiv.org/abs/2107.10833, section 3, with the parameters of
@@ -13,7 +13,7 @@ PASD's released training (https://arxiv.org/abs/2308.14469).
 Resizing is without antialiasing there and here: aliases are part of what is learnt to be taken away.
 Differences to Real-ESRGAN: a resize maps edges on edges, where it rounds the size but not the ratio, and so moves the
 right and the lower edge by up to three pixels; JPEG is libjpeg's with 4:2:0 chroma and whole qualities, in place of a
-differentiable approximation; parameters belong to one picture, not to a batch. As in PASD, good pictures are not
+differentiable approximation; parameters belong to one image, not to a batch. As in PASD, good images are not
 sharpened.
 """
 
@@ -103,10 +103,10 @@ class Degradation:
         poisson_scale=(0.05, 1.0),
         jpeg_quality=(60, 100),
     )
-    """Its factors of resize are relative to 1 / final_scale of the good picture, whatever the first did."""
+    """Its factors of resize are relative to 1 / final_scale of the good image, whatever the first did."""
     final_sinc_probability: float = 0.8
     final_scale: int = 4
-    """How many times smaller than the good picture the bad one is before it is restored."""
+    """How many times smaller than the good image the bad one is before it is restored."""
 
     def __post_init__(self) -> None:
         check_probability("final_sinc_probability", self.final_sinc_probability)
@@ -142,7 +142,7 @@ class DrawnStage:
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnDegradation:
-    """All that happens to one picture; `dataclasses.asdict` makes it a log."""
+    """All that happens to one image; `dataclasses.asdict` makes it a log."""
 
     first: DrawnStage
     second: DrawnStage
@@ -156,28 +156,28 @@ class DrawnDegradation:
 
 
 def degrade(pictures: Tensor, *, seed: int | Sequence[int], config: Degradation = PASD) -> Tensor:
-    """Degrade a picture or a batch; the same seed gives the same bytes, whatever else is in the batch.
+    """Degrade an image or a batch; the same seed gives the same bytes, whatever else is in the batch.
 
     Args:
         pictures: values in 0..1, (3, rows, columns) or (batch, 3, rows, columns), both sides at least `final_scale`.
-        seed: from 0 on; one for a picture, as many as there are pictures for a batch.
+        seed: from 0 on; one for an image, as many as there are images for a batch.
         config: what to draw from.
 
     Returns:
         Multiples of 1/255, of the shape, dtype and device of `pictures`; computed in float32 on the CPU.
 
     Raises:
-        ValueError: another shape or range, a picture too small, or seeds that do not match.
+        ValueError: another shape or range, an image too small, or seeds that do not match.
     """
     seeds = list(seed) if isinstance(seed, Sequence) else [seed]
     if pictures.ndim not in (3, 4) or isinstance(seed, Sequence) != (pictures.ndim == 4):
         raise ValueError(
             "expected (3, rows, columns) with one seed, or (batch, 3, rows, columns) with a sequence of them; got "
-            f"shape {tuple(pictures.shape)} with {seed!r}; give each picture of a batch a seed of its own"
+            f"shape {tuple(pictures.shape)} with {seed!r}; give each image of a batch a seed of its own"
         )
     batch = pictures.detach().reshape(-1, *pictures.shape[-3:])
     if len(batch) != len(seeds) or not seeds:
-        raise ValueError(f"expected a seed for each of {len(batch)} pictures, at least one; got {seeds}")
+        raise ValueError(f"expected a seed for each of {len(batch)} images, at least one; got {seeds}")
     if not all(isinstance(one, Integral) and one >= 0 for one in seeds):
         raise ValueError(f"expected seeds as whole numbers from 0 on; got {seeds}; take them modulo 2**63")
     for picture in batch:
@@ -187,7 +187,7 @@ def degrade(pictures: Tensor, *, seed: int | Sequence[int], config: Degradation 
 
 
 def draw(seed: int, config: Degradation = PASD) -> DrawnDegradation:
-    """Settle a degradation by a seed; it fits pictures of any size."""
+    """Settle a degradation by a seed; it fits images of any size."""
     rng = np.random.default_rng(seed)
     return DrawnDegradation(
         first=_draw_stage(rng, config.first),
@@ -201,7 +201,7 @@ def draw(seed: int, config: Degradation = PASD) -> DrawnDegradation:
 
 
 def apply(picture: Tensor, drawn: DrawnDegradation) -> Tensor:
-    """Carry a degradation out on one picture (3, rows, columns) with values in 0..1; returns as `degrade`."""
+    """Carry a degradation out on one image (3, rows, columns) with values in 0..1; returns as `degrade`."""
     picture = picture.detach()
     _check_picture(picture, drawn.final_scale)
     size = picture.shape[-2:]
@@ -219,11 +219,11 @@ def apply(picture: Tensor, drawn: DrawnDegradation) -> Tensor:
 
 
 def blur(picture: Tensor, kernel: Kernel | None) -> Tensor:
-    """Filter each channel; beyond the edges the picture goes on as its mirror image."""
+    """Filter each channel; beyond the edges the image goes on as its mirror image."""
     if kernel is None:
         return picture
     reach = kernel.size // 2
-    # numpy's mirror goes on for as long as it takes; torch's ends at the size of the picture.
+    # numpy's mirror goes on for as long as it takes; torch's ends at the size of the image.
     padded = torch.from_numpy(np.pad(picture.numpy(), ((0, 0), (reach, reach), (reach, reach)), mode="reflect"))
     return F.conv2d(padded[:, None], torch.from_numpy(kernel.weights()).float()[None, None])[:, 0]
 
@@ -242,7 +242,7 @@ def add_noise(picture: Tensor, noise: DrawnNoise) -> Tensor:
                 levels = 2^ceil(log2(number of values in q))
 
     With `gray`, all channels get the same noise: one n, or the Poisson noise of the luma 0.299 R + 0.587 G + 0.114 B.
-    A picture of one value has a single level, and Poisson noise as strong as itself, as in Real-ESRGAN.
+    An image of one value has a single level, and Poisson noise as strong as itself, as in Real-ESRGAN.
     """
     rng = np.random.default_rng(noise.seed)
     source = (_LUMA * picture).sum(0, keepdim=True) if noise.gray else picture
@@ -257,7 +257,7 @@ def add_noise(picture: Tensor, noise: DrawnNoise) -> Tensor:
 
 
 def jpeg(picture: Tensor, quality: int) -> Tensor:
-    """What is left of a picture after compression with 4:2:0 chroma."""
+    """What is left of an image after compression with 4:2:0 chroma."""
     file = io.BytesIO()
     pixels = (255 * quantise(picture)).round().byte().permute(1, 2, 0).numpy()
     Image.fromarray(pixels).save(file, format="JPEG", quality=quality, subsampling="4:2:0")
@@ -300,7 +300,7 @@ def _draw_mode(rng: np.random.Generator) -> Mode:
 def _check_picture(picture: Tensor, least: int) -> None:
     if picture.ndim != 3 or len(picture) != 3 or not picture.is_floating_point() or min(picture.shape[1:]) < least:
         raise ValueError(
-            f"expected a picture of floats (3, rows, columns) with sides of {least} pixels or more; got "
+            f"expected an image of floats (3, rows, columns) with sides of {least} pixels or more; got "
             f"{picture.dtype} of shape {tuple(picture.shape)}; convert or enlarge it first"
         )
     low, high = float(picture.min()), float(picture.max())

@@ -1,7 +1,7 @@
-"""What PASD's training adds to the loss of the noise: its condition encoder has to show the clean picture.
+"""What PASD's training adds to the loss of the noise: its condition encoder has to show the clean image.
 
     pyramid          L_p = sum over scales k of mean |rgb_k - resize(target, size of rgb_k)|
-    colourfulness    L_c = sum over pictures of 1 - (sqrt(s_rg^2 + s_yb^2) + 0.3 sqrt(m_rg^2 + m_yb^2))
+    colourfulness    L_c = sum over images of 1 - (sqrt(s_rg^2 + s_yb^2) + 0.3 sqrt(m_rg^2 + m_yb^2))
                      rg = |R - G|,  yb = |(R + G) / 2 - B|,  m and s: mean and standard deviation over the pixels
 
 The whole loss is MSE(noise) + L_p, and for colourisation + COLOURFULNESS_WEIGHT * sum over scales k of L_c(rgb_k).
@@ -25,17 +25,17 @@ PASD states 0.001, but adds the sum over all scales once for each of its three: 
 """
 
 _FLOOR = 1e-8
-"""Added to squares under a root, whose slope is infinite at 0: in a gray picture all of them are."""
+"""Added to squares under a root, whose slope is infinite at 0: in a gray image all of them are."""
 
 
 def pyramid_loss(rgbs: Sequence[Tensor], target: Tensor) -> Tensor:
-    """Mean absolute difference to the clean picture, summed over the scales.
+    """Mean absolute difference to the clean image, summed over the scales.
 
     The target is resized bilinearly without antialiasing, by the outer edges. Half precision is computed in float32.
 
     Args:
         rgbs: predictions, (batch, 3, rows_k, columns_k) each; PASD has three, of 1/2, 1/4 and 1/8 of the rows.
-        target: clean pictures with values in -1..1 (the encoder's input is in 0..1), (batch, 3, rows, columns).
+        target: clean images with values in -1..1 (the encoder's input is in 0..1), (batch, 3, rows, columns).
 
     Raises:
         ValueError: no prediction, or one of another batch or number of channels than the target.
@@ -55,7 +55,7 @@ def pyramid_loss(rgbs: Sequence[Tensor], target: Tensor) -> Tensor:
 
 
 def colourfulness_loss(pictures: Tensor) -> Tensor:
-    """How far pictures fall short of a colourfulness of 1, summed over the batch; negative where they go beyond.
+    """How far images fall short of a colourfulness of 1, summed over the batch; negative where they go beyond.
 
     The sum grows with the batch, unlike the mean of `pyramid_loss`. Half precision is computed in float32.
 
@@ -67,7 +67,7 @@ def colourfulness_loss(pictures: Tensor) -> Tensor:
     """
     _check_pictures("pictures", pictures)
     if pictures[0, 0].numel() < 2:
-        raise ValueError("expected pictures of two pixels or more; got 1 x 1; leave this scale out")
+        raise ValueError("expected images of two pixels or more; got 1 x 1; leave this scale out")
     red, green, blue = _single(pictures).flatten(2).unbind(1)
     opponents = torch.stack([(red - green).abs(), ((red + green) / 2 - blue).abs()])
     spread = (opponents.var(-1).sum(0) + _FLOOR).sqrt()

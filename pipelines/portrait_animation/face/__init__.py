@@ -1,1 +1,1 @@
-"""Faces in frames: found, aligned, cut out, put back, and drawn as control pictures."""
+"""Faces in frames: found, aligned, cut out, put back, and drawn as control images."""

@@ -35,7 +35,7 @@ class Alignment:
         return moved
 
     def warp(self, picture: Picture) -> Picture:
-        """The picture moved within its frame: bilinear, black where nothing comes from."""
+        """The image moved within its frame: bilinear, black where nothing comes from."""
         height, width = picture.shape[:2]
         rows = _warp_matrix(height, self.scale[1], self.shift[1])
         return _apply(rows, _warp_matrix(width, self.scale[0], self.shift[0]), picture)
@@ -71,9 +71,9 @@ def best_frame(source: Points, driving: Sequence[Points | None]) -> int:
 
 
 def resize(frame: NDArray[Any], height: int, width: int) -> Picture:
-    """A uint8 frame or a picture of 0 to 1 at another size, the aspect ratio not kept: bilinear, smoothed to shrink.
+    """A uint8 frame or an image of 0 to 1 at another size, the aspect ratio not kept: bilinear, smoothed to shrink.
 
-    Shrinking by a factor f smooths with a Gaussian of sigma (f - 1) / 2 first; beyond its border the picture goes on
+    Shrinking by a factor f smooths with a Gaussian of sigma (f - 1) / 2 first; beyond its border the image goes on
     mirrored about the middle of its last pixel. The numbers are those of scikit-image's `resize`.
     """
     if frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
@@ -87,7 +87,7 @@ def resize(frame: NDArray[Any], height: int, width: int) -> Picture:
 
 
 def _apply(rows: Picture, columns: Picture, picture: Picture) -> Picture:
-    """Mix rows and columns of a picture by a matrix each."""
+    """Mix rows and columns of an image by a matrix each."""
     tall = (rows @ picture.reshape(len(picture), -1)).reshape(len(rows), *picture.shape[1:])
     return np.ascontiguousarray(columns @ tall)
 

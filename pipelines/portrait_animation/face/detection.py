@@ -1,7 +1,7 @@
 """Faces in frames: the interface of what finds them, which face counts, and what holds in frames without one.
 
 Points are iBUG's 68, `(68, 2)`, x and y in pixels of the frame they were found in: jaw 0-16, brows 17-26, nose 27-35,
-eyes 36-41 and 42-47, outer lips 48-59, inner lips 60-67; left is the left of the picture.
+eyes 36-41 and 42-47, outer lips 48-59, inner lips 60-67; left is the left of the image.
 Layout: Sagonas et al., 300 Faces in-the-Wild Challenge, 2013.
 """
 

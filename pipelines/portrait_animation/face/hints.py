@@ -1,4 +1,4 @@
-"""From a driving video and its faces to the two control pictures of each frame."""
+"""From a driving video and its faces to the two control images of each frame."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
@@ -17,7 +17,7 @@ def control_pictures(
     width: int = 512,
     scaled: bool = False,
 ) -> Iterator[tuple[Picture, Picture]]:
-    """For each frame the aligned driving picture and the local control picture, one by one, RGB from 0 to 1.
+    """For each frame the aligned driving image and the local control image, one by one, RGB from 0 to 1.
 
     Points are moved with the frame; the released code finds them anew in the aligned one.
 
@@ -25,7 +25,7 @@ def control_pictures(
         frames: of the driving video.
         points: a face of each, in pixels of the frame; None blanks the local control.
         alignment: of the resized frames, from `plan_alignment`; None for none.
-        height: of the pictures, in pixels.
+        height: of the images, in pixels.
         width: likewise.
         scaled: patches as large as the face is; see `patch_boxes`.
     """
@@ -51,12 +51,12 @@ def plan_alignment(
     """The one map for all frames, from the driving frame with number `frame`, or the one nearest to the source.
 
     Args:
-        source: face of the picture to animate, in its pixels.
-        source_size: height and width of that picture.
+        source: face of the image to animate, in its pixels.
+        source_size: height and width of that image.
         driving: faces of the driving frames, in their pixels.
         driving_size: height and width of the driving frames.
         frame: number among `driving`.
-        height: of the control pictures, in pixels.
+        height: of the control images, in pixels.
         width: likewise.
 
     Raises:

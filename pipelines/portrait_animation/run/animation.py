@@ -1,10 +1,10 @@
-"""What `diffattn animate` does: faces found and control pictures kept in a file, steps, frames written as they come.
+"""What `diffattn animate` does: faces found and control images kept in a file, steps, frames written as they come.
 
     animation = Animation(source=..., driving=Clip(path=...), checkpoint=..., output=..., settings=Settings())
     with animation.prepared(LandmarkFile("points.npy"), device, dtype) as run:
         run.write(run.denoise())
 
-The steps are those of `XPortraitPipeline`, whose random numbers come in the same order; but control pictures stay on
+The steps are those of `XPortraitPipeline`, whose random numbers come in the same order; but control images stay on
 the disk, and a run that was stopped goes on after its last whole step.
 """
 
@@ -110,7 +110,7 @@ class Animation:
             dtype: of the networks.
             progress: goes through the frames of everything that takes long, and may show how far.
 
-        Raises `ValueError` for a checkpoint, pictures, faces or a work folder that do not fit; nothing is left then.
+        Raises `ValueError` for a checkpoint, images, faces or a work folder that do not fit; nothing is left then.
         """
         source = read_opaque(self.source)
         self._check_sizes(source)
@@ -254,7 +254,7 @@ class Run:
         animation.work.note_output()
 
     def _features(self) -> tuple[EncodedWhenRead, EncodedWhenRead]:
-        """Of the control pictures, which stay on the disk."""
+        """Of the control images, which stay on the disk."""
         pipe, stored = self.pipe, (self.controls.driving, self.controls.local)
         driving, local = (
             EncodedWhenRead(net.controlnet_cond_embedding, pictures, pipe.device, pipe.unet.dtype)

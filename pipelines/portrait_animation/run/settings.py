@@ -42,7 +42,7 @@ class Settings:
     paste: Annotated[
         bool | None,
         Help(
-            "Animate a square around the face and put it back into the picture; or all of the picture, stretched to "
+            "Animate a square around the face and put it back into the image; or all of the image, stretched to "
             "the networks' square, which the result keeps. Default: --paste, but for --official.",
             "--paste/--no-paste",
         ),

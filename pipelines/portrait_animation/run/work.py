@@ -9,7 +9,7 @@
             source.npy       the source's face in its pixels, (68, 2); likewise
         state.safetensors    latents after the last step, the generator, the number of steps
 
-The control pictures are written and read a few at a time, so that memory does not grow with the video.
+The control images are written and read a few at a time, so that memory does not grow with the video.
 """
 
 import os
@@ -77,7 +77,7 @@ class WorkFolder(work.WorkFolder):
     def write_controls(
         self, pictures: Iterable[tuple[Picture, Picture]], points: Sequence[Points | None], source: Points | None
     ) -> Controls:
-        """Keep the control pictures of all frames, RGB from 0 to 1, as they come; whole or not at all."""
+        """Keep the control images of all frames, RGB from 0 to 1, as they come; whole or not at all."""
         partial = self.path / "controls.partial"
         remove_own(partial, (r".+\.npy",))
         partial.mkdir(exist_ok=True)

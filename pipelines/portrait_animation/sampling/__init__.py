@@ -1,1 +1,1 @@
-"""The steps of a run, from control pictures to denoised latents."""
+"""The steps of a run, from control images to denoised latents."""

@@ -107,7 +107,7 @@ class Denoiser:
         return eps.unbind(0)
 
     def _grey(self, latents: Tensor) -> list[Tensor]:
-        """Features (1, channels, rows, columns) of a mid grey picture, which all frames share."""
+        """Features (1, channels, rows, columns) of a mid grey image, which all frames share."""
         rows, columns = latents.shape[-2:]
         picture = latents.new_zeros(1, 3, CELL * rows, CELL * columns)
         return [net.controlnet_cond_embedding(picture) for net in self.networks.controlnet.nets]

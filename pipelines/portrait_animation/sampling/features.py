@@ -1,7 +1,7 @@
-"""What the ControlNets' condition encoders make of control pictures: it depends on neither step nor window.
+"""What the ControlNets' condition encoders make of control images: it depends on neither step nor window.
 
-    features = encode_once(net.controlnet_cond_embedding, pictures, device, dtype)      once a run
-    features = EncodedWhenRead(net.controlnet_cond_embedding, pictures, device, dtype)  at every step, kept nowhere
+    features = encode_once(net.controlnet_cond_embedding, images, device, dtype)      once a run
+    features = EncodedWhenRead(net.controlnet_cond_embedding, images, device, dtype)  at every step, kept nowhere
     with features_given(controlnet):
         controlnet(sample, timestep, text, [features[frames], ...], scales)
 
@@ -32,7 +32,7 @@ class Frames(Protocol):
 
 @dataclass(frozen=True)
 class EncodedWhenRead:
-    """Features of pictures (frames, 3, 8 rows, 8 columns) in -1..1, computed whenever they are read."""
+    """Features of images (frames, 3, 8 rows, 8 columns) in -1..1, computed whenever they are read."""
 
     encoder: nn.Module
     pictures: Frames
@@ -45,7 +45,7 @@ class EncodedWhenRead:
 
 
 def encode_once(encoder: nn.Module, pictures: Tensor, device: torch.device, dtype: torch.dtype, chunk: int) -> Tensor:
-    """Features of all pictures on the CPU, computed `chunk` at a time."""
+    """Features of all images on the CPU, computed `chunk` at a time."""
     return torch.cat([encoder(part.to(device, dtype)).cpu() for part in pictures.split(chunk)])
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def official_timesteps(steps: int, trained: int = 1000) -> list[int]:
-    """The official timesteps, from noise to picture: 1, 1 + c, 1 + 2c, .. < trained in reverse, c = trained // steps.
+    """The official timesteps, from noise to image: 1, 1 + c, 1 + 2c, .. < trained in reverse, c = trained // steps.
 
     These are more than `steps` where that does not divide `trained`. Where they reach `trained` itself, which is no
     timestep, the released code fails; here that one is left out.

@@ -42,7 +42,7 @@ def read_video(video: Video, processor: VideoProcessor) -> Tensor:
 
 
 def _listed(video: Video) -> Any:
-    """What diffusers' processor takes for a single video, pictures in RGB."""
+    """What diffusers' processor takes for a single video, images in RGB."""
     if isinstance(video, np.ndarray) and video.dtype == np.uint8:
         return video.astype(np.float32) / 255
     if isinstance(video, list | tuple) and video and isinstance(video[0], Image.Image):

@@ -1,4 +1,4 @@
-"""CogVideoX's joint attention with STAR's gates (LIEM) on the tokens of the picture.
+"""CogVideoX's joint attention with STAR's gates (LIEM) on the tokens of the image.
 
     z = temporal(spatial(x)),    q, k, v of [text, z]
 

@@ -41,7 +41,7 @@ class CogVideoXSTARPipeline(DiffusionPipeline):  # type: ignore[misc]
     """Restores and enlarges a clip.
 
     Memory: the VAE works on chunks of the clip and the transformer on windows, so the device holds nothing of the whole
-    clip but latents. `vae.enable_tiling` cuts the pictures, which need most of it; `enable_model_cpu_offload` takes the
+    clip but latents. `vae.enable_tiling` cuts the images, which need most of it; `enable_model_cpu_offload` takes the
     networks to the device when their turn comes.
 
     Args:
@@ -101,7 +101,7 @@ class CogVideoXSTARPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         Args:
             video: frames of any number and size: tensor (frames, 3, rows, columns) or array (frames, rows, columns, 3)
-                in 0..1, uint8 array, or list of pictures.
+                in 0..1, uint8 array, or list of images.
             prompt: what the clip shows.
             negative_prompt: what guidance leads away from. None: an embedding of zeros, as in training.
             upscale: factor of both sides, at least 1; sides are rounded.

@@ -15,7 +15,7 @@ from .tiles import run_in_tiles
 class Denoiser:
     """Predicts the guided velocity.
 
-    Tiles of both halves are blended before they are guided: the rescaling of guidance has one gain for a window.
+    Tiles of both guidance branches are blended before guidance, whose rescaling has one gain for a window.
 
     Args:
         unet: `STARUNet3DConditionModel`.
@@ -24,7 +24,7 @@ class Denoiser:
         tiles: latent cells that the networks see together.
         guidance_scale: 1 leaves the negative half out.
         guidance_rescale: see `guide`.
-        batch: both halves in one call, with the same numbers up to rounding.
+        batch: both guidance branches in one call, with the same numbers up to rounding.
     """
 
     def __init__(

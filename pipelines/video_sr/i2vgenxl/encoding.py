@@ -23,7 +23,7 @@ def prepare(frames: Tensor, plan: Plan, *, official: bool) -> Tensor:
 
 
 def encode(vae: Any, pictures: Tensor, noise: Tensor | None) -> Tensor:
-    """Scaled latents of pictures (n, 3, rows, columns) in -1..1, float32 on the CPU.
+    """Scaled latents of images (n, 3, rows, columns) in -1..1, float32 on the CPU.
 
     Args:
         noise: unit normal, of the latents' shape, for a sample of the VAE's distribution; None for its mean.

@@ -41,16 +41,14 @@ class Padding:
             raise ValueError(f"expected sides of at least 0 pixels; got {self}; crop frames instead")
 
     def crop(self, pictures: Tensor) -> Tensor:
-        """A view of padded pictures `(.., rows, columns)` without the padding.
+        """A view of padded images `(.., rows, columns)` without the padding.
 
         Raises:
-            ValueError: pictures that are no larger than the padding.
+            ValueError: images that are no larger than the padding.
         """
         rows, columns = pictures.shape[-2] - self.top - self.bottom, pictures.shape[-1] - self.left - self.right
         if min(rows, columns) < 1:
-            raise ValueError(
-                f"expected pictures padded by {self}; got the shape {tuple(pictures.shape)}; pad them first"
-            )
+            raise ValueError(f"expected images padded by {self}; got the shape {tuple(pictures.shape)}; pad them first")
         return pictures[..., self.top : self.top + rows, self.left : self.left + columns]
 
 

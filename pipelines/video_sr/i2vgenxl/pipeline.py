@@ -108,8 +108,8 @@ class STARPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         Args:
             video: frames of any number and size: tensor (frames, 3, rows, columns) or array (frames, rows, columns, 3)
-                in 0..1, uint8 array, or list of pictures.
-            prompt: what the clip shows; words for quality are added.
+                in 0..1, uint8 array, or list of images.
+            prompt: what the clip shows; a quality prompt is added.
             negative_prompt: what it is not to look like. None: a list of faults.
             upscale: factor of both sides, at least 1; sides are rounded.
             settings: how it is restored. None: the defaults of `UpscaleSettings`.
@@ -161,7 +161,7 @@ class STARPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     @torch.no_grad()
     def embed(self, prompt: str = PROMPT, negative_prompt: str | None = None) -> tuple[Tensor, Tensor]:
-        """Embeddings (1, tokens, width) of the prompt with words for quality, and of the negative prompt."""
+        """Embeddings (1, tokens, width) of the prompt with the quality prompt, and of the negative prompt."""
         texts = with_quality(prompt), NEGATIVE if negative_prompt is None else negative_prompt
         device = self._execution_device
         positive, negative = (embed_text(self.text_encoder, self.tokenizer, text, device) for text in texts)

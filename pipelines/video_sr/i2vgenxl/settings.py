@@ -65,7 +65,7 @@ class UpscaleSettings:
         ),
     ] = "adain"
     guidance_batch: bool = False
-    """Both halves of guidance in one call: faster on a GPU, for more memory."""
+    """Both guidance branches in one call: faster on a GPU, for more memory."""
     official: Annotated[
         bool,
         Help(

@@ -16,7 +16,7 @@ NEGATIVE = (
 
 
 def with_quality(prompt: str) -> str:
-    """The prompt and the words for quality.
+    """The prompt and the quality prompt.
 
     >>> with_quality("boats").startswith("boats, sharp focus")
     True

@@ -76,7 +76,7 @@ def check_codec(name: str) -> None:
 def recompress(frames: Iterable[Tensor], codec: DrawnCodec | None) -> Iterator[Tensor]:
     """Frames as they come back from a codec; None hands them on.
 
-    All are encoded before the first comes back, but never held as pictures: memory is that of one and the file.
+    All are encoded before the first comes back, but never held as images: memory is that of one and the file.
     Encoding takes one thread and no code of one kind of CPU, so that the result is the same on every machine. An odd
     side gets its last row or column twice, and loses it again.
 

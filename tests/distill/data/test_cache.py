@@ -31,7 +31,7 @@ def pipe() -> FluxPipeline:
 
 
 def lay_out(folder: Path) -> Path:
-    """Three captioned pictures, 128 x 128."""
+    """Three captioned images, 128 x 128."""
     for name, colour in COLOURS.items():
         path = folder / f"{name}.png"
         path.parent.mkdir(exist_ok=True)
@@ -43,13 +43,13 @@ def lay_out(folder: Path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three captioned pictures, not cached."""
+    """Three captioned images, not cached."""
     return lay_out(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def encoded(pipe: FluxPipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """All files of the three pictures, cached."""
+    """All files of the three images, cached."""
     folder = lay_out(tmp_path_factory.mktemp("encoded"))
     assert write(pipe, folder) == Counts(done=3)
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -57,7 +57,7 @@ def encoded(pipe: FluxPipeline, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 @pytest.fixture
 def cached(encoded: dict[str, bytes], tmp_path: Path) -> Path:
-    """The three pictures, cached."""
+    """The three images, cached."""
     for name, data in encoded.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)

@@ -1,4 +1,4 @@
-"""The teacher's own set: each picture by its number alone, made once."""
+"""The teacher's own set: each image by its number alone, made once."""
 
 import json
 from pathlib import Path
@@ -100,7 +100,7 @@ def test_a_size_that_an_unknown_pipeline_rounds_is_not_kept(tmp_path):
             self.images = [Image.new("RGB", (88, 64))]
             return self
 
-    with pytest.raises(ValueError, match="expected pictures of height 64 and width 96, the pipeline draws 64 and 88"):
+    with pytest.raises(ValueError, match="expected images of height 64 and width 96, the pipeline draws 64 and 88"):
         make(Teacher(), tmp_path)
     assert not any(tmp_path.iterdir())
 

@@ -250,7 +250,7 @@ def test_shards_become_a_folder_once(tmp_path):
 def test_a_corrupt_picture_in_a_shard_is_named_and_left_out(tmp_path, caplog):
     files: dict[str, str | bytes] = {"a.png": b"none", "a.txt": "one", "b.png": picture(), "b.txt": "two"}
     assert [one.name for one in read_shards([write_shard(tmp_path / "s.tar", files)])] == ["s/b"]
-    assert "corrupt picture: s/a" in caplog.text and "1 of the 2" in caplog.text
+    assert "corrupt image: s/a" in caplog.text and "1 of the 2" in caplog.text
     with pytest.raises(ValueError, match="1 corrupt"):
         list(read_shards([write_shard(tmp_path / "s.tar", {"a.png": b"none", "a.txt": "one"})]))
 

@@ -101,7 +101,7 @@ def test_the_frechet_distance_is_that_of_two_gaussians(clip):
     wanted -= 2 * roots.real.sum()
     assert distance(own, other, PROMPTS) == pytest.approx(float(wanted), rel=1e-3)
     assert abs(distance(own, own, PROMPTS)) < 1e-3 < distance(own, other, PROMPTS)
-    with pytest.raises(ValueError, match="at least 2 pictures, got 1"):
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
         distance(own[:1], other[:1], PROMPTS)
 
 

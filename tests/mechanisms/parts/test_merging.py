@@ -204,7 +204,7 @@ def test_compared_features() -> None:
     assert torch.equal(own[:, 2], keys[:, :, 3].flatten(1))
     assert torch.equal(compared_features(keys, grid, Context(features=features)), features[:, 1:7])
     assert torch.equal(compared_features(keys, grid, Context(features=features[:, :6])), features[:, :6])
-    # text in an argument of its own: a block's input is then the picture with the tokens after it, or before it
+    # text in an argument of its own: a block's input is then the image with the tokens after it, or before it
     assert torch.equal(compared_features(keys, grid, Context(features=features[:, 1:])), features[:, 1:7])
     assert torch.equal(compared_features(keys, grid, Context(features=features[:, :7])), features[:, 1:7])
     with pytest.raises(ValueError, match=r"one feature per cell or per token .*\(6 or 9\), got 5"):

@@ -93,7 +93,7 @@ def test_chroma_lies_where_it_lay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("height", "width", "matrix"), [(48, 64, 5), (576, 64, 5), (720, 64, 1), (534, 1280, 1)])
 def test_a_file_that_names_no_matrix_is_taken_by_its_size(tmp_path: Path, height: int, width: int, matrix: int) -> None:
-    """BT.601 (5) for standard definition, BT.709 (1) for high definition, wide pictures too."""
+    """BT.601 (5) for standard definition, BT.709 (1) for high definition, wide images too."""
     frame = np.full((height, width, 3), (200, 40, 60), np.uint8)
     with av.open(str(tmp_path / "b.mkv"), "w") as container:
         stream = container.add_stream("ffv1", rate=25)
@@ -240,5 +240,5 @@ def test_a_picture_file_of_several_pictures_is_refused(tmp_path: Path, ending: s
     frames = [Image.fromarray(picture(number)) for number in range(3)]
     frames[0].save(tmp_path / f"a.{ending}", save_all=True, append_images=frames[1:])
     for function in (probe, read_frames):
-        with pytest.raises(ValueError, match=rf"expected a video; got 3 pictures in .*a.{ending}"):
+        with pytest.raises(ValueError, match=rf"expected a video; got 3 images in .*a.{ending}"):
             function(tmp_path / f"a.{ending}")

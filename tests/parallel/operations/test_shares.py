@@ -72,7 +72,7 @@ def refusal(mesh: DeviceMesh, frames: list[int], lengths: list[list[int] | None]
 @pytest.mark.parametrize(
     ("frames", "lengths", "message"),
     [
-        ([1, 1], [None, None], "1 frames can't be shared out among 2 ranks"),
+        ([1, 1], [None, None], "1 frames can't be split among 2 ranks"),
         ([6, 6], [[3, 4], [3, 4]], r"6 frames in all, got [3, 4] with 7 frames"),
         ([6, 6], [[6], [6]], r"for each of 2 ranks, 6 frames in all, got [6]"),
         ([6, 6], [[6, 0], [6, 0]], "at least one frame"),
@@ -89,7 +89,7 @@ def test_every_rank_refuses_a_wrong_split(frames: list[int], lengths: list[list[
 @pytest.mark.dist
 def test_a_rank_names_only_others_in_an_error() -> None:
     own = on_ranks(2, refusal, [1, 1], [None, None])
-    assert all(text.startswith("1 frames can't be shared out") for text in own), own
+    assert all(text.startswith("1 frames can't be split") for text in own), own
     first, second = on_ranks(2, refusal, [6, 6], [[2, 4], [2, 5]])
     assert first.startswith("rank 1: lengths must name") and second.startswith("lengths must name")
 

@@ -1,4 +1,4 @@
-"""Video files in parts, joined without encoding anew, and folders of pictures."""
+"""Video files in parts, joined without encoding anew, and folders of images."""
 
 from fractions import Fraction
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Networks, whole steps and starts of PASD against recorded numbers; pictures are in `test_golden_pictures.py`."""
+"""Networks, whole steps and starts of PASD against recorded numbers; images are in `test_golden_pictures.py`."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path

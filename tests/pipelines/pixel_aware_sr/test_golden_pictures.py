@@ -32,7 +32,7 @@ def color_fix(case: GoldenCase) -> None:
         if dilation := re.fullmatch(r"blur_r(\d+)", name):
             got[name] = blur(content, int(dilation[1]))
         elif name.endswith("_u8"):
-            assert len(want) in (1, len(content))  # the released code makes a picture of the first one alone
+            assert len(want) in (1, len(content))  # the released code makes an image of the first one alone
             got[name] = to_bytes(got[name.removesuffix("_u8")][: len(want)])
         assert_golden(name, got[name], want, case.tolerance)
 
@@ -77,7 +77,7 @@ def preprocess_pixels(case: GoldenCase) -> None:
     out = prepare(picture, **rules)
     assert out.size == target_size(*picture.size, **rules)
     assert_golden("out", as_tensor(out), t["out_u8_hwc"], case.tolerance)
-    # gray pictures, whose upscale is ignored, come back at their own size
+    # gray images, whose upscale is ignored, come back at their own size
     back = t["back_u8_hwc"].shape[1] / picture.width
     assert back == config["upscale"] or (back == 1 and config["control_type"] == "grayscale")
     recorded = Image.fromarray(t["out_u8_hwc"].numpy())
@@ -130,7 +130,7 @@ def test_a_key_that_is_not_used_fails(tmp_path: Path) -> None:
 
 
 def test_other_sizes(tmp_path: Path) -> None:
-    """Three pictures, three levels, another eps: worked out in float64 tap by tap, bytes of the first picture alone."""
+    """Three images, three levels, another eps: worked out in float64 tap by tap, bytes of the first image alone."""
     config = {"levels": 3, "adain_eps": 1e-3, "unbiased_var": True}
     content, style = torch.rand(2, 3, 3, 11, 7).unbind()
 

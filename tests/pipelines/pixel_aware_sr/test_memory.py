@@ -1,4 +1,4 @@
-"""A large picture, in a process of its own so that its peak memory can be told."""
+"""A large image, in a process of its own so that its peak memory can be told."""
 
 import subprocess
 import sys

@@ -77,7 +77,7 @@ def test_pictures_may_be_arrays_and_tensors(pipe):
 
 
 def test_the_condition_encoder_runs_once_for_each_tile(pipe):
-    """Not at every step and for both halves of guidance: 2 x 4 x 2 calls for this picture in the released code."""
+    """Not at every step and for both halves of guidance: 2 x 4 x 2 calls for this image in the released code."""
     seen = []
     hook = pipe.controlnet.controlnet_cond_embedding.register_forward_hook(
         lambda module, args, output: seen.append(args[0].shape)
@@ -119,7 +119,7 @@ def test_in_guess_mode_the_negative_half_sees_no_picture(pipe):
 
 
 def test_a_tile_that_covers_the_picture_changes_nothing(pipe):
-    """The picture is restored at 104 x 64."""
+    """The image is restored at 104 x 64."""
     covered, whole, cut = (run(pipe, tile_size=size, tile_overlap=16) for size in (104, 1024, 64))
     assert covered == whole != cut
 
@@ -269,7 +269,7 @@ def test_half_precision_runs_without_nan(build, dtype):
         ({"added_noise_level": 1000}, "from 0 to 999; got 1000"),
         ({"task": "sharpen"}, "task"),
         ({"process_size": 4}, "process_size"),
-        ({"prompt": ["a", "b"]}, "for each of 1 pictures; got 2"),
+        ({"prompt": ["a", "b"]}, "for each of 1 images; got 2"),
         ({"image": []}, "at least one picture"),
         ({"image": "a name"}, "expected pictures"),
         ({"image": [Image.new("RGB", (64, 64)), Image.new("RGB", (64, 96))]}, "one size in a batch"),

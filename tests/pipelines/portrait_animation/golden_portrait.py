@@ -213,7 +213,7 @@ def tiny_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def full_size(stored: Tensor, latents: Tensor) -> Tensor:
-    """A control picture, of 8 times the size of the latents, from its stored part."""
+    """A control image, of 8 times the size of the latents, from its stored part."""
     factor = 8 * latents.shape[-1] // stored.shape[-1]
     return stored.float().repeat_interleave(factor, dim=-1).repeat_interleave(factor, dim=-2)
 

@@ -1,4 +1,4 @@
-"""Files that an animation is made of: a tiny checkpoint, a driving video with sound, pictures, points."""
+"""Files that an animation is made of: a tiny checkpoint, a driving video with sound, images, points."""
 
 import itertools
 from fractions import Fraction
@@ -16,7 +16,7 @@ from diffattn.media.video import VideoWriter
 FACE = np.random.default_rng(5).random((68, 2))
 """In a unit square."""
 SOURCE = (37, 53)
-"""Height and width of the person's picture, both odd; its face fills a square of 16 at row 12 and column 20."""
+"""Height and width of the person's image, both odd; its face fills a square of 16 at row 12 and column 20."""
 DRIVING = (32, 48)
 SIDE = 128
 """Of what the tiny networks make."""

@@ -145,7 +145,7 @@ def test_the_preview_shows_all_that_plays_a_part(inputs: Path, made: Path) -> No
     assert np.abs(source[0] - source[-1]).mean() < 3 < np.abs(driving[0] - driving[-1]).mean()
     for number, plain in enumerate(read_frames(inputs / "driving.mp4")):
         change = np.abs(driving[number] - np.asarray(Image.fromarray(plain).resize((widths[1], side)))).mean(-1)
-        left, top, length = 4 * (10 + number), 4 * 6, 4 * 18  # the picture is four times as large as the frame
+        left, top, length = 4 * (10 + number), 4 * 6, 4 * 18  # the image is four times as large as the frame
         marked = np.zeros(change.shape, dtype=bool)
         marked[top - 9 : top + length + 9, left - 9 : left + length + 9] = True
         assert change[~marked].mean() < 12 < 24 < change[marked].mean()
@@ -205,7 +205,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_video(inputs: Path, made: Pat
 def test_numbers_that_are_not_finite_end_the_run_on_the_way(inputs: Path, tmp_path: Path) -> None:
     checkpoint = files.write_checkpoint(tmp_path / "broken", broken=True)
     text = refusal(inputs, tmp_path / "out.mp4", code=1, checkpoint=checkpoint)
-    assert "step 1 gave numbers that are not finite" in text and "go on with --resume" in text
+    assert "step 1 gave numbers that are not finite" in text and "continue with --resume" in text
     assert not (tmp_path / "out.mp4").exists() and WorkFolder(tmp_path / "out.mp4").controls.is_dir()
 
 
@@ -296,7 +296,7 @@ def test_wrong_places_are_refused(inputs: Path, tmp_path: Path) -> None:
         ("expected a folder from `convert`", out, (), {"checkpoint": tmp_path / "none"}),
         ("expected a folder from `convert`", out, (), {"checkpoint": tmp_path / "empty"}),
         ("none.png", out, (), {"source": tmp_path / "none.png"}),
-        ("expected a picture in", out, (), {"source": tmp_path / "file"}),
+        ("expected an image in", out, (), {"source": tmp_path / "file"}),
         ("expected frames of at most 16384 pixels a side", out, (), {"source": tmp_path / "wide.png"}),
         (f"{tmp_path / 'file.mp4'} is there, and --output", tmp_path / "file.mp4", (), {}),
         (f"{tmp_path / 'file.mp4'} is there, and --preview", out, ("--preview", tmp_path / "file.mp4"), {}),
@@ -352,4 +352,4 @@ def test_the_module_is_the_command() -> None:
     module = [sys.executable, "-m", "diffattn.pipelines.portrait_animation", "--help"]
     environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(module, capture_output=True, text=True, check=True, env=environment)
-    assert "Animate a picture of a person" in result.stdout
+    assert "Animate an image of a person" in result.stdout

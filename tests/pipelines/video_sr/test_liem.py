@@ -96,7 +96,7 @@ def test_temporal_blocks_have_a_gate_before_each_attention() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("by_name", [True, False])
 def test_the_grid_is_that_of_the_call(by_name: bool) -> None:
-    """Two pictures of as many tokens, in turn."""
+    """Two images of as many tokens, in turn."""
     made, text = spatial_transformer(), torch.randn(1, 4, 6)
     alone = copy.deepcopy(made)
     wide, tall = torch.randn(1, 8, 3, 10), torch.randn(1, 8, 10, 3)

@@ -130,7 +130,7 @@ def video_of(path: Path) -> np.ndarray:
 
 
 def likeness(result: np.ndarray, source: np.ndarray) -> float:
-    """Correlation of a small picture of a result with the source's."""
+    """Correlation of a small image of a result with the source's."""
     small = np.asarray(Image.fromarray(result).resize(source.shape[1::-1], Image.Resampling.BOX))
     return float(np.corrcoef(small.ravel(), source.ravel())[0, 1])
 
@@ -260,7 +260,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_video(
 def test_numbers_that_are_not_finite_end_the_run_on_the_way(inputs: Path, tmp_path: Path) -> None:
     checkpoint = files.write_checkpoint(tmp_path / "broken", broken=True)
     text = refusal(inputs, tmp_path / "out.mp4", code=1, checkpoint=checkpoint)
-    assert "expected finite latents" in text and text.endswith("what is done is kept: go on with --resume")
+    assert "expected finite latents" in text and text.endswith("what is done is kept: continue with --resume")
     assert not (tmp_path / "out.mp4").exists() and WorkFolder(tmp_path / "out.mp4").steps == 0
 
 

@@ -245,7 +245,7 @@ def test_every_rank_says_why_nothing_was_made(model: Path, tmp_path: Path) -> No
     assert result.returncode != 0
     for rank in (0, 1):
         (line,) = [line for line in result.stderr.splitlines() if f"diffattn: error: rank {rank}: " in line]
-        assert "1 frames can't be shared out among 2 ranks" in line
+        assert "1 frames can't be split among 2 ranks" in line
     assert not (tmp_path / "out.mp4").exists()
 
 

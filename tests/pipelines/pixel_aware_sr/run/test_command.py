@@ -53,7 +53,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Path:
-    """A folder with two pictures."""
+    """A folder with two images."""
     folder = tmp_path / "in"
     folder.mkdir()
     tiny_pasd.picture(31, 22).save(folder / "a.png")
@@ -249,7 +249,7 @@ def test_ctrl_c_while_writing_leaves_nothing(
         (["in", "--tile", "100"], "multiples of 8; got 100 and 128"),
         (["in", "--tile-batch", "0"], "expected a tile_batch of at least 1"),
         (["in", "--steps", "0"], "--steps"),
-        (["in", "--colorize", "--scale", "2"], "--colorize keeps the size of a picture: leave --scale out"),
+        (["in", "--colorize", "--scale", "2"], "--colorize keeps the size of an image: leave --scale out"),
         (["in", "--colorize", "--color-fix", "adain"], "--colorize makes colours"),
         (["in", "--color-fix", "magic"], "'magic' is not one of 'wavelet', 'adain', 'none'"),
         (["in", "--format", "gif"], "'gif' is not one of 'png', 'jpg', 'webp'"),

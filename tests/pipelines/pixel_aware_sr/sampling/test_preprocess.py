@@ -1,4 +1,4 @@
-"""Sizes that pictures are restored at."""
+"""Sizes that images are restored at."""
 
 import math
 

@@ -13,7 +13,7 @@ INPUTS = [(1, 1), (30, 31), (33, 40), (200, 150), (7, 300), (300, 7), (131, 97)]
 
 
 def inside(small: Tile, large: Tile, margin: int, height: int, width: int) -> bool:
-    """Whether `large` reaches `margin` beyond `small` on every side, or to the edge of the picture."""
+    """Whether `large` reaches `margin` beyond `small` on every side, or to the edge of the image."""
     top, left = max(0, small.top - margin), max(0, small.left - margin)
     bottom, right = (
         min(side, end + margin) for side, end in ((height, small.top + small.height), (width, small.left + small.width))

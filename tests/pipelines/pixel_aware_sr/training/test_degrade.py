@@ -1,4 +1,4 @@
-"""Degradation: what is drawn, what every step does, and that bad pictures lie on good ones."""
+"""Degradation: what is drawn, what every step does, and that bad images lie on good ones."""
 
 import dataclasses
 import math
@@ -305,7 +305,7 @@ def test_levels_of_poisson_noise_are_counted_in_the_picture() -> None:
 
 
 def test_poisson_noise_leaves_what_lies_between_two_gray_levels() -> None:
-    """Light is counted in 8 bit, but the noise is added to the picture as it was: at strength 0 it is unchanged."""
+    """Light is counted in 8 bit, but the noise is added to the image as it was: at strength 0 it is unchanged."""
     picture = torch.rand(3, 6, 7)
     still = add_noise(picture, DrawnNoise(kind="poisson", strength=0.0, gray=False, seed=0))
     assert torch.equal(still, picture)
@@ -385,7 +385,7 @@ def test_little_harm_leaves_a_little_smaller_picture() -> None:
 @pytest.mark.parametrize(
     ("pictures", "seed", "message"),
     [
-        (torch.zeros(3, 8, 8), [1], "give each picture of a batch a seed of its own"),
+        (torch.zeros(3, 8, 8), [1], "give each image of a batch a seed of its own"),
         (torch.zeros(2, 3, 8, 8), 1, "with a sequence of them; got shape (2, 3, 8, 8) with 1"),
         (torch.zeros(2, 3, 8, 8), [1], "expected a seed for each of 2 pictures"),
         (torch.zeros(0, 3, 8, 8), [], "at least one"),

@@ -98,7 +98,7 @@ def test_one_pixel_is_a_scale_too() -> None:
 @pytest.mark.parametrize("size", [(7, 5), (1, 2), (3, 1)])
 def test_colourfulness_is_its_formula(size: tuple[int, int]) -> None:
     batch = pictures(*size, batch=3)
-    # The floor under the roots moves each of the two per picture by less than its own root.
+    # The floor under the roots moves each of the two per image by less than its own root.
     assert colourfulness_loss(batch).item() == pytest.approx(slow_colourfulness(batch.numpy()), abs=1e-6)
 
 
@@ -154,7 +154,7 @@ def test_wrong_shapes_are_refused() -> None:
             pyramid_loss(rgbs, target)
     with pytest.raises(ValueError, match="expected target"):
         pyramid_loss([pictures(4, 4)], target[0])
-    with pytest.raises(ValueError, match="expected pictures as floats"):
+    with pytest.raises(ValueError, match="expected images as floats"):
         colourfulness_loss(torch.zeros(2, 4, 5, 5))
     with pytest.raises(ValueError, match="two pixels or more; got 1 x 1"):
         colourfulness_loss(pictures(1, 1))

@@ -1,4 +1,4 @@
-"""Control pictures of a driving video."""
+"""Control images of a driving video."""
 
 import numpy as np
 import pytest

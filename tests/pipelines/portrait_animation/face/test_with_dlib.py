@@ -1,4 +1,4 @@
-"""dlib's landmarks on real pictures."""
+"""dlib's landmarks on real images."""
 
 import sys
 from itertools import islice
@@ -26,7 +26,7 @@ def finder() -> DlibLandmarks:
 
 
 def test_points_lie_on_a_face(finder: DlibLandmarks) -> None:
-    """Places read off the picture: eyes, nose and mouth, to six pixels."""
+    """Places read off the image: eyes, nose and mouth, to six pixels."""
     picture = read_picture(DATA / "astronaut.jpg").pixels
     (points,) = choose_face(finder.landmarks([picture]))
     assert points is not None and points.shape == (68, 2)

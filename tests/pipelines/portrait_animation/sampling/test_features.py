@@ -1,4 +1,4 @@
-"""What the condition encoders make of control pictures is the same whenever it is made, and is taken as it is."""
+"""What the condition encoders make of control images is the same whenever it is made, and is taken as it is."""
 
 import pytest
 import tiny_portrait

@@ -78,7 +78,7 @@ def test_another_number_of_frames_is_told():
 
 
 def crops(x: Tensor, scale: int = 1):
-    """Of an enlarged picture, for a tile of the small one."""
+    """Of an enlarged image, for a tile of the small one."""
     return lambda tile: x[..., *tile.scaled(scale).slices]
 
 

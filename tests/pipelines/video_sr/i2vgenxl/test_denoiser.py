@@ -71,7 +71,7 @@ def test_a_scale_of_one_leaves_the_negative_half_out():
 
 
 def test_tiles_are_blended_before_they_are_guided(networks):
-    """Each half over the whole picture, then one gain for both."""
+    """Each half over the whole image, then one gain for both."""
     x, hint = inputs()
     halves = []
     for text in texts():

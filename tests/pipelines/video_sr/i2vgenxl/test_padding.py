@@ -78,7 +78,7 @@ def test_crop_is_a_view_and_refuses_pictures_without_padding() -> None:
     padded = torch.zeros(1, 3, 6, 9)
     padding.crop(padded).fill_(1)
     assert padded.sum() == 3 * 4 * 5
-    with pytest.raises(ValueError, match="expected pictures padded by .*; got the shape \\(1, 3, 6, 4\\)"):
+    with pytest.raises(ValueError, match="expected images padded by .*; got the shape \\(1, 3, 6, 4\\)"):
         padding.crop(padded[..., :4])
 
 

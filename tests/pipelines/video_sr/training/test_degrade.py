@@ -29,7 +29,7 @@ CODECS = pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
 
 @lru_cache
 def scene(frames: int = 6, rows: int = 72, columns: int = 104) -> Tensor:
-    """A smooth random picture that moves by two pixels a frame to the left."""
+    """A smooth random image that moves by two pixels a frame to the left."""
     coarse = torch.rand(1, 3, 12, 24, generator=torch.Generator().manual_seed(4))
     wide = F.interpolate(coarse, size=(rows, columns + 2 * frames), mode="bicubic").clamp(0, 1)[0]
     return torch.stack([wide[:, :, 2 * number : 2 * number + columns] for number in range(frames)])
@@ -144,7 +144,7 @@ def test_noise_of_both_stages_is_carried_out() -> None:
 
 
 def test_without_a_codec_each_frame_is_the_picture_that_the_single_degradation_makes() -> None:
-    """Of pictures it also undoes the reduction; here that is an area resize, which repeats pixels."""
+    """Of images it also undoes the reduction; here that is an area resize, which repeats pixels."""
     kernel = ShapedKernel(family="aniso", size=9, sigma=(2.0, 0.7), angle=0.4)
     for first in (True, False):
         drawn = plain(
