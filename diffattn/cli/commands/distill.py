@@ -1,4 +1,4 @@
-"""The commands `diffattn distill run | evaluate | export | cache | generate`: train an efficient attention, judge it."""
+"""The commands `diffattn distill run | evaluate | export | cache | generate`: train efficient attention, judge it."""
 
 import re
 from pathlib import Path
