@@ -70,7 +70,7 @@ class Group:
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=inspect.Parameter.empty if default is dataclasses.MISSING else default,
-                annotation=_typed(name, hint, help_),
+                annotation=_typed(name, hint, help_, default),
             )
             for name, (hint, help_, default) in self.fields().items()
         ]
@@ -90,8 +90,8 @@ class Group:
             value = values.pop(name)
             if value is None and default is None:
                 continue
-            told = _plain(hint) is str and not _is(hint, str)
-            found[name] = read(help_.flag_of(name), Text(value), hint) if told and isinstance(value, str) else value
+            as_text = isinstance(value, str) and not _is_simple(_arms(hint))
+            found[name] = read(help_.flag_of(name), Text(value), hint) if as_text else value
         found |= {name: values[name] for name in self.also}
         return found if self.only_given else self.load()(**found)
 
@@ -107,11 +107,6 @@ def keep(context: Any, groups: Collection[Group]) -> None:
         context.meta[f"diffattn.{group.name}"] = group.take(context.params)
 
 
-def _is(hint: Any, kind: type) -> bool:
-    """Is the type, apart from None and annotations, `kind`?"""
-    return _arms(hint) == (kind,)
-
-
 def _arms(hint: Any) -> tuple[Any, ...]:
     """The types that a hint admits, without None."""
     if typing.get_origin(hint) is Annotated:
@@ -121,16 +116,21 @@ def _arms(hint: Any) -> tuple[Any, ...]:
     return (hint,)
 
 
-def _plain(hint: Any) -> Any:
-    """What typer reads: the simple types and choices by itself, all others as text for `read`."""
+def _is_simple(arms: tuple[Any, ...]) -> bool:
+    """Can typer read it by itself?"""
+    return len(arms) == 1 and arms[0] in _TYPER_READS
+
+
+def _typed(name: str, hint: Any, help_: Help, default: Any) -> Any:
+    """What typer is told: simple types and choices; all others are text for `read`, and so are choices with "none"."""
     arms = _arms(hint)
-    if len(arms) == 1 and (arms[0] in _TYPER_READS or typing.get_origin(arms[0]) is Literal):
-        return arms[0]
-    return str
-
-
-def _typed(name: str, hint: Any, help_: Help) -> Any:
-    kind = _plain(hint)
-    metavar = help_.metavar
-    option = typer.Option(help_.flag_of(name), help=help_.text, rich_help_panel=help_.panel, metavar=metavar)
+    choice = len(arms) == 1 and typing.get_origin(arms[0]) is Literal and (default is None or not _admits_none(hint))
+    kind = arms[0] if _is_simple(arms) or choice else str
+    option = typer.Option(help_.flag_of(name), help=help_.text, rich_help_panel=help_.panel, metavar=help_.metavar)
     return Annotated[kind | None, option]
+
+
+def _admits_none(hint: Any) -> bool:
+    if typing.get_origin(hint) is Annotated:
+        return _admits_none(typing.get_args(hint)[0])
+    return typing.get_origin(hint) in (types.UnionType, typing.Union) and type(None) in typing.get_args(hint)
