@@ -1,4 +1,4 @@
-"""Pictures larger than those of training, composed from a model's stock pipelines.
+"""Images larger than those of training, composed from a model's stock pipelines.
 
     image = text_to_image(prompt) at about the size of training, by the model's own attention
     image = image_to_image(prompt, enlarge(image), strength), stage by stage, by efficient attention

@@ -160,7 +160,7 @@ def table(evaluation: Mapping[str, Any]) -> list[str]:
             rows.append([title, *(f"{values[which]:.4g}" if which in values else "" for which in both)])
     text = f"Over {evaluation['samples']} held-out samples, velocity errors relative to the power of the base model's. "
     if pictures:
-        text += f"Pictures of {evaluation['prompts']} prompts, beside the base model's. "
+        text += f"Images of {evaluation['prompts']} prompts, beside the base model's. "
     text += (
         f"*Swap alone* is the same attention with the base model's weights. Attention computed: "
         f"{evaluation['attention_share']:.1%} of full attention."

@@ -122,14 +122,14 @@ def table(work: Work, clip: int, frames: int, ranks: int, steps: int) -> str:
         rows.append((f"{ranks} GPUs, {link.name}", steps * work.flops / (PEAK * UTILISATION), seconds))
     latencies = ", ".join(f"{1e6 * link.latency:.0f}" for link in LINKS)
     about = (
-        f"A model, not a measurement. Counted: {per_frame / 1e12:.3f} TFLOP a frame and step, with guidance; "
+        f"This is a model, not a measurement. Counted: {per_frame / 1e12:.3f} TFLOP per frame and step, with guidance; "
         f"{work.received(ranks) / 1e9:.2f} GB received by an inner rank in a step of {work.calls} exchanges. "
-        f"Assumed: {GPU}, {PEAK / 1e12:.0f} TFLOP/s in bf16 at {UTILISATION:.0%}; a link for each GPU; "
-        f"{latencies} µs an exchange by the links in this order; {steps} steps of {WIDTH} x {HEIGHT} pixels, "
-        f"padding {WINDOW.padding}, top_k {WINDOW.top_k}; no exchange hidden behind computing; memory without end. "
-        f"Text encoder and VAE are left out."
+        f"Assumed: {GPU}, {PEAK / 1e12:.0f} TFLOP/s in bf16 at {UTILISATION:.0%} utilization; one link per GPU; "
+        f"{latencies} µs per exchange for the links in this order; {steps} steps of {WIDTH} x {HEIGHT} pixels, "
+        f"padding {WINDOW.padding}, top_k {WINDOW.top_k}; no overlap of communication and computation; unlimited "
+        "memory. Text encoder and VAE are not included."
     )
-    head = ("computing, s", "communication, s", "sum, s", "speed-up")
+    head = ("computation, s", "communication, s", "sum, s", "speedup")
     lines = [f"| modelled time: {frames:,} frames on {ranks} GPUs | {' | '.join(head)} |", "|---|---|---|---|---|"]
     for name, computing, talking in rows:
         both = computing + talking

@@ -113,7 +113,7 @@ class Run:
 
 
 def count_calls(run: Run, pattern: str) -> dict[str, int]:
-    """Pictures that go through the appearance network and through the VAE's encoder in a whole run."""
+    """Images that go through the appearance network and through the VAE's encoder in a whole run."""
     counted: Counter[str] = Counter()
 
     def counter(name: str) -> Callable[..., None]:

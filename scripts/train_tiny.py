@@ -84,7 +84,7 @@ def flow(
     work_dir: WorkDir = WORK_DIR,
     steps: Annotated[int, typer.Option(help="Steps in all.")] = PLAN.steps,
     small_steps: Annotated[int, typer.Option(help="Steps at half size, before the rest.")] = PLAN.small_steps,
-    batch_size: Annotated[int, typer.Option(help="Pictures a step, per worker.")] = PLAN.batch_size,
+    batch_size: Annotated[int, typer.Option(help="Images a step, per worker.")] = PLAN.batch_size,
     pictures: Annotated[int, typer.Option(help="Encoded images, per worker and size.")] = PLAN.pictures,
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = PLAN.rate,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = PLAN.save_every,

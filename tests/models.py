@@ -91,7 +91,7 @@ TIME = torch.tensor([0.7, 0.3])
 
 
 def picture_ids(rows: int = ROWS, columns: int = COLUMNS, axes: int = 3) -> Tensor:
-    """Picture number, row, column (and 0) of every token."""
+    """Image number, row, column (and 0) of every token."""
     ids = torch.zeros(rows, columns, axes)
     ids[..., 1] = torch.arange(rows)[:, None]
     ids[..., 2] = torch.arange(columns)
@@ -380,7 +380,7 @@ def qwen_image_controlnet() -> Tiny:
 
 
 def z_image() -> Tiny:
-    """Pictures are padded to 64 tokens and captions to 32; the second caption is longer, the first sample padded."""
+    """Images are padded to 64 tokens and captions to 32; the second caption is longer, the first sample padded."""
     model = _make(
         "ZImageTransformer2DModel",
         in_channels=4,

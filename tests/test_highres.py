@@ -1,4 +1,4 @@
-"""Pictures larger than those of training: the stages, what they leave behind, and what is refused."""
+"""Images larger than those of training: the stages, what they leave behind, and what is refused."""
 
 import json
 import os
@@ -343,7 +343,7 @@ def test_the_command_line_swaps_the_stages_as_told(pipe: Any, tmp_path: Path) ->
         (["--size", "256x256", "--strength", "0"], "strength must be above 0"),
         (["--size", "256x256", "--growth", "1"], "growth must be above 1"),
         (["--size", "256x256", "--height", "256"], "leave --height and --width out"),
-        (["--size", "256x256", "--num-images", "2"], "makes one picture"),
+        (["--size", "256x256", "--num-images", "2"], "makes one image"),
         (["--via", "64"], "add --size"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

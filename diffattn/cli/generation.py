@@ -73,7 +73,7 @@ class Request:
     frames: Annotated[int | None, at_least(1), Help("Frames of a video.")] = None
     steps: Annotated[int | None, at_least(1), Help("Denoising steps, up to 10,000.")] = None
     guidance: Annotated[float | None, Help("Guidance scale.")] = None
-    images: Annotated[int | None, at_least(1), Help("Pictures of the same prompt, up to 1000.", "--num-images")] = None
+    images: Annotated[int | None, at_least(1), Help("Images of the same prompt, up to 1000.", "--num-images")] = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -292,7 +292,7 @@ class Place:
 
     output: Path
     count: int = 1
-    """Pictures or videos: several are numbered."""
+    """Images or videos: several are numbered."""
     compare: bool = False
     """Also those by the model's own attention, with `-full` in their names."""
     overwrite: bool = False

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..options import Help, Text, hints_of, read
+from ..options import Help, Must, Text, hints_of, read
 
 _TYPER_READS = (bool, int, float, str)
 
@@ -59,8 +59,7 @@ class Group:
             hint = hints_of(cls)[field.name]
             helps = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Help)]
             if helps and field.name not in self.without:
-                default = None if self.only_given else field.default
-                found[field.name] = hint, helps[0], default
+                found[field.name] = hint, helps[0], field.default
         return found
 
     def options(self) -> list[Any]:
@@ -69,7 +68,7 @@ class Group:
             inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if default is dataclasses.MISSING else default,
+                default=self._shown(default),
                 annotation=_typed(name, hint, help_, default),
             )
             for name, (hint, help_, default) in self.fields().items()
@@ -83,15 +82,24 @@ class Group:
         alone.command()(command)
         return list(typer.main.get_command(alone).params)
 
+    def _shown(self, default: Any) -> Any:
+        """The default that click knows: none where only what was typed counts."""
+        if self.only_given:
+            return None
+        return inspect.Parameter.empty if default is dataclasses.MISSING else default
+
     def take(self, values: dict[str, Any]) -> Any:
         """The instance, or the dict, from parsed values, which are taken out of `values`."""
         found = {}
         for name, (hint, help_, default) in self.fields().items():
             value = values.pop(name)
-            if value is None and default is None:
+            if value is None and (default is None or self.only_given):
                 continue
-            as_text = isinstance(value, str) and not _is_simple(_arms(hint))
-            found[name] = read(help_.flag_of(name), Text(value), hint) if as_text else value
+            if _kind(hint, default) is str and not _is_simple(_arms(hint)):
+                value = read(help_.flag_of(name), Text(value), hint) if isinstance(value, str) else value
+            elif any(isinstance(extra, Must) for extra in hint.__metadata__):
+                value = read(help_.flag_of(name), value, hint)
+            found[name] = value
         found |= {name: values[name] for name in self.also}
         return found if self.only_given else self.load()(**found)
 
@@ -121,13 +129,16 @@ def _is_simple(arms: tuple[Any, ...]) -> bool:
     return len(arms) == 1 and arms[0] in _TYPER_READS
 
 
-def _typed(name: str, hint: Any, help_: Help, default: Any) -> Any:
-    """What typer is told: simple types and choices; all others are text for `read`, and so are choices with "none"."""
+def _kind(hint: Any, default: Any) -> Any:
+    """What typer reads: simple types and choices; all others are text for `read`, and so are choices with "none"."""
     arms = _arms(hint)
     choice = len(arms) == 1 and typing.get_origin(arms[0]) is Literal and (default is None or not _admits_none(hint))
-    kind = arms[0] if _is_simple(arms) or choice else str
+    return arms[0] if _is_simple(arms) or choice else str
+
+
+def _typed(name: str, hint: Any, help_: Help, default: Any) -> Any:
     option = typer.Option(help_.flag_of(name), help=help_.text, rich_help_panel=help_.panel, metavar=help_.metavar)
-    return Annotated[kind | None, option]
+    return Annotated[_kind(hint, default) | None, option]
 
 
 def _admits_none(hint: Any) -> bool:

@@ -1,1 +1,1 @@
-"""Pictures and videos: in files, in colours, in windows, drawn."""
+"""Images and videos: in files, in colours, in windows, drawn."""

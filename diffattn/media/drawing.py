@@ -129,7 +129,7 @@ def sheet(
     note: str = "",
     side: int = 256,
 ) -> Image.Image:
-    """Pictures in rows and columns with labels; a picture's longer side is drawn `side` pixels long."""
+    """Images in rows and columns with labels; a picture's longer side is drawn `side` pixels long."""
     unit = side // 16
     fonts = {"title": _font(unit * 1.6), "label": _font(unit * 1.15), "text": _font(unit)}
     map_side = side // 3

@@ -78,7 +78,7 @@ def check_video_size(height: int, width: int) -> None:
     if max(rows, columns) > LONGEST_VIDEO_SIDE or (rows + 128) * (columns + 128) >= LARGEST_VIDEO:
         raise ValueError(
             f"expected frames of at most {LONGEST_VIDEO_SIDE} pixels a side, and {LARGEST_VIDEO:,} in all, for a video "
-            f"file of H.264; got {height} x {width}; make it smaller, or write pictures"
+            f"file of H.264; got {height} x {width}; make it smaller, or write images"
         )
 
 

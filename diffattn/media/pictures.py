@@ -1,4 +1,4 @@
-"""Pictures in files: found, read as 8-bit RGB the right way up, written whole or not at all, laid side by side."""
+"""Images in files: found, read as 8-bit RGB the right way up, written whole or not at all, laid side by side."""
 
 import glob
 import logging

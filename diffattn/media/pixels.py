@@ -1,4 +1,4 @@
-"""Pictures of any kind as numbers in 0-1."""
+"""Images of any kind as numbers in 0-1."""
 
 from typing import Any
 

@@ -49,7 +49,7 @@ class Patches:
         if rows < ranks:
             raise ValueError(
                 f"an image of {rows} rows of tokens can't be split among {ranks} ranks: start fewer of them, or "
-                f"make a taller picture"
+                f"make a taller image"
             )
         if rows not in self._plans:
             self._plans[rows] = replace(FramePlan.split(rows, self.mesh), traffic=self.traffic)

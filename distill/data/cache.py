@@ -128,7 +128,7 @@ class Origins:
     def tell(self, folder: Path) -> None:
         """Say once what was made anew, and what may be out of date."""
         if self._changed:
-            logger.warning("pictures or captions have changed, encoded anew: %s", named(sorted(set(self._changed))))
+            logger.warning("images or captions have changed, encoded anew: %s", named(sorted(set(self._changed))))
         if self._unknown:
             logger.warning(
                 "files in %s do not say what they were made from, kept: %s; delete them if images or captions have "

@@ -1,4 +1,4 @@
-"""Pictures with captions: in a folder, or in the shards of a webdataset.
+"""Images with captions: in a folder, or in the shards of a webdataset.
 
 A folder holds NAME.jpg, .png or the like (`PICTURE_ENDINGS` of `diffattn.media`) at any depth. The caption lies in
 NAME.json (`prompt`, `caption` or `text`), in NAME.txt, or in a metadata.jsonl or metadata.json whose entries have a

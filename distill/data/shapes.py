@@ -12,7 +12,7 @@ from diffattn.tiny.shapes import caption, held_out_scenes, is_held_out, pixels, 
 from .samples import Sample
 
 PART = 32
-"""Pictures encoded at once."""
+"""Images encoded at once."""
 
 
 class Shapes:
@@ -38,7 +38,7 @@ class Shapes:
         self._captions = [caption(scene) for scene in chosen]
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         starts = range(0, len(chosen), PART)
-        for start in tqdm(starts, desc="encoding pictures", disable=not progress, leave=False):
+        for start in tqdm(starts, desc="encoding images", disable=not progress, leave=False):
             text, pooled, _ = pipe.encode_prompt(
                 self._captions[start : start + PART], None, max_sequence_length=text_length
             )

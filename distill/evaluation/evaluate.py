@@ -73,7 +73,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures beside the teacher's, means over the prompts."""
+    """Images beside the teacher's, means over the prompts."""
 
     psnr: dict[str, float]
     """dB, of the student and of the swap alone."""

@@ -101,7 +101,7 @@ def _pictures(pictures: Pictures, prompts: int) -> list[str]:
         rows.append(("SSIM to the teacher's", pictures.ssim))
     rows += [(TITLES.get(name, name), values) for name, values in pictures.metrics.items()]
     return [
-        f"Pictures of {prompts} prompts:",
+        f"Images of {prompts} prompts:",
         "",
         f"| | {' | '.join(MODELS)} |",
         f"|---|{'---:|' * len(MODELS)}",

@@ -26,7 +26,7 @@ from diffattn.files.weights import load_strictly, read_weights
 Pictures = Sequence[np.ndarray]
 """uint8 (height, width, 3) each."""
 Metric = Callable[[Pictures, Pictures, Sequence[str]], float]
-"""Pictures, the teacher's images, prompts -> one number."""
+"""Images, the teacher's images, prompts -> one number."""
 Place = str | os.PathLike[str]
 
 TITLES = {
@@ -205,7 +205,7 @@ class Features(nn.Module):
 
 
 class Look:
-    """Pictures as a model of transformers wants them."""
+    """Images as a model of transformers wants them."""
 
     def __init__(self, folder: Place, device: torch.device | str) -> None:
         from transformers import AutoImageProcessor

@@ -171,7 +171,7 @@ class PixelAwarePipeline(DiffusionPipeline, StableDiffusionMixin, TextualInversi
         return pictures
 
     def as_tensor(self, prepared: Sequence[Image.Image]) -> Tensor:
-        """Pictures (batch, 3, rows, columns) in 0..1, on the device; raises `ValueError` for unlike sizes."""
+        """Images (batch, 3, rows, columns) in 0..1, on the device; raises `ValueError` for unlike sizes."""
         sizes = {picture.size for picture in prepared}
         if len(sizes) > 1:
             raise ValueError(
@@ -241,7 +241,7 @@ class PixelAwarePipeline(DiffusionPipeline, StableDiffusionMixin, TextualInversi
         return (distribution.mean + distribution.std * noise) * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor, official: bool) -> Tensor:
-        """Pictures around 0..1, float32 (batch, 3, rows, columns), one after the other for the sake of memory."""
+        """Images around 0..1, float32 (batch, 3, rows, columns), one after the other for the sake of memory."""
         with self.in_vae_dtype() as dtype:
             latents = (latents / self.vae.config.scaling_factor).to(dtype)
             decoded = [self._decode(one[None], official) for one in latents]

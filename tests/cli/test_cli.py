@@ -286,7 +286,7 @@ def test_generate_replaces_videos_when_asked_alone(model: str, tmp_path: Path) -
     (tmp_path / "a.mp4").write_bytes(b"mine")
     assert "a.mp4 is there, and --output would replace it: add --overwrite" in refusal(*basics, tmp_path / "a.mp4")
     assert (tmp_path / "a.mp4").read_bytes() == b"mine"
-    (tmp_path / "a.png").write_bytes(b"an earlier picture")
+    (tmp_path / "a.png").write_bytes(b"an earlier image")
     succeed(*basics, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size == (128, 128)
@@ -348,7 +348,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     ("name", "words"),
     [
         ("a.mp4", "FluxPipeline makes images, and --output"),
-        ("a.mkv", "makes pictures"),
+        ("a.mkv", "makes images"),
         ("a.psd", "cannot write '.psd'"),  # Pillow reads these only
         ("a.webp", "expected sides of at most 16383 pixels for WEBP"),
     ],
@@ -391,7 +391,7 @@ def test_frames_of_a_longer_video_are_not_mixed_in(tmp_path: Path) -> None:
         (["generate", "", "--prompt", "x"], "no folder ''"),
         (["demo", "--radius", "inf"], "expected a finite number for --radius"),
         (["bench", "--heads", "9999999999"], "expected a number of at most 2147483647 for --heads"),
-        (["demo", "--model", "tiny:video", "--prompt", "x"], "makes videos, and the demonstration draws pictures"),
+        (["demo", "--model", "tiny:video", "--prompt", "x"], "makes videos, and the demonstration draws images"),
         (["list", "--seed", "99999999999999999999"], "--seed"),
         (["list", "--device", "meta"], "--device meta has no memory"),
         (["list", "--device", "xpu"], "--device xpu: this torch cannot use it here"),

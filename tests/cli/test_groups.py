@@ -112,7 +112,7 @@ def test_help_shows_the_words_of_the_fields_and_no_others() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--steps", "0"), "num_inference_steps must be an int of at least 1, got 0"),
+        (("--steps", "0"), "--steps must be an int of at least 1, got 0"),
         (("--rate", "1/0"), "--rate must be a number or a fraction, such as 30000/1001 or none, got '1/0'"),
         (("--colors", "pink"), "--colors must be one of adain, wavelet or none, got 'pink'"),
         (("--lengths", "3;4"), "--lengths must be numbers with commas between, got '3;4'"),

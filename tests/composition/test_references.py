@@ -85,7 +85,7 @@ def check_other_references(case: TinyPipeline, *others: tuple[Any, dict[str, tup
             assert error(case.run(), want) < TOLERANCE
 
 
-@pytest.mark.cell("Reference pictures", family="Flux-Kontext", outcome="works", note="of another size, seen whole")
+@pytest.mark.cell("Reference images", family="Flux-Kontext", outcome="works", note="of another size, seen whole")
 def test_kontext_with_a_reference_of_another_size() -> None:
     kontext().check_swap()
     check_other_references(
@@ -96,9 +96,7 @@ def test_kontext_with_a_reference_of_another_size() -> None:
     )
 
 
-@pytest.mark.cell(
-    "Reference pictures", family="Qwen-Image-Edit", outcome="works", note="two of other sizes, seen whole"
-)
+@pytest.mark.cell("Reference images", family="Qwen-Image-Edit", outcome="works", note="two of other sizes, seen whole")
 def test_qwen_image_edit_with_two_references() -> None:
     qwen_image_edit_plus().check_swap()
     check_other_references(

@@ -152,7 +152,7 @@ def test_a_truncated_sample_is_written_anew_and_the_others_are_left(rest, pipes,
 def test_a_corrupt_picture_is_named_counted_and_no_sample(pipes, folder, caplog):
     (folder / "b.png").write_bytes(b"none")
     assert write(pipes["Wan"], "Wan", folder) == Counts(done=1, corrupt=1)
-    assert "b.png is not a whole picture" in caplog.text
+    assert "b.png is not a whole image" in caplog.text
     assert CacheSource(folder).names == ["a"]
 
 

@@ -1,4 +1,4 @@
-"""Pictures and cache by several processes, as torchrun and `accelerate launch` start them."""
+"""Images and cache by several processes, as torchrun and `accelerate launch` start them."""
 
 import io
 import json

@@ -54,7 +54,7 @@ def wrong_orders() -> dict[str, tuple[Tensor, Tensor]]:
         "one token short": (rows[:-1], columns[:-1]),
         "first token missing": (rows[1:], columns[1:]),
         "one token more": (torch.cat([rows, rows[-1:]]), torch.cat([columns, columns[-1:]])),
-        "two pictures": stacked,
+        "two images": stacked,
         "two images side by side": (rows, torch.cat([columns.view(6, 9), columns.view(6, 9)]).flatten()[:54] % 5),
         "rows in no order": (rows.view(6, 9)[[0, 2, 1, 3, 4, 5]].flatten(), columns),
         "every row at one place": (torch.zeros(54), columns),

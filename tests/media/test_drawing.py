@@ -1,4 +1,4 @@
-"""Pictures have the size, the places and the colours that they should."""
+"""Images have the size, the places and the colours that they should."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_a_sheet_has_every_picture_in_its_place() -> None:
 
 def test_texts_of_a_sheet_stay_inside_it() -> None:
     rows = [[Entry(_plain("red"), ("PSNR 12.3 dB", "SSIM 0.987"), np.ones((16, 32)))]]
-    long = "a prompt of so many words that it is broken into several lines beside its picture"
+    long = "a prompt of so many words that it is broken into several lines beside its image"
     pixels = np.asarray(sheet(rows, [long], ["head\nsecond line"], title="title", note="note"))
     edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     assert (edges == PAPER).all()

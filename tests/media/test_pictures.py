@@ -1,4 +1,4 @@
-"""Picture files: found, read, written, laid side by side."""
+"""Image files: found, read, written, laid side by side."""
 
 import io
 from pathlib import Path
@@ -137,7 +137,7 @@ def test_a_cut_off_file_is_refused_by_name(tmp_path: Path, kind: str) -> None:
     data = encoded(kind)
     for share in (0.01, 0.3, 0.6, 0.9):
         (tmp_path / "a.png").write_bytes(data[: int(share * len(data))])
-        with pytest.raises(ValueError, match="expected a .*image in .*a.png; got"):
+        with pytest.raises(ValueError, match="expected an? .*image in .*a.png; got"):
             read_picture(tmp_path / "a.png")
 
 
@@ -210,7 +210,7 @@ def test_a_sheet_holds_the_pictures_at_one_height_below_their_labels() -> None:
     red[..., 0] = 255
     blue = np.zeros((40, 1, 3), dtype=np.uint8)
     blue[..., 2] = 255
-    sheet = side_by_side([red, blue], ["in", "a label far wider than its picture"])
+    sheet = side_by_side([red, blue], ["in", "a label far wider than its image"])
     is_red, is_blue = ((sheet == colour).all(-1) for colour in ((255, 0, 0), (0, 0, 255)))
     assert is_red.sum() == 40 * 120 and is_blue.sum() == 40
     assert np.nonzero(is_red)[1].max() < np.nonzero(is_blue)[1].min()

@@ -254,7 +254,7 @@ def test_the_table_adds_up() -> None:
         assert computing == round(30 * 3e15 / (989e12 * 0.4), 1)
         assert abs(talking - 30 * (work.received(4) / link.bandwidth + 261 * link.latency)) < 0.06
         assert abs(both - computing - talking) < 0.11 and abs(gain - alone[2] / both) < 0.01
-    assert "A model, not a measurement." in text and "18 frames on 4 GPUs" in text
+    assert "This is a model, not a measurement." in text and "18 frames on 4 GPUs" in text
 
 
 @pytest.mark.slow

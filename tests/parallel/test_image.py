@@ -1,4 +1,4 @@
-"""Pictures in patches: one rank's result on any number of them, whole pipelines included."""
+"""Images in patches: one rank's result on any number of them, whole pipelines included."""
 
 import os
 import subprocess
@@ -159,7 +159,7 @@ def test_what_patches_cannot_do_is_refused(build: Any, options: Any, error: type
 def test_pooled_keys_modes_and_a_second_time_are_refused() -> None:
     built = models.flux()
     diffattn.apply(built.model, "clear", radius=2, down_factor=2)
-    with pytest.raises(ValueError, match="sees pooled keys of the whole picture"):
+    with pytest.raises(ValueError, match="sees pooled keys of the whole image"):
         shard(built.model)
     diffattn.apply(built.model, "clear", radius=2)
     with pytest.raises(ValueError, match="mode must be 'exact' or 'paper', got 'fast'"):

@@ -141,7 +141,7 @@ LONG: dict[str, tuple[dict[str, Any], list[Tokens]]] = {
     # arguments of a call, and the layouts of its windows
     "one window": ({"num_frames": 17}, [Tokens(0, 3, ROWS, COLUMNS)]),
     "two windows": ({"num_frames": 33}, [Tokens(0, 3, ROWS, COLUMNS), Tokens(0, 3, ROWS, COLUMNS, CELLS)]),
-    "from a picture": (
+    "from an image": (
         # kept as a negative frame as well
         {"num_frames": 17, "cond_image": picture(40), "guidance_scale": 3.0},
         [Tokens(0, 3, ROWS, COLUMNS, CELLS)],

@@ -159,7 +159,7 @@ def test_examples_in_the_sequence() -> None:
     scheduler, vae = diffusers.FlowMatchEulerDiscreteScheduler(), tiny_vae(latent_channels=1)
     for name in ("VisualClozePipeline", "VisualClozeGenerationPipeline"):
         pipe = getattr(diffusers, name)(scheduler, vae, None, None, None, None, tiny.model)
-        with pytest.raises(ValueError, match=f"attention of {name} can't be swapped: it puts example pictures"):
+        with pytest.raises(ValueError, match=f"attention of {name} can't be swapped: it puts example images"):
             diffattn.apply(pipe, "clear", radius=2)
     diffattn.apply(tiny.model, "clear", radius=2)
     for dtype in (torch.float32, torch.bfloat16):

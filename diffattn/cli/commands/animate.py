@@ -30,7 +30,7 @@ MOST_FACES = 10
 )
 def animate(
     context: typer.Context,
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Picture of the person.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Image of the person.")],
     driving: Annotated[Path, typer.Argument(metavar="DRIVING", help="Video of the movement, or folder of its frames.")],
     checkpoint: Annotated[Path, typer.Option(help="Folder of the converted X-Portrait checkpoint.")],
     output: Annotated[Path, output_option("Video, .mp4, .mov or .mkv; with the driving video's sound.")],

@@ -168,9 +168,7 @@ def export(
         typer.echo(f"uploaded to {repo_id}; diffattn.load(pipe, {repo_id!r}) takes it")
 
 
-@distill.command(
-    epilog=examples("diffattn distill generate black-forest-labs/FLUX.1-dev prompts.txt --output pictures")
-)
+@distill.command(epilog=examples("diffattn distill generate black-forest-labs/FLUX.1-dev prompts.txt --output images"))
 def generate(
     model: Annotated[str, typer.Argument(help="Hub id, folder, or tiny for the bundled pipeline.")],
     prompts: Annotated[Path, typer.Argument(help="File of prompts: one a line, or a JSON list.")],

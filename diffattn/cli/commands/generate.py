@@ -64,7 +64,7 @@ def generate(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    output: Annotated[Path, output_option("Picture, video (.mp4, .mov, .mkv), or folder for frames.")] = Path(
+    output: Annotated[Path, output_option("Image, video (.mp4, .mov, .mkv), or folder for frames.")] = Path(
         "outputs/picture.png"
     ),
 ) -> None:

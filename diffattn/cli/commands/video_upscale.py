@@ -26,7 +26,7 @@ FAILED = 1
         f"diffattn video-upscale old.mp4 {MODEL} --output new.mp4 --resume",
     ),
     groups=[
-        Group("diffattn.pipelines.video_sr.i2vgenxl.settings:UpscaleSettings", also=["seed"]),
+        Group("diffattn.pipelines.video_sr.i2vgenxl.settings:UpscaleSettings", also=["seed"], only_given=True),
         Group("diffattn.media.clip:Clip", without=["skip"], only_given=True),
     ],
 )
@@ -82,7 +82,7 @@ def video_upscale(
         negative_prompt=negative_prompt,
         resume=resume,
         overwrite=overwrite,
-        settings=taken(context, "UpscaleSettings"),
+        settings=star.UpscaleSettings(**fitting(taken(context, "UpscaleSettings"))),
     )
     room: dict[str, Any] = {"offload": offload, "force": force}
     with quiet(), once(), upscaling.prepared(where, number, **room, progress=bar, tell=tell) as run:
@@ -98,3 +98,12 @@ def video_upscale(
 def tell(text: str) -> None:
     """A line that leaves progress bars whole."""
     tqdm.write(f"diffattn: {text}", file=sys.stderr)
+
+
+def fitting(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were typed, with overlaps that fit windows and chunks of other lengths than the default."""
+    if "window" in given:
+        given.setdefault("overlap", given["window"] // 2)
+    if "decode_chunk" in given:
+        given.setdefault("decode_overlap", min(2, given["decode_chunk"] - 1))
+    return given

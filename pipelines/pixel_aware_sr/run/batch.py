@@ -1,4 +1,4 @@
-"""Pictures in files, one after the other: what goes where, what is there already, and what became of each."""
+"""Images in files, one after the other: what goes where, what is there already, and what became of each."""
 
 import logging
 import sys
@@ -55,7 +55,7 @@ class Tally:
     """Of those done."""
 
     def __str__(self) -> str:
-        pace = f"; {self.seconds / self.done:.1f} s a picture" if self.done else ""
+        pace = f"; {self.seconds / self.done:.1f} s an image" if self.done else ""
         return f"{self.done} done, {self.skipped} skipped, {self.failed} failed{pace}"
 
 

@@ -42,7 +42,7 @@ def pyramid_loss(rgbs: Sequence[Tensor], target: Tensor) -> Tensor:
     """
     _check_pictures("target", target)
     if not rgbs:
-        raise ValueError("expected at least one prediction; got none; let the condition encoder return its pictures")
+        raise ValueError("expected at least one prediction; got none; let the condition encoder return its images")
     for number, rgb in enumerate(rgbs):
         _check_pictures(f"rgbs[{number}]", rgb)
         if len(rgb) != len(target):
@@ -87,5 +87,5 @@ def _check_pictures(name: str, pictures: Tensor) -> None:
     if pictures.ndim != 4 or pictures.shape[1] != 3 or 0 in pictures.shape or not pictures.is_floating_point():
         raise ValueError(
             f"expected {name} as floats of shape (batch, 3, rows, columns); got {pictures.dtype} of shape "
-            f"{tuple(pictures.shape)}; add a batch axis to a single picture"
+            f"{tuple(pictures.shape)}; add a batch axis to a single image"
         )

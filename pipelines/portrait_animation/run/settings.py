@@ -50,10 +50,10 @@ class Settings:
     official: Annotated[bool, Help("The released code's windows, which go round the end of the video.")] = False
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        official_timesteps(self.steps)
         if not 1.0 <= self.guidance < math.inf:
             raise ValueError(f"expected --guidance from 1, which is none; got {self.guidance}; 5 is usual")
+        check_fields(self)
+        official_timesteps(self.steps)
         if not 0 <= self.overlap < self.window:
             raise ValueError(
                 f"expected --overlap from 0 to below --window; got {self.overlap} and {self.window}; 4 and 16 are usual"

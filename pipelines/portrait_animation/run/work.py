@@ -35,7 +35,7 @@ PICTURES = ("driving", "local")
 
 @dataclass(frozen=True)
 class StoredFrames:
-    """Pictures in a file that are read when they are asked for."""
+    """Images in a file that are read when they are asked for."""
 
     file: Path
     """Of NumPy."""

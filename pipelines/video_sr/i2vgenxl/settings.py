@@ -30,11 +30,8 @@ class UpscaleSettings:
         int, Help("Frames that are computed together; the networks were trained on 32.", panel=MEMORY)
     ] = 32
     overlap: Annotated[
-        int | None,
-        Help(
-            "Frames that neighbouring windows share at least, and cross-fade in. Default: half a window.", panel=MEMORY
-        ),
-    ] = None
+        int, Help("Frames that windows share at least, and cross-fade in. Default: half a window.", panel=MEMORY)
+    ] = 16
     tile: Annotated[
         int | None,
         Help("Side in pixels of the result that is computed at once, rounded up. Default: whole frames.", panel=MEMORY),
@@ -46,8 +43,8 @@ class UpscaleSettings:
     encode_chunk: int = 1
     """Frames in one call of the VAE's encoder."""
     decode_chunk: Annotated[int, Help("Frames that the VAE decodes together.", panel=MEMORY)] = 8
-    decode_overlap: int | None = None
-    """Frames that neighbouring chunks share at least, and cross-fade in. None: 2, or all but one of a chunk."""
+    decode_overlap: int = 2
+    """Frames that neighbouring chunks share at least, and cross-fade in."""
     decode_tile: Annotated[
         int | None,
         Help(
@@ -80,11 +77,9 @@ class UpscaleSettings:
     def __post_init__(self) -> None:
         for name in ("num_inference_steps", "window", "encode_chunk", "decode_chunk"):
             self._check(name, getattr(self, name) >= 1, "of at least 1")
-        for name, shared, above in (
-            ("overlap", self.window_overlap, "window"),
-            ("decode_overlap", self.chunk_overlap, "decode_chunk"),
-        ):
-            self._check(name, 0 <= shared < getattr(self, above) or self.official, f"from 0 to below {above}")
+        for name, above in (("overlap", "window"), ("decode_overlap", "decode_chunk")):
+            number, most = getattr(self, name), getattr(self, above)
+            self._check(name, 0 <= number < most or self.official, f"from 0 to below {above}")
         self._check("tile_overlap", self.tile_overlap >= 0, "of at least 0 pixels")
         for name in ("tile", "decode_tile"):
             side, least = getattr(self, name), self.tile_overlap + CELL
@@ -93,16 +88,6 @@ class UpscaleSettings:
         self._check("guidance_rescale", 0 <= self.guidance_rescale <= 1, "from 0 to 1")
         self._check("color_fix", self.color_fix in COLOR_FIXES, "among " + ", ".join(map(repr, COLOR_FIXES)))
         self._check("seed", 0 <= self.seed < 2**64, "from 0 to 2**64 - 1")
-
-    @property
-    def window_overlap(self) -> int:
-        """`overlap`, or its default."""
-        return self.window // 2 if self.overlap is None else self.overlap
-
-    @property
-    def chunk_overlap(self) -> int:
-        """`decode_overlap`, or its default."""
-        return min(2, self.decode_chunk - 1) if self.decode_overlap is None else self.decode_overlap
 
     def _check(self, name: str, right: bool, what: str) -> None:
         if not right:

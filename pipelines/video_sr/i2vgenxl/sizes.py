@@ -82,7 +82,7 @@ def plan_upscaling(
         target=target,
         padding=padding,
         latent=(rows, columns),
-        windows=tuple(plan_windows(frames, settings.window, settings.window_overlap, official=settings.official)),
+        windows=tuple(plan_windows(frames, settings.window, settings.overlap, official=settings.official)),
         tiles=_tiles(rows, columns, settings, downsamplings),
         decode_windows=_decode_windows(frames, settings),
         decode_tiles=_decode_tiles(rows, columns, settings),
@@ -116,7 +116,7 @@ def _decode_windows(frames: int, settings: UpscaleSettings) -> tuple[Window, ...
         weights = torch.ones(len(begins), size, dtype=torch.float64)
     else:
         size = settings.decode_chunk
-        begins = starts(frames, size, settings.chunk_overlap, even=True)
+        begins = starts(frames, size, settings.decode_overlap, even=True)
         weights = ramp_weights(begins, size, frames)
     ends = [min(begin + size, frames) for begin in begins]
     return tuple(Window(b, e, share[: e - b]) for b, e, share in zip(begins, ends, weights, strict=True))

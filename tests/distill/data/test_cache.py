@@ -201,7 +201,7 @@ def test_a_corrupt_picture_is_named_counted_and_no_sample(cached, pipe, caplog):
     (cached / "b.png").write_bytes(b"none")
     (cached / f"b{LATENTS}").write_bytes(b"")
     assert write(pipe, cached) == Counts(skipped=2, corrupt=1)
-    assert "b.png is not a whole picture" in caplog.text
+    assert "b.png is not a whole image" in caplog.text
     assert CacheSource(cached).names == ["a", "deep/c"]
 
 

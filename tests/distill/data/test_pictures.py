@@ -1,4 +1,4 @@
-"""Pictures with captions: every form of caption, and what is said of what can't be used."""
+"""Images with captions: every form of caption, and what is said of what can't be used."""
 
 import io
 import json
@@ -179,7 +179,7 @@ def test_a_truncated_picture_is_named(form, tmp_path):
     file = io.BytesIO()
     noise.save(file, form)
     (tmp_path / "a.png").write_bytes(file.getvalue()[: len(file.getvalue()) // 2])
-    with pytest.raises(ValueError, match="a.png is not a whole picture"):
+    with pytest.raises(ValueError, match="a.png is not a whole image"):
         load_picture(tmp_path / "a.png", (8, 8))
 
 

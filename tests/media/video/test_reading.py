@@ -272,7 +272,7 @@ def test_what_is_no_video_is_refused(tmp_path: Path, function: Callable[[Path], 
     for name in ("a.mp4", "empty.mp4"):
         with pytest.raises(ValueError, match="expected a video in .*cannot be opened"):
             function(tmp_path / name)
-    with pytest.raises(ValueError, match="a file without pictures"):
+    with pytest.raises(ValueError, match="a file without images"):
         function(tone(tmp_path / "a.m4a", 0.2))
     for name in ("missing.mp4", "."):
         with pytest.raises(FileNotFoundError, match="expected a video file"):

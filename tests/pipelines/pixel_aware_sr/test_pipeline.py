@@ -270,8 +270,8 @@ def test_half_precision_runs_without_nan(build, dtype):
         ({"task": "sharpen"}, "task"),
         ({"process_size": 4}, "process_size"),
         ({"prompt": ["a", "b"]}, "for each of 1 images; got 2"),
-        ({"image": []}, "at least one picture"),
-        ({"image": "a name"}, "expected pictures"),
+        ({"image": []}, "at least one image"),
+        ({"image": "a name"}, "expected images"),
         ({"image": [Image.new("RGB", (64, 64)), Image.new("RGB", (64, 96))]}, "one size in a batch"),
     ],
 )

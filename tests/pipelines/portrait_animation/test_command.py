@@ -262,7 +262,7 @@ def test_uneven_frames_are_told_once(inputs: Path, tmp_path: Path, caplog: pytes
         (("--guidance", 0.5), "expected --guidance from 1"),
         (("--window", 30), "at most 24"),
         (("--overlap", 4), "expected --overlap from 0 to below --window"),
-        (("--start", -1), "Invalid value for '--start'"),
+        (("--start", -1), "--start must be an int of at least 0, got -1"),
         (("--start", 9), "expected a frame from --start 9 on"),
         (("--frames", 3), "expected points for 4 frames"),
         (("--fps", 12), "--fps is for a folder of frames"),

@@ -187,7 +187,7 @@ def check_colours(group: str, own: Tensors, case: GoldenCase) -> None:
 
 @dataclass
 class Clip:
-    """Pictures (frames, 3, rows, columns) in 0..1, and the form that they were recorded in."""
+    """Images (frames, 3, rows, columns) in 0..1, and the form that they were recorded in."""
 
     pictures: Tensor
     channels_last: bool
@@ -204,7 +204,7 @@ class Clip:
         return cls(((clip.movedim(-1, 1) if last else clip) - low) / (high - low), last, low, high)
 
     def like(self, pictures: Tensor) -> Tensor:
-        """Pictures in 0..1 in the form of this clip."""
+        """Images in 0..1 in the form of this clip."""
         return (pictures.movedim(1, -1) if self.channels_last else pictures) * (self.high - self.low) + self.low
 
 

@@ -280,7 +280,7 @@ def test_a_video_that_is_broken_is_told_before_anything(inputs: Path, tmp_path: 
     (tmp_path / "text.mp4").write_text("no video")
     assert "text.mp4" in refusal(inputs, tmp_path / "out.mp4", source=tmp_path / "text.mp4")
     files.write_tone(tmp_path / "sound.mp4", 0.5)
-    assert "without pictures" in refusal(inputs, tmp_path / "out.mp4", source=tmp_path / "sound.mp4")
+    assert "without images" in refusal(inputs, tmp_path / "out.mp4", source=tmp_path / "sound.mp4")
 
 
 @pytest.mark.usefixtures("room")
@@ -345,10 +345,10 @@ def test_too_little_room_is_refused_unless_forced(
         (("--tile", 64), "expected tile 8 pixels above tile_overlap"),
         (("--decode-tile", 8), "expected decode_tile 8 pixels above tile_overlap"),
         (("--scale", 0.5), "expected an upscale of at least 1; got 0.5"),
-        (("--color", "lab"), "Invalid value for '--color'"),
+        (("--color", "lab"), "--color must be one of adain, wavelet or none, got 'lab'"),
         (("--start", 9), "expected a frame from --start 9 on"),
-        (("--start", -1), "Invalid value for '--start'"),
-        (("--frames", 0), "Invalid value for '--frames'"),
+        (("--start", -1), "--start must be an int of at least 0, got -1"),
+        (("--frames", 0), "--frames must be an int of at least 1, got 0"),
         (("--fps", 12), "--fps is for a folder of frames"),
         (("--fps", "fast"), "--fps must be a number or a fraction"),
         (("--dtype", "int8"), "--dtype must be one of"),

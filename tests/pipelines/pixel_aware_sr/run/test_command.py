@@ -182,12 +182,12 @@ def is_picture(path: Path) -> bool:
 def test_broken_files_are_told_and_the_others_made(models: Path, inputs: Path, tmp_path: Path) -> None:
     (inputs / "0-empty.png").touch()
     (inputs / "1-cut.png").write_bytes((inputs / "a.png").read_bytes()[:-60])
-    (inputs / "2-text.jpg").write_text("no picture")
+    (inputs / "2-text.jpg").write_text("no image")
     result = invoke(models, inputs, "--output", tmp_path / "out", "--scale", 1)
     assert result.exit_code == 1
     lines = result.stderr.strip().splitlines()
     for line, name in zip(lines, ("0-empty.png", "1-cut.png", "2-text.jpg"), strict=True):
-        assert line.startswith("diffattn: error: expected a ") and line.count(str(inputs / name)) == 1
+        assert line.startswith("diffattn: error: expected a") and line.count(str(inputs / name)) == 1
     assert result.stdout.splitlines()[-1].startswith("2 done, 0 skipped, 3 failed; ")
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a.png", "b.png"]
 

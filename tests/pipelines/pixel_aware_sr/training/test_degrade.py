@@ -387,7 +387,7 @@ def test_little_harm_leaves_a_little_smaller_picture() -> None:
     [
         (torch.zeros(3, 8, 8), [1], "give each image of a batch a seed of its own"),
         (torch.zeros(2, 3, 8, 8), 1, "with a sequence of them; got shape (2, 3, 8, 8) with 1"),
-        (torch.zeros(2, 3, 8, 8), [1], "expected a seed for each of 2 pictures"),
+        (torch.zeros(2, 3, 8, 8), [1], "expected a seed for each of 2 images"),
         (torch.zeros(0, 3, 8, 8), [], "at least one"),
         (torch.zeros(8, 8), 1, "expected (3, rows, columns) with one seed"),
         (torch.zeros(3, 8, 8), -1, "whole numbers from 0 on; got [-1]"),

@@ -66,7 +66,7 @@ def test_the_pyramid_is_zero_for_the_resized_target_alone() -> None:
     rgbs = [torch.from_numpy(np.stack([[slow_resized(c, 8, 12) for c in one] for one in target.numpy()]))]
     assert pyramid_loss(rgbs, target).item() < 1e-12
     assert pyramid_loss([rgbs[0] + 0.25], target).item() == pytest.approx(0.25)
-    assert pyramid_loss([rgbs[0].flip(0)], target).item() > 0.1, "pictures of a batch are not exchanged"
+    assert pyramid_loss([rgbs[0].flip(0)], target).item() > 0.1, "images of a batch are not exchanged"
 
 
 def test_the_pyramid_pulls_every_prediction_and_not_the_target() -> None:
@@ -154,7 +154,7 @@ def test_wrong_shapes_are_refused() -> None:
             pyramid_loss(rgbs, target)
     with pytest.raises(ValueError, match="expected target"):
         pyramid_loss([pictures(4, 4)], target[0])
-    with pytest.raises(ValueError, match="expected images as floats"):
+    with pytest.raises(ValueError, match="expected pictures as floats"):
         colourfulness_loss(torch.zeros(2, 4, 5, 5))
     with pytest.raises(ValueError, match="two pixels or more; got 1 x 1"):
         colourfulness_loss(pictures(1, 1))

@@ -75,7 +75,7 @@ def test_without_a_face_all_is_black_and_the_picture_stays() -> None:
 def test_what_is_no_picture_or_face_is_refused() -> None:
     picture = np.ones((20, 30, 3), dtype=np.float32)
     for wrong in (picture[..., 0], (picture * 255).astype(np.uint8), picture[:0]):
-        with pytest.raises(ValueError, match="expected a float picture"):
+        with pytest.raises(ValueError, match="expected a float image"):
             local_control(wrong, CENTRE)
     for points in (CENTRE[:5], CENTRE[None], CENTRE * np.inf):
         with pytest.raises(ValueError, match="expected finite points of one face"):

@@ -394,7 +394,7 @@ def test_exchanged_attention(pipe):
         ({"num_inference_steps": 0}, "num_inference_steps of at least 1; got 0"),
         ({"num_inference_steps": 2000}, "few enough steps .* got 2000"),
         ({"output_type": "gif"}, "output_type among .*; got 'gif'"),
-        ({"color_fix": "luma"}, "color_fix among"),
+        ({"color_fix": "luma"}, "color_fix must be one of adain, wavelet or none, got 'luma'"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "among 'latents'; got 'noise'"),
         ({"latents": torch.zeros(1, 4, 2, 8, 8)}, r"latents of \(1, 4, 2, 10, 8\) .*; got \(1, 4, 2, 8, 8\)"),
         ({"video": []}, "^expected "),
