@@ -13,6 +13,7 @@ from .mechanisms import (
     LinearAttention,
     Mechanism,
     NeighborhoodAttention,
+    RoutingAttention,
     SoftmaxAttention,
     TokenMergeAttention,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "LinearAttention",
     "Mechanism",
     "NeighborhoodAttention",
+    "RoutingAttention",
     "SoftmaxAttention",
     "TokenGrid",
     "TokenMergeAttention",

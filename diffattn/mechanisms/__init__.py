@@ -7,6 +7,7 @@ from .dual_scope import DualScopeAttention
 from .halo import HaloAttention
 from .linear import LinearAttention
 from .neighborhood import NeighborhoodAttention
+from .routing import RoutingAttention
 from .softmax import SoftmaxAttention
 from .token_merge import TokenMergeAttention
 
@@ -19,6 +20,7 @@ __all__ = [
     "LinearAttention",
     "Mechanism",
     "NeighborhoodAttention",
+    "RoutingAttention",
     "SoftmaxAttention",
     "TokenMergeAttention",
 ]

@@ -32,19 +32,10 @@ from ..kernels.call import window_call
 from ..kernels.choose import GENERAL_BACKENDS, choose
 from ..kernels.dense import combine_masks
 from ..kernels.pattern import Cells, Shape, dense_mask, divide
-from ..options import POSITIVE, Must
+from ..options import POSITIVE
 from .base import Context, Mechanism, default_scale
+from .parts.axes import PerAxis, per_axis, sizes
 from .softmax import softmax_reference
-
-PerAxis = int | tuple[int, int] | tuple[int, int, int]
-
-
-def _sizes(least: int) -> Must:
-    """What a `PerAxis` must be."""
-    return Must(
-        f"an int of at least {least}, (rows, columns) or (frames, rows, columns) of such",
-        lambda value: all(size >= least for size in (value if isinstance(value, tuple) else (value,))),
-    )
 
 
 @dataclass(frozen=True)
@@ -101,9 +92,9 @@ class HaloAttention(Mechanism):
     112.944218112
     """
 
-    tile: Annotated[PerAxis, _sizes(1)] = 8
+    tile: Annotated[PerAxis, sizes(1)] = 8
     """Sides of a tile in tokens: (rows, columns) for images, (frames, rows, columns), or one int for all of them."""
-    halo: Annotated[PerAxis, _sizes(0)] = 1
+    halo: Annotated[PerAxis, sizes(0)] = 1
     """How many neighbouring tiles are seen on each side, likewise per axis: 1 is a window of 3 tiles along each."""
     radius: Annotated[float | None, POSITIVE] = None
     """See the tiles whose centres lie strictly within this many tokens, instead of `halo`."""
@@ -120,7 +111,7 @@ class HaloAttention(Mechanism):
         return ("auto", *GENERAL_BACKENDS)
 
     def pattern(self, grid: TokenGrid) -> TileWindow:
-        return TileWindow(_shape(self.tile, 1), _shape(self.halo, 0), self.radius)
+        return TileWindow(per_axis(self.tile, 1), per_axis(self.halo, 0), self.radius)
 
     def check(self, grid: TokenGrid, *, context: Context = Context()) -> None:
         for name in ("tile", "halo"):
@@ -173,10 +164,3 @@ class HaloAttention(Mechanism):
     def flops(self, grid: TokenGrid, heads: int, head_dim: int, *, context: Context = Context()) -> int:
         self.check(grid)
         return 4 * (self.pattern(grid).pairs(grid) + grid.tokens**2 - grid.cells**2) * heads * head_dim
-
-
-def _shape(value: PerAxis, missing: int) -> Shape:
-    """(frames, rows, columns); `missing` stands for the frames of an image."""
-    if isinstance(value, int):
-        return value, value, value
-    return value if len(value) == 3 else (missing, *value)

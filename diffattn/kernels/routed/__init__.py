@@ -1,0 +1,15 @@
+"""Softmax attention where each tile of queries has some tiles of keys exactly, and all others by their means.
+
+    out_q = softmax(l_q,others ; l_q,k for k in the tiles S of q ; L_q,b for the blocks b outside S) . (v, v_k, v_b)
+    l_q,k = scale * q k + bias_k          L_q,b = scale * q k_b + log sum_{k in b} exp(bias_k)
+
+k_b and v_b are means over the block, weighted by exp(bias): without a mask the term is log c in a block of c cells.
+Keys lie in tiles of equal size, each made of equal blocks, in the order of the grid or in one of their own.
+"""
+
+from .call import RoutedCall, routed_call
+from .content import content_order
+from .gather import route
+from .select import choose_tiles
+
+__all__ = ["RoutedCall", "choose_tiles", "content_order", "route", "routed_call"]

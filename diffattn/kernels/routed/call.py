@@ -1,0 +1,168 @@
+"""Queries and keys by tile, and the blocks' means: what choice and kernels work on."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffattn.grid import TokenGrid
+
+from ..order import TileOrder
+from ..pattern import Shape, cached
+
+
+class RoutedCall(NamedTuple):
+    """One call. `g` counts samples x heads; biases are None where nothing is hidden or weighed."""
+
+    q: Tensor  # g query-tiles cells d
+    k: Tensor  # g tiles cells d
+    v: Tensor  # g tiles cells c
+    bias: Tensor | None  # g tiles cells, float: log of the weight of a key
+    block_k: Tensor  # g blocks d, means
+    block_v: Tensor  # g blocks c
+    block_bias: Tensor  # g|1 blocks: log of the weight of a block
+    spread_k: Tensor  # g blocks d, variances
+    spread_v: Tensor  # g blocks, standard deviations
+    other_k: Tensor  # g others d
+    other_v: Tensor  # g others c
+    other_bias: Tensor | None  # g others
+    real: Tensor | None  # query-tiles cells, bool: no padding; None: all
+    own: Tensor | None  # query-tiles tiles, bool: always exact
+    scale: float
+    chosen: int
+    """Exact tiles of each query tile."""
+
+    @property
+    def tiles(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def blocks_per_tile(self) -> int:
+        return self.block_k.shape[1] // self.tiles
+
+
+class Places(NamedTuple):
+    """Cells of a grid in tiles, each in blocks: number of the cell in each slot, -1 for padding."""
+
+    slots: Tensor  # tiles cells
+    real: Tensor  # tiles cells
+
+
+@cached(64)
+def places(shape: Shape, tile: Shape, block: Shape, device: torch.device) -> Places:
+    """The slots of a grid; tiles in row-major order, blocks within a tile likewise, cells within a block likewise."""
+    grid = torch.arange(math.prod(shape), device=device).view(1, 1, -1, 1) + 1
+    slots = TileOrder(shape, tile).to_tiles(grid).view(-1, *tile)
+    parts = [size for whole, part in zip(tile, block, strict=True) for size in (whole // part, part)]
+    slots = slots.view(-1, *parts).permute(0, 1, 3, 5, 2, 4, 6).reshape(slots.shape[0], -1) - 1
+    return Places(slots, slots >= 0)
+
+
+@cached(64)
+def own_tiles(shape: Shape, query_tile: Shape, tile: Shape, device: torch.device) -> Tensor:
+    """Which tiles of keys a tile of queries lies on, `(query tiles, tiles)`."""
+    several = TileOrder(shape, query_tile), TileOrder(shape, tile)
+    ranges = []
+    for order in several:
+        starts = torch.meshgrid(
+            *(torch.arange(n) * step for n, step in zip(order.counts, order.tile, strict=True)), indexing="ij"
+        )
+        ranges.append(torch.stack(starts, -1).view(-1, 3))
+    (first, other), (one, two) = ranges, (torch.tensor(query_tile), torch.tensor(tile))
+    meets = (first[:, None] < other[None] + two) & (other[None] < first[:, None] + one)
+    return meets.all(-1).to(device)
+
+
+def routed_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: TokenGrid,
+    *,
+    scale: float,
+    mask: Tensor | None,
+    tile: Shape,
+    query_tile: Shape,
+    block: Shape,
+    chosen: int,
+    order: Tensor | None = None,
+) -> RoutedCall:
+    """Lay a call out.
+
+    Args:
+        mask: on keys, `(b|1, h|1, 1, tokens)`, bool or additive.
+        order: number of the cell in each slot of the tiles, `(b, h, tiles * cells)`, -1 for padding; None: the grid's.
+    """
+    (cells_q, _), (cells_k, other_k), (cells_v, other_v) = (grid.split(x) for x in (q, k, v))
+    heads = q.shape[0] * q.shape[1]
+    asking = places(grid.shape, query_tile, query_tile, q.device)
+    queries = _take(cells_q, asking.slots.flatten()).unflatten(1, asking.slots.shape)
+    if order is None:
+        found = places(grid.shape, tile, block, q.device)
+        slots, size = found.slots.flatten(), found.slots.shape
+        real = None if bool(found.real.all()) else found.real.flatten()[None]
+    else:
+        slots, size = order.flatten(0, 1), (order.shape[-1] // math.prod(tile), math.prod(tile))
+        real = None if grid.cells == order.shape[-1] else slots >= 0
+    keys, values = (_take(x, slots).unflatten(1, size) for x in (cells_k, cells_v))
+    bias, other_bias = _biases(mask, grid, slots, real, q)
+    bias = None if bias is None else bias.expand(heads, -1).unflatten(1, size)
+    other_bias = None if other_bias is None else other_bias.expand(heads, -1)
+    means = block_means(keys, values, bias, math.prod(block))
+    all_real = bool(asking.real.all())
+    own = own_tiles(grid.shape, query_tile, tile, q.device) if order is None else None
+    return RoutedCall(
+        queries, keys, values, bias, *means, other_k.flatten(0, 1), other_v.flatten(0, 1), other_bias,
+        None if all_real else asking.real, own, scale, chosen,
+    )  # fmt: skip
+
+
+def _take(cells: Tensor, slots: Tensor) -> Tensor:
+    """`b h cells d` by slots `(slots)` or `(b * h, slots)` -> `b*h slots d`; padding takes the first cell."""
+    cells, slots = cells.flatten(0, 1), slots.clamp(min=0)
+    if slots.dim() == 1:
+        return cells.index_select(1, slots)
+    return cells.gather(1, slots[..., None].expand(-1, -1, cells.shape[-1]))
+
+
+def _biases(
+    mask: Tensor | None, grid: TokenGrid, slots: Tensor, real: Tensor | None, q: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Log of the weight of each slot and of each other token, `(g|1, n)`; None where nothing is hidden or weighed."""
+    number = torch.promote_types(q.dtype, torch.float32)
+    cells, others = None, None
+    if mask is not None:
+        mask = mask.expand(*q.shape[:2], 1, grid.tokens).flatten(0, 2)
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=number, device=q.device).masked_fill_(~mask, -torch.inf)
+        cells, others = grid.split(mask.to(number), dim=-1)
+        index = slots.clamp(min=0)
+        cells = cells.index_select(1, index) if index.dim() == 1 else cells.gather(1, index)
+    if real is not None:
+        cells = q.new_zeros(real.shape, dtype=number) if cells is None else cells
+        cells = cells.masked_fill(~real, -torch.inf)
+    return cells, others
+
+
+def block_means(
+    keys: Tensor, values: Tensor, bias: Tensor | None, size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Means of keys and values over blocks of `size` cells, log weights, variances of keys, deviations of values."""
+    number = torch.promote_types(keys.dtype, torch.float32)
+    k, v = (x.flatten(1, 2).unflatten(1, (-1, size)).to(number) for x in (keys, values))
+    if bias is None:
+        mean_k, mean_v = k.mean(2), v.mean(2)
+        weight = k.new_full((1, k.shape[1]), math.log(size))
+        with torch.no_grad():
+            spread_k = k.var(2, correction=0)
+            spread_v = v.var(2, correction=0).sum(-1).sqrt()
+        return mean_k, mean_v, weight, spread_k, spread_v
+    parts = bias.flatten(1, 2).unflatten(1, (-1, size))
+    weight = parts.logsumexp(-1)
+    share = (parts - weight.clamp(min=torch.finfo(number).min)[..., None]).exp()[..., None]
+    mean_k, mean_v = (k * share).sum(2), (v * share).sum(2)
+    with torch.no_grad():
+        spread_k = ((k - mean_k[:, :, None]).square() * share).sum(2)
+        spread_v = ((v - mean_v[:, :, None]).square() * share).sum((2, 3)).sqrt()
+    return mean_k, mean_v, weight, spread_k, spread_v

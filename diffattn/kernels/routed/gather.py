@@ -1,0 +1,150 @@
+"""The chosen tiles gathered for SDPA, the blocks' means beside them, strip by strip: never tokens x tokens.
+
+For a strip of query tiles: exponentials of the logits of blocks and other tokens; from them the choice (`select.py`);
+SDPA of the chosen tiles with its log-sum-exp; the blocks that are left and the other tokens by two products; and both
+put together. Time O(n (blocks + chosen keys + others) d), memory beyond inputs and output `STRIP` + `GATHERED` bytes.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..lse import attend_with_lse
+from .call import RoutedCall
+from .select import first_tiles, mean_weights, tile_errors
+
+STRIP = {"cpu": 2**22}
+"""Bytes of block logits at once. CPU: they stay in its cache."""
+GATHERED = {"cpu": 2**23}
+"""Bytes of gathered keys and values at once."""
+LARGE = 2**28
+"""The same on all other devices."""
+
+
+def strips(call: RoutedCall) -> Iterator[tuple[slice, slice]]:
+    """Which heads and which query tiles are computed at once."""
+    device = call.q.device.type
+    heads, tiles, cells, d = call.q.shape
+    logits = cells * call.block_k.shape[1] * call.block_k.element_size()
+    keys = call.chosen * call.k.shape[2] * (d + call.v.shape[-1]) * call.k.element_size()
+    most = max(1, min(STRIP.get(device, LARGE) // logits, GATHERED.get(device, LARGE) // keys))
+    for part in range(0, heads, max(1, most // tiles)):
+        for row in range(0, tiles, most):
+            yield slice(part, min(part + max(1, most // tiles), heads)), slice(row, min(row + most, tiles))
+
+
+def route(call: RoutedCall, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Output `(g, query tiles, cells, c)` and the chosen tiles `(g, query tiles, chosen)`.
+
+    With `chosen` nothing is chosen anew. Gradients flow through everything but the choice.
+    """
+    tensors = (call.q, call.k, call.v, call.block_k, call.block_v, call.other_k, call.other_v)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        with torch.no_grad():
+            chosen = route(call, chosen)[1] if chosen is None else chosen
+        out: Tensor = _Route.apply(call, chosen, *tensors)
+        return out, chosen
+    return _route(call, chosen)
+
+
+def _route(call: RoutedCall, given: Tensor | None) -> tuple[Tensor, Tensor]:
+    heads, tiles, cells, _ = call.q.shape
+    out = call.v.new_empty(heads, tiles, cells, call.v.shape[-1])
+    chosen = torch.empty(heads, tiles, call.chosen, dtype=torch.long, device=call.q.device)
+    for part, rows in strips(call):
+        own = None if given is None else given[part, rows]
+        out[part, rows], chosen[part, rows] = strip(call, part, rows, own)
+    return out, chosen
+
+
+def strip(call: RoutedCall, part: slice, rows: slice, given: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Some query tiles of some heads."""
+    q = call.q[part, rows]
+    blocks, others, peak = exponentials(call, part, q)
+    if given is None:
+        totals = blocks.sum(-1) + others.sum(-1)
+        errors = tile_errors(call, part, rows, mean_weights(call, rows, blocks, totals))
+        given = first_tiles(call, rows, errors)
+    exact, lse = attend_chosen(call, part, q, given)
+    blocks = blocks.masked_fill(hidden_blocks(call, given)[:, :, None], 0)
+    mean = blocks.flatten(1, 2) @ call.block_v[part] + others.flatten(1, 2) @ call.other_v[part].to(blocks.dtype)
+    total = blocks.sum(-1) + others.sum(-1)
+    top = torch.maximum(peak, lse.to(peak.dtype))
+    here, there = (lse.to(peak.dtype) - top).exp(), (peak - top).exp()
+    mean = mean.unflatten(1, q.shape[1:3])
+    out = (here[..., None] * exact.to(mean.dtype) + there[..., None] * mean) / (here + there * total)[..., None]
+    return out.to(call.v.dtype), given
+
+
+def exponentials(call: RoutedCall, part: slice, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(logit - peak) of the blocks and of the other tokens, `(g, query tiles, cells, keys)`, and the peaks."""
+    rows = q.flatten(1, 2).to(call.block_k.dtype)
+    bias = call.block_bias if call.block_bias.shape[0] == 1 else call.block_bias[part]
+    blocks = torch.baddbmm(bias[:, None], rows, call.block_k[part].mT, alpha=call.scale)
+    others = (rows @ call.other_k[part].to(rows.dtype).mT) * call.scale
+    if call.other_bias is not None:
+        others = others + call.other_bias[part][:, None]
+    peak = blocks.amax(-1)
+    if others.shape[-1]:
+        peak = torch.maximum(peak, others.amax(-1))
+    peak = peak.clamp(min=torch.finfo(peak.dtype).min)  # where all is hidden
+    blocks, others = (
+        (logits - peak.detach()[..., None]).exp().unflatten(1, q.shape[1:3]) for logits in (blocks, others)
+    )
+    return blocks, others, peak.detach().unflatten(1, q.shape[1:3])
+
+
+def attend_chosen(call: RoutedCall, part: slice, q: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the chosen tiles, `(g, query tiles, cells, c)`, and its log-sum-exp `(g, query tiles, cells)`."""
+    count, tiles = chosen.shape[0], call.tiles
+    index = (chosen + torch.arange(count, device=chosen.device)[:, None, None] * tiles).flatten()
+    shape = (1, chosen.shape[0] * chosen.shape[1], -1)
+    k, v = (x[part].flatten(0, 1).index_select(0, index).reshape(*shape, x.shape[-1]) for x in (call.k, call.v))
+    bias = None
+    if call.bias is not None:
+        bias = call.bias[part].flatten(0, 1).index_select(0, index).reshape(shape)[:, :, None]
+    out, lse = attend_with_lse(q.flatten(0, 1)[None], k, v, call.scale, bias)
+    return out[0].unflatten(0, q.shape[:2]), lse[0].unflatten(0, q.shape[:2])
+
+
+def hidden_blocks(call: RoutedCall, chosen: Tensor) -> Tensor:
+    """The blocks of the chosen tiles, bool `(g, query tiles, blocks)`."""
+    tiles = torch.zeros(*chosen.shape[:2], call.tiles, dtype=torch.bool, device=chosen.device)
+    return tiles.scatter_(-1, chosen, True).repeat_interleave(call.blocks_per_tile, dim=-1)
+
+
+class _Route(torch.autograd.Function):
+    """`route` that keeps its inputs alone and computes every strip again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, call: RoutedCall, chosen: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.call, ctx.chosen = call, chosen
+        ctx.save_for_backward(*tensors)
+        return _route(call, chosen)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = [tensor.detach() for tensor in ctx.saved_tensors]
+        totals = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
+        for part, rows in strips(ctx.call):
+            q, *keys = tensors
+            leaves = [q[part, rows].clone().requires_grad_(), *(key[part].clone().requires_grad_() for key in keys)]
+            with torch.enable_grad():
+                own = _call_of(ctx.call, part, rows, leaves)
+                out = strip(own, slice(None), slice(None), ctx.chosen[part, rows])[0]
+            found = torch.autograd.grad(out, leaves, grad[part, rows], allow_unused=True, materialize_grads=True)
+            totals[0][part, rows] = found[0]
+            for total, one in zip(totals[1:], found[1:], strict=True):
+                total[part] += one
+        return None, None, *totals
+
+
+def _call_of(call: RoutedCall, part: slice, rows: slice, leaves: list[Tensor]) -> RoutedCall:
+    """A call of some query tiles of some heads, on other tensors."""
+    names = ("q", "k", "v", "block_k", "block_v", "other_k", "other_v")
+    own = {name: value[part] for name in ("bias", "other_bias") if (value := getattr(call, name)) is not None}
+    block_bias = call.block_bias if call.block_bias.shape[0] == 1 else call.block_bias[part]
+    real = None if call.real is None else call.real[rows]
+    return call._replace(**dict(zip(names, leaves, strict=True)), **own, block_bias=block_bias, real=real)
