@@ -35,6 +35,7 @@ def load(
     backend: str = "auto",
     components: ComponentChoice = None,
     min_tokens: int = 0,
+    reuse: int = 1,
     keep_original: bool = True,
     **options: Any,
 ) -> Handle:
@@ -64,7 +65,7 @@ def load(
     for adapter in opened:
         check_class(adapter, models[0])
     mechanism = opened[0].mechanism(options)
-    [swap] = plan_all(target, mechanism, opened[0].layers, steps, backend, components, min_tokens)
+    [swap] = plan_all(target, mechanism, opened[0].layers, steps, backend, components, min_tokens, reuse)
     actions = [_check(adapter, swap, target, keep_original) for adapter in opened]
     if all(adapter.is_lora for adapter in opened) and mechanism_weights(swap):
         raise ValueError(

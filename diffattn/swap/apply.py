@@ -111,6 +111,7 @@ def apply(
     backend: str = "auto",
     components: ComponentChoice = None,
     min_tokens: int = 0,
+    reuse: int = 1,
     **options: Any,
 ) -> Handle:
     """Swap the attention of `target` for `mechanism`; a second call replaces the first.
@@ -125,12 +126,14 @@ def apply(
         backend: kernel by name, see `diffattn.kernels`; "auto" chooses and logs its choice.
         components: name or names of the pipeline's parts to swap. None: unet, transformer and transformer_2.
         min_tokens: leave the model's own attention in calls with fewer tokens.
+        reuse: compute a layer's attention in one of so many steps, the first and the last included, and use its output
+            again between them: one output for each layer and sample is kept. Works with `"softmax"` too.
 
     Raises `ValueError`, with nothing changed, for unknown names and options, values of another type, families that are
     not known, globs that match nothing, and mechanisms that the model cannot carry.
     """
     mechanism = resolve_all(mechanism, layers, **options)
-    return commit(plan_all(target, mechanism, layers, steps, backend, components, min_tokens))
+    return commit(plan_all(target, mechanism, layers, steps, backend, components, min_tokens, reuse))
 
 
 def commit(swaps: list[ModelSwap], trained: bool = False) -> Handle:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..families import Family, Read
 from .calls.frames import Call, Frame, Reading, Ref, Scope, find, pop, push
@@ -68,3 +68,20 @@ class Door:
         """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
+
+
+class KeepsFeatures(Protocol):
+    """What the hook asks of a `SwappedLayer`."""
+
+    def keep_features(self, block_input: Tensor) -> None:
+        """Note the input of the block around the layer."""
+
+
+class Features:
+    """A forward pre-hook on a block that hands its input to the layer."""
+
+    def __init__(self, layer: KeepsFeatures) -> None:
+        self._layer = layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._layer.keep_features(args[0] if args else kwargs["hidden_states"])

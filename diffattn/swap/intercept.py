@@ -323,3 +323,12 @@ def without_swap(processor: Any) -> Any:
 def settings_of(processor: Any) -> dict[str, Any]:
     """What a swapped processor's attributes say beside its layer and its original."""
     return {name: value for name, value in processor.__dict__.items() if name not in ("layer", "original")}
+
+
+def values_replace_attention() -> bool:
+    """Is this the perturbed forward of PAG? There diffusers answers every call of softmax attention with its values.
+
+    A mechanism that makes no such call, or calls of other sizes, would attend as ever, and guidance would do nothing.
+    """
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(type(mode).__name__ == "AttentionScoreSkipFunctionMode" for mode in modes)

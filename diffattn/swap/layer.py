@@ -6,7 +6,6 @@ operator (`swap.compiled`), so that a graph knows neither sizes nor steps.
 """
 
 import copy
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 
 from ..grid import TokenGrid
 from ..mechanisms.base import Context, Mechanism
-from . import compiled, context_parallel, intercept
+from . import compiled, context_parallel, intercept, keeping
 from .calls.frames import Call, Frame, Reading, Ref, Scope, find, in_backward, pop
-from .calls.records import DENSE_STEP, EXACT, PAUSED, PERTURBED, SWAPPED, TOO_FEW, Record, note, without_data
-from .calls.situation import Situation
+from .calls.records import DENSE_STEP, EXACT, PAUSED, PERTURBED, REUSED, SWAPPED, TOO_FEW, Record, note, without_data
+from .calls.situation import Situation, downsample
 from .state import State
 
 
@@ -35,6 +34,8 @@ class SwappedLayer:
     state: State
     index: int
     min_tokens: int = 0
+    reuse: int = 1
+    """Compute in one of so many steps, and in the last; between them the output of the last computed one is given."""
     weights: nn.Module | None = None
     active: bool = True
     """False after `restore`: diffusers may set the processor again, which is then the model's own attention."""
@@ -89,13 +90,13 @@ class SwappedLayer:
         if query.shape[2] != key.shape[2]:
             self._refuse_other_keys(query, key, parallel_config)
             return False
-        if self.mechanism.exact:
+        if self.mechanism.exact and self.reuse == 1:
             if torch.compiler.is_compiling():
                 self.traced = self.reached = True
             else:
                 self._count(EXACT, query, find(self.scope))
             return False
-        if values_replace_attention():
+        if intercept.values_replace_attention():
             if not torch.compiler.is_compiling():
                 self._count(PERTURBED, query, find(self.scope))
             return False
@@ -153,13 +154,13 @@ class SwappedLayer:
 
     def _refuse_other_keys(self, query: Tensor, key: Tensor, parallel_config: Any) -> None:
         """Raise for a call with other keys than the queries' own tokens, unless it is dense anyway."""
-        if torch.compiler.is_compiling() and (self.mechanism.exact or values_replace_attention()):
+        if torch.compiler.is_compiling() and (self.mechanism.exact or intercept.values_replace_attention()):
             self.traced = self.reached = True
             return
         frame = None if _opaque() else self._frame(query.shape[2])
         if self.mechanism.exact:
             outcome = EXACT
-        elif values_replace_attention():
+        elif intercept.values_replace_attention():
             outcome = PERTURBED
         else:
             outcome = SWAPPED if _opaque() else self._outcome_in(frame, query, parallel_config)
@@ -236,24 +237,48 @@ class SwappedLayer:
         situation: Situation | None,
     ) -> tuple[Tensor, Situation]:
         """The mechanism on all tokens; sample by sample where their grids differ."""
-        call = Call()
+        call, found_now = Call(), situation is None
         if situation is None:
             situation, call = self._look_up(query)
             features = self._take_features(call, len(query)) if features is None else features
-            self.last = Record(situation, without_data(query), None if mask is None else without_data(mask))
-            if not in_backward():
-                self.reached = True
-                note(call.done, self, SWAPPED, self.last)
+        record = Record(situation, without_data(query), None if mask is None else without_data(mask))
+        memories = keeping.memories(self, call, situation, query)
+        kept = keeping.output(self.reuse, call, memories)
+        if found_now:
+            self.last = record
+        if found_now and not in_backward():
+            self.reached = True
+            note(call.done, self, SWAPPED if kept is None else REUSED, record)
+        if kept is not None:
+            return kept, situation
+        out = self._attend_samples(query, key, value, mask, features, scale, situation, memories)
+        if self.reuse > 1:
+            keeping.keep(memories, out)
+        return out, situation
+
+    def _attend_samples(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        features: Tensor | None,
+        scale: float | None,
+        situation: Situation,
+        memories: list[dict[str, Any]],
+    ) -> Tensor:
+        """The mechanism on the whole batch, or on each sample by itself."""
+        several: list[dict[str, Any] | None] = [*memories] or [None] * len(situation.grids)
         if len(situation.grids) == 1:
-            return self._attend(query, key, value, mask, features, scale, situation, 0, call), situation
+            return self._attend(query, key, value, mask, features, scale, situation, 0, several[0])
         samples = []
         for i in range(len(situation.grids)):
             one = slice(i, i + 1)
             own_mask = mask if mask is None or mask.shape[0] == 1 else mask[one]
             own_features = None if features is None else features[one]
             q, k, v = query[one], key[one], value[one]
-            samples.append(self._attend(q, k, v, own_mask, own_features, scale, situation, i, call))
-        return torch.cat(samples), situation
+            samples.append(self._attend(q, k, v, own_mask, own_features, scale, situation, i, several[i]))
+        return torch.cat(samples)
 
     def _look_up(self, query: Tensor) -> tuple[Situation, Call]:
         """The situation of a call of this thread, and its forward."""
@@ -310,14 +335,12 @@ class SwappedLayer:
         scale: float | None,
         situation: Situation,
         sample: int,
-        call: Call,
+        memory: dict[str, Any] | None,
     ) -> Tensor:
         grid = situation.grids[sample]
         context = self._context(situation, mask, features)
-        if "memory" in self.mechanism.needs and call.run is not None and not torch.is_grad_enabled():
-            turns = call.turns[id(self)] = call.turns.get(id(self), -1) + (sample == 0)
-            key_of_call = (id(self), call.sample, turns, sample)
-            context = replace(context, memory=call.run.memory(key_of_call, (grid, tuple(query.shape))))
+        if "memory" in self.mechanism.needs:
+            context = replace(context, memory=memory)
         return self.mechanism.attend(query, key, value, grid, scale=scale, backend=self.backend, context=context)
 
     def _context(self, situation: Situation, mask: Tensor | None, features: Tensor | None) -> Context:
@@ -363,33 +386,9 @@ class SwappedLayer:
         return self.mechanism.explain_backend(query, query, query, situation.grids[0], self.backend, context)
 
 
-def downsample(pixels: int, grid: TokenGrid) -> int:
-    """How many times coarser `grid` is than a latent image of `pixels` cells, along a side, rounded up."""
-    return max(1, math.ceil((pixels // (grid.height * grid.width)) ** 0.5))
-
-
-class Features:
-    """A forward pre-hook on a block that hands its input to the layer."""
-
-    def __init__(self, layer: SwappedLayer) -> None:
-        self._layer = layer
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._layer.keep_features(args[0] if args else kwargs["hidden_states"])
-
-
 def _opaque() -> bool:
     """Is torch.compile tracing? Not torch.export, whose program must carry the mechanism's own operations."""
     return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-
-
-def values_replace_attention() -> bool:
-    """Is this the perturbed forward of PAG? There diffusers answers every call of softmax attention with its values.
-
-    A mechanism that makes no such call, or calls of other sizes, would attend as ever, and guidance would do nothing.
-    """
-    modes = torch.overrides._get_current_function_mode_stack()
-    return any(type(mode).__name__ == "AttentionScoreSkipFunctionMode" for mode in modes)
 
 
 def as_four_axes(mask: Tensor | None) -> Tensor | None:

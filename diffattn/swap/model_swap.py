@@ -17,8 +17,8 @@ from ..mechanisms.base import Mechanism
 from . import intercept
 from .calls.frames import Call, KeepsFrames, Ref, Scope
 from .calls.records import SWAPPED, Done, add
-from .entrance import Door, Entrance
-from .layer import Features, SwappedLayer
+from .entrance import Door, Entrance, Features
+from .layer import SwappedLayer
 from .state import State
 
 logger = logging.getLogger("diffattn")

@@ -96,6 +96,7 @@ def plan_all(
     backend: str = "auto",
     components: ComponentChoice = None,
     min_tokens: int = 0,
+    reuse: int = 1,
 ) -> list[ModelSwap]:
     """`plan` for every model of `target`, with a common step counter; changes nothing."""
     check_supported(target)
@@ -111,7 +112,10 @@ def plan_all(
             )
     runs = Runs(None if isinstance(target, nn.Module) else target)
     chosen = step_predicate(steps)
-    options: dict[str, Any] = {"backend": backend, "min_tokens": min_tokens}
+    reuse = read("reuse", reuse, Annotated[int, at_least(1)])
+    if reuse > 1 and isinstance(target, nn.Module):
+        raise ValueError("reuse= counts the steps of a pipeline; pass the pipeline, not its model")
+    options: dict[str, Any] = {"backend": backend, "min_tokens": min_tokens, "reuse": reuse}
     if isinstance(mechanism, Mapping):
         swaps = [plan_mixed(model, mechanism, **options) for model in models]
     else:
@@ -162,16 +166,17 @@ def _entrances(swap: ModelSwap, owner: nn.Module) -> list[Entrance]:
     return list(found.values())
 
 
-def plan_mixed(model: nn.Module, mechanisms: Mapping[str, Mechanism], *, backend: str, min_tokens: int) -> ModelSwap:
+def plan_mixed(
+    model: nn.Module, mechanisms: Mapping[str, Mechanism], *, backend: str, min_tokens: int, reuse: int
+) -> ModelSwap:
     """`plan` with a mechanism for each glob of layers, no layer by two of them."""
     scaling = [own for own in mechanisms.values() if getattr(own, "ntk_factor", 1.0) != 1.0]
     if scaling and len(mechanisms) > 1:
         raise ValueError(
             f"expected mechanisms that leave the model's rotary embedding alone; got {scaling[0]}; put it on alone"
         )
-    first, *others = (
-        plan(model, own, layers=glob, backend=backend, min_tokens=min_tokens) for glob, own in mechanisms.items()
-    )
+    options: dict[str, Any] = {"backend": backend, "min_tokens": min_tokens, "reuse": reuse}
+    first, *others = (plan(model, own, layers=glob, **options) for glob, own in mechanisms.items())
     for other in others:
         twice = sorted(first.layers.keys() & other.layers.keys())
         if twice:
@@ -184,7 +189,15 @@ def plan_mixed(model: nn.Module, mechanisms: Mapping[str, Mechanism], *, backend
     return first
 
 
-def plan(model: nn.Module, mechanism: Mechanism, *, layers: LayerChoice, backend: str, min_tokens: int) -> ModelSwap:
+def plan(
+    model: nn.Module,
+    mechanism: Mechanism,
+    *,
+    layers: LayerChoice,
+    backend: str,
+    min_tokens: int,
+    reuse: int = 1,
+) -> ModelSwap:
     """Decide which layers are swapped, raising for whatever cannot be; changes nothing."""
     check_supported(model)
     family = family_of(model)
@@ -193,7 +206,7 @@ def plan(model: nn.Module, mechanism: Mechanism, *, layers: LayerChoice, backend
     if getattr(mechanism, "ntk_factor", 1.0) != 1.0 and family.rope is None:
         raise ValueError(f"ntk_factor scales a rotary embedding read at every call, which {family.name} does not have")
     swap = ModelSwap(model, family, mechanism)
-    swap.state.needs = mechanism.needs
+    swap.state.needs = mechanism.needs | ({"memory"} if reuse > 1 else set())
     modules = attention_modules(model)
     entries = find_layers(family, [name for name in modules if not _in_cross_block(model, name)])
     chosen = _choose(entries, layers)
@@ -215,6 +228,7 @@ def plan(model: nn.Module, mechanism: Mechanism, *, layers: LayerChoice, backend
             state=swap.state,
             index=len(swap.layers),
             min_tokens=min_tokens,
+            reuse=reuse,
             weights=_weights(mechanism, name, module),
         )
     if not swap.layers:

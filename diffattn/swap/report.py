@@ -8,7 +8,7 @@ from typing import Any
 from ..grid import TokenGrid
 from ..mechanisms.softmax import SoftmaxAttention
 from .apply import swaps_of
-from .calls.records import SWAPPED
+from .calls.records import REUSED, SWAPPED
 from .layer import SwappedLayer
 from .model_swap import ModelSwap
 from .plan import attention_modules, models_of
@@ -112,7 +112,7 @@ def _done(swap: ModelSwap, layer: SwappedLayer) -> tuple[dict[str, int] | None, 
             calls[outcome] = calls.get(outcome, 0) + count
             samples = count * len(record.query)
             before += samples * layer.flops_of(record, SoftmaxAttention())
-            after += samples * layer.flops_of(record, layer.mechanism)
+            after += 0 if outcome == REUSED else samples * layer.flops_of(record, layer.mechanism)
     return calls or None, (after, before)
 
 

@@ -100,7 +100,7 @@ def routed_call(
     queries = _take(cells_q, asking.slots.flatten()).unflatten(1, asking.slots.shape)
     if order is None:
         found = places(grid.shape, tile, block, q.device)
-        slots, size = found.slots.flatten(), found.slots.shape
+        slots, size = found.slots.flatten(), (found.slots.shape[0], found.slots.shape[1])
         real = None if bool(found.real.all()) else found.real.flatten()[None]
     else:
         slots, size = order.flatten(0, 1), (order.shape[-1] // math.prod(tile), math.prod(tile))

@@ -27,7 +27,8 @@ def content_order(keys: Tensor, tile: int, block: int) -> Tensor:
 
 def levels(cells: int, tile: int, block: int) -> list[list[int]]:
     """Sizes of the segments that each level sorts: whole tiles first, then blocks within them."""
-    found, segments = [], [cells]
+    found: list[list[int]] = []
+    segments = [cells]
     while True:
         parted: list[int] = []
         for size in segments:

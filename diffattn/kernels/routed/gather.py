@@ -143,8 +143,17 @@ class _Route(torch.autograd.Function):
 
 def _call_of(call: RoutedCall, part: slice, rows: slice, leaves: list[Tensor]) -> RoutedCall:
     """A call of some query tiles of some heads, on other tensors."""
-    names = ("q", "k", "v", "block_k", "block_v", "other_k", "other_v")
-    own = {name: value[part] for name in ("bias", "other_bias") if (value := getattr(call, name)) is not None}
-    block_bias = call.block_bias if call.block_bias.shape[0] == 1 else call.block_bias[part]
-    real = None if call.real is None else call.real[rows]
-    return call._replace(**dict(zip(names, leaves, strict=True)), **own, block_bias=block_bias, real=real)
+    q, k, v, block_k, block_v, other_k, other_v = leaves
+    return call._replace(
+        q=q,
+        k=k,
+        v=v,
+        bias=None if call.bias is None else call.bias[part],
+        block_k=block_k,
+        block_v=block_v,
+        block_bias=call.block_bias if call.block_bias.shape[0] == 1 else call.block_bias[part],
+        other_k=other_k,
+        other_v=other_v,
+        other_bias=None if call.other_bias is None else call.other_bias[part],
+        real=None if call.real is None else call.real[rows],
+    )

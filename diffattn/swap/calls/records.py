@@ -10,6 +10,7 @@ from .situation import Situation
 SWAPPED, EXACT = "swapped", "exact by the model's own kernel"
 DENSE_STEP = "dense in steps that steps= leaves out"
 TOO_FEW = "dense with fewer tokens than min_tokens"
+REUSED = "with the output of an earlier step"
 PERTURBED = "dense in guidance that replaces attention by its values"
 PAUSED = "dense in a pause"
 

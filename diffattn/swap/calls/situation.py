@@ -45,3 +45,8 @@ class Situation:
         _, _, _, _, _, dense, downsample, *told = rows[0]
         progress, timestep, sigma = (None if math.isnan(value) else value for value in told)
         return cls(grids, bool(dense), int(downsample), progress, timestep, sigma)
+
+
+def downsample(pixels: int, grid: TokenGrid) -> int:
+    """How many times coarser `grid` is than a latent image of `pixels` cells, along a side, rounded up."""
+    return max(1, math.ceil((pixels // (grid.height * grid.width)) ** 0.5))
