@@ -114,6 +114,7 @@ class Swap:
     backend: str = "auto"
     adapter: str | None = None
     weight_name: str | None = None
+    reuse: int = 1
     parallel: bool = False
     """Share the rows of the image out among the processes of `mesh`."""
     mesh: Any = None
@@ -127,8 +128,8 @@ class Swap:
             raise ValueError("an adapter says its own layers: leave --layers out")
         if self.weight_name and not self.adapter:
             raise ValueError("--weight-name is a file of an adapter: add --adapter")
-        if not self.wanted and (self.options or self.layers or self.steps or self.backend != "auto"):
-            raise ValueError("-o, --layers, --swap-steps and --backend need a --mechanism or an --adapter")
+        if not self.wanted and (self.options or self.layers or self.steps or self.backend != "auto" or self.reuse > 1):
+            raise ValueError("-o, --layers, --swap-steps, --backend and --reuse need a --mechanism or an --adapter")
 
     @property
     def wanted(self) -> bool:
@@ -150,8 +151,8 @@ class Swap:
                 raise ValueError(
                     f"-o is for options of the adapter's mechanism, and {min(foreign)} is none: leave it out"
                 )
-            places: dict[str, Any] = {"weight_name": self.weight_name, "steps": self.steps, "backend": self.backend}
-            return load(pipe, self.adapter, **places, **options)
+            places = {name: value for name, value in self._places.items() if name != "layers"}
+            return load(pipe, self.adapter, weight_name=self.weight_name, **places, **options)
         if self.mechanism is None:
             return None
         chosen = parse_mechanism(self.mechanism, self.options)
@@ -165,7 +166,7 @@ class Swap:
 
     @property
     def _places(self) -> dict[str, Any]:
-        return {"layers": self.layers, "steps": self.steps, "backend": self.backend}
+        return {"layers": self.layers, "steps": self.steps, "backend": self.backend, "reuse": self.reuse}
 
 
 @dataclass(frozen=True, kw_only=True)

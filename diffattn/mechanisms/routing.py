@@ -176,15 +176,17 @@ class RoutingAttention(Mechanism):
         self.check_backend(backend)
         self.check(grid)
         grid.check(q, k)
+        mask = context.mask
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)
         if self.is_exact(grid):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, scale=scale)
-        if backend == "dense" or masks_queries(context.mask):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        if backend == "dense" or masks_queries(mask):
             return self.reference(q, k, v, grid, scale=scale, context=context)
-        call = self.call(q, k, v, grid, scale, context)
-        out = self.in_grid_order(route(call)[0], grid).unflatten(0, q.shape[:2])
+        out = self.in_grid_order(route(self.call(q, k, v, grid, scale, context))[0], grid).unflatten(0, q.shape[:2])
         if not grid.others:
             return out
-        others = F.scaled_dot_product_attention(grid.split(q)[1], k, v, attn_mask=context.mask, scale=scale)
+        others = F.scaled_dot_product_attention(grid.split(q)[1], k, v, attn_mask=mask, scale=scale)
         return grid.join(out, others)
 
     def in_grid_order(self, tiles: Tensor, grid: TokenGrid) -> Tensor:

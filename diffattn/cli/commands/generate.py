@@ -25,6 +25,7 @@ from ..groups import Group, taken
         "diffattn generate tiny --prompt 'a blue ring in the center' --mechanism clear -o radius=6 --compare",
         "diffattn generate black-forest-labs/FLUX.1-dev --prompt 'a lake' --mechanism clear -o radius=16",
         "diffattn generate black-forest-labs/FLUX.1-dev --prompt 'a lake' --adapter ./my-adapter --height 2048",
+        "diffattn generate tiny --prompt 'a red circle' --mechanism routing -o share=0.5 -o tile=2 -o pool=2 --reuse 2",
         "diffattn generate ./video-model --prompt waves --mechanism clear --swap-steps 4: --output waves.mp4",
         "diffattn generate tiny --prompt 'a red circle' --mechanism clear -o radius=8 --size 512x512 --compare",
         "torchrun --nproc-per-node 2 -m diffattn generate tiny --prompt 'a red circle' --mechanism clear -o radius=4 "
@@ -44,6 +45,10 @@ def generate(
         str | None, typer.Option(metavar="SLICE", help="Denoising steps to swap, such as 4: or :10.")
     ] = None,
     backend: Annotated[str, typer.Option(help="Kernel, see `diffattn list`.")] = "auto",
+    reuse: Annotated[
+        int,
+        typer.Option(min=1, help="Compute attention in one of so many steps and the last; use its output between."),
+    ] = 1,
     adapter: Annotated[
         str | None, typer.Option(help="Trained adapter: file, folder or hub id; it says its own mechanism.")
     ] = None,
@@ -78,7 +83,7 @@ def generate(
     place = making.Place(output=output, count=request.images or 1, compare=compare, overwrite=overwrite)
     place.check()
     swap = making.Swap(
-        mechanism, option or (), layers, parse_steps(swap_steps), backend, adapter, weight_name, parallel
+        mechanism, option or (), layers, parse_steps(swap_steps), backend, adapter, weight_name, reuse, parallel
     )
     if compare and not swap.wanted:
         raise ValueError("--compare needs something to compare: add --mechanism or --adapter")

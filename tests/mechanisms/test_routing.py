@@ -1,0 +1,277 @@
+"""Routing attention: what is chosen, what the means stand for, and how little memory it takes."""
+
+import math
+import tracemalloc
+from typing import Any
+
+import pytest
+import torch
+from tolerances import assert_close
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffattn import RoutingAttention, TokenGrid
+from diffattn.kernels.lse import attend_with_lse, explicit
+from diffattn.kernels.routed import choose_tiles, content_order, gather, route
+from diffattn.kernels.routed.call import own_tiles, places
+from diffattn.mechanisms.base import Context
+
+GRIDS = {
+    "divided": (TokenGrid(16, 12, before=5), {"tile": 4, "pool": 2, "share": 0.6}),
+    "ragged": (TokenGrid(13, 18, before=3, after=2), {"tile": 4, "pool": 2, "share": 0.7}),
+    "content": (TokenGrid(13, 18, before=3, after=2), {"tile": 4, "pool": 2, "share": 0.7, "order": "content"}),
+    "frames": (TokenGrid(9, 10, frames=5, before=3), {"tile": (2, 4, 4), "pool": (1, 2, 2), "share": 0.7}),
+    "wide queries": (TokenGrid(16, 24), {"tile": 4, "pool": 4, "query_tile": 8, "share": 0.5}),
+    "narrow queries": (TokenGrid(16, 17), {"tile": 4, "pool": 4, "query_tile": (1, 2, 3), "share": 0.5}),
+    "a block a tile": (TokenGrid(16, 16, after=1), {"tile": 4, "pool": 4, "top_k": 3}),
+}
+
+
+def inputs(grid: TokenGrid, batch: int = 2, heads: int = 3, d: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = torch.randn(3, batch, heads, grid.tokens, d, dtype=torch.float64)
+    return q, k, v
+
+
+def masks(grid: TokenGrid) -> dict[str, Tensor | None]:
+    hidden = torch.rand(2, 1, 1, grid.tokens) > 0.3
+    hidden[..., 0] = True
+    rows = torch.rand(2, 1, grid.tokens, grid.tokens) > 0.3
+    rows[..., 0] = True
+    return {
+        "none": None,
+        "hidden keys": hidden,
+        "weighed keys": torch.randn(1, 3, 1, grid.tokens, dtype=torch.float64),
+        "rows": rows,
+    }
+
+
+@pytest.mark.parametrize("kind", ["none", "hidden keys", "weighed keys", "rows"])
+@pytest.mark.parametrize("name", GRIDS)
+def test_strips_are_the_one_softmax_of_the_reference(name: str, kind: str) -> None:
+    grid, options = GRIDS[name]
+    mechanism, (q, k, v) = RoutingAttention(**options), inputs(grid)
+    context = Context(mask=masks(grid)[kind])
+    reference = mechanism.reference(q, k, v, grid, context=context, scale=0.3)
+    assert_close(mechanism.attend(q, k, v, grid, context=context, scale=0.3), reference)
+    low = mechanism.attend(q.float(), k.float(), v.float(), grid, context=context, scale=0.3)
+    assert_close(low, reference)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_gradients_are_those_of_the_reference(name: str) -> None:
+    grid, options = GRIDS[name]
+    mechanism = RoutingAttention(**options)
+    tensors = [tensor.requires_grad_() for tensor in inputs(grid)]
+    context = Context(mask=masks(grid)["hidden keys"])
+    weight = torch.randn(2, 3, grid.tokens, 16, dtype=torch.float64)
+    got = torch.autograd.grad((mechanism.attend(*tensors, grid, context=context) * weight).sum(), tensors)
+    want = torch.autograd.grad((mechanism.reference(*tensors, grid, context=context) * weight).sum(), tensors)
+    for left, right in zip(got, want, strict=True):
+        assert_close(left, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(dtype: torch.dtype) -> None:
+    grid, options = GRIDS["ragged"]
+    q, k, v = (tensor.to(dtype) for tensor in inputs(grid))
+    out = RoutingAttention(**options).attend(q, k, v, grid)
+    assert out.dtype == dtype
+    reference = RoutingAttention(**options).reference(q.double(), k.double(), v.double(), grid)
+    assert (out.double() - reference).norm() / reference.norm() < {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_small_strips_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, options = GRIDS[name]
+    mechanism, (q, k, v) = RoutingAttention(**options), inputs(grid)
+    whole = mechanism.attend(q, k, v, grid)
+    monkeypatch.setattr(gather, "STRIP", {"cpu": 1})
+    assert_close(mechanism.attend(q, k, v, grid), whole)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_the_fused_choice_is_the_plain_one(name: str) -> None:
+    grid, options = GRIDS[name]
+    mechanism, (q, k, v) = RoutingAttention(**options), inputs(grid)
+    call = mechanism.call(q, k, v, grid, None, Context())
+    assert torch.equal(route(call)[1], choose_tiles(call))
+
+
+def test_equal_tiles_are_chosen_in_their_order_after_the_own() -> None:
+    grid = TokenGrid(8, 8)
+    q, k, v = torch.ones(3, 1, 1, 64, 4, dtype=torch.float64)
+    chosen = RoutingAttention(tile=2, pool=2, top_k=3).choose(q, k, v, grid)[0, 0]
+    for tile, own in enumerate(chosen.tolist()):
+        others = [other for other in range(16) if other != tile]
+        assert own == [tile, *others[:2]]
+
+
+def test_the_tiles_with_the_largest_error_are_chosen() -> None:
+    """Tile 5 alone has keys that spread along the queries and values that differ."""
+    grid = TokenGrid(8, 8)
+    slots = places(grid.shape, (1, 2, 2), (1, 2, 2), torch.device("cpu")).slots
+    q = torch.ones(1, 1, 64, 4, dtype=torch.float64)
+    k, v = torch.zeros_like(q), torch.zeros_like(q)
+    k[0, 0, slots[5], 0] = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    v[0, 0, slots[5], 0] = torch.tensor([2.0, 0.0, 1.0, -1.0], dtype=torch.float64)
+    chosen = RoutingAttention(tile=2, pool=2, top_k=2).choose(q, k, v, grid)[0, 0]
+    assert all(5 in own for own in chosen.tolist())
+
+
+def test_means_are_exact_where_keys_are_alike_within_blocks() -> None:
+    """Then log(count) makes a block count as its keys would, cut blocks at the end of the grid included."""
+    grid = TokenGrid(9, 7, before=3)
+    q, k, v = inputs(grid, d=8)
+    _, rows, columns = grid.positions()
+    block = rows // 2 * 4 + columns // 2
+    cells = grid.cell_slice
+    k[:, :, cells] = torch.randn(2, 3, 20, 8, dtype=torch.float64)[:, :, block]
+    v[:, :, cells] = torch.randn(2, 3, 20, 8, dtype=torch.float64)[:, :, block]
+    exact = F.scaled_dot_product_attention(q, k, v)
+    assert_close(RoutingAttention(tile=4, pool=2, top_k=1).attend(q, k, v, grid), exact)
+
+
+def test_hidden_keys_count_for_nothing() -> None:
+    """NaN in them would show; their numbers do not."""
+    grid = TokenGrid(12, 12, before=4)
+    q, k, v = inputs(grid)
+    mask = torch.ones(2, 1, 1, grid.tokens, dtype=torch.bool)
+    mask[..., 20:90] = False
+    context, mechanism = Context(mask=mask), RoutingAttention(tile=4, pool=2, top_k=2)
+    before = mechanism.attend(q, k, v, grid, context=context)
+    k[..., 20:90, :], v[..., 20:90, :] = 50 * torch.randn(2, 2, 3, 70, 16, dtype=torch.float64)
+    assert_close(mechanism.attend(q, k, v, grid, context=context), before)
+
+
+def test_a_share_of_one_is_softmax_bit_by_bit() -> None:
+    grid = TokenGrid(12, 12, before=4)
+    q, k, v = inputs(grid)
+    assert torch.equal(RoutingAttention(share=1).attend(q, k, v, grid), F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.35, 0.5, 0.8])
+@pytest.mark.parametrize(
+    "grid", [TokenGrid(32, 32, before=16), TokenGrid(40, 37), TokenGrid(16, 16, frames=6)], ids=str
+)
+def test_no_more_than_the_share_is_computed(grid: TokenGrid, share: float) -> None:
+    mechanism = RoutingAttention(share=share, tile=4, pool=4)
+    assert mechanism.share_on(grid) <= share
+    more = RoutingAttention(top_k=mechanism.exact_tiles(grid) + 1, tile=4, pool=4)
+    assert more.share_on(grid) > share or more.share_on(grid) == 1
+    heads, d = 3, 16
+    own = mechanism.flops(grid, heads, d) / (4 * grid.tokens**2 * heads * d)
+    assert mechanism.share_on(grid) < own < 1.2 * share
+
+
+def test_a_share_below_the_floor_is_refused_with_the_floor() -> None:
+    grid = TokenGrid(16, 16, before=32)
+    mechanism = RoutingAttention(share=0.3, tile=4, pool=2)
+    words = r"on 32\+16x16 the pairs .* are 0.\d+ of all, above share=0.3; give at least that, .* pool=.* min_tokens="
+    with pytest.raises(ValueError, match=words) as error:
+        mechanism.check(grid)
+    floor = float(str(error.value).split(" are ")[1].split()[0])
+    pairs = 288**2 - 256**2 + 256 * (64 + 16)
+    assert math.isclose(floor, pairs / 288**2, abs_tol=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"share": 0}, "share must be a number above 0 and at most 1, got 0"),
+        ({"share": 1.5}, "share must be a number above 0"),
+        ({"tile": 6, "pool": 4}, "pool must divide the tile along each axis, got pool=4, tile=6"),
+        ({"tile": (8, 8), "pool": (4, 3)}, "pool must divide the tile"),
+        ({"order": "random"}, "order must be one of space, content"),
+        ({"top_k": 0}, "top_k must be an int of at least 1, got 0"),
+        ({"refresh": 0}, "refresh must be"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        RoutingAttention(**options)
+
+
+def test_tiles_without_frames_are_refused_on_video() -> None:
+    with pytest.raises(ValueError, match=r"tile=\(4, 4\) says nothing of frames.*tile=\(1, 4, 4\)"):
+        RoutingAttention(tile=(4, 4), pool=(2, 2), share=0.9).check(TokenGrid(8, 8, frames=3))
+
+
+def test_own_tiles_are_those_that_overlap() -> None:
+    own = own_tiles((1, 6, 10), (1, 4, 4), (1, 2, 3), torch.device("cpu"))
+    for number, (row, column) in enumerate((row, column) for row in (0, 4) for column in (0, 4, 8)):
+        for other, (y, x) in enumerate((y, x) for y in (0, 2, 4) for x in (0, 3, 6, 9)):
+            assert bool(own[number, other]) == (row < y + 2 and y < row + 4 and column < x + 3 and x < column + 4)
+
+
+def test_content_order_has_each_cell_once_and_padding_at_the_end() -> None:
+    keys = torch.randn(3, 93, 8)
+    order = content_order(keys, tile=16, block=4)
+    assert order.shape == (3, 96)
+    assert (order[:, 93:] == -1).all()
+    assert torch.equal(order[:, :93].sort(dim=1).values, torch.arange(93).expand(3, -1))
+    assert torch.equal(order, content_order(keys, tile=16, block=4))
+
+
+def test_content_order_puts_like_keys_into_one_tile() -> None:
+    centres = 100 * torch.randn(8, 6)
+    cluster = torch.randperm(128) % 8
+    keys = centres[cluster] + torch.randn(128, 6)
+    order = content_order(keys[None], tile=16, block=4)[0].view(8, 16)
+    assert all(len(set(cluster[tile].tolist())) == 1 for tile in order)
+
+
+def test_an_order_by_content_is_kept_for_refresh_calls() -> None:
+    grid = TokenGrid(8, 8)
+    mechanism = RoutingAttention(tile=2, pool=2, top_k=2, order="content", refresh=3)
+    assert mechanism.needs == {"memory"}
+    memory: dict[str, Any] = {}
+    orders = []
+    for _ in range(7):
+        q, k, v = inputs(grid)
+        mechanism.attend(q, k, v, grid, context=Context(memory=memory))
+        orders.append(memory["order"])
+    kept = [orders[i + 1] is orders[i] for i in range(6)]
+    assert kept == [True, True, False, True, True, False]
+
+
+@pytest.mark.parametrize("d", [32, 72, 160])
+def test_heads_of_other_widths(d: int) -> None:
+    grid, options = GRIDS["ragged"]
+    q, k, v = inputs(grid, d=d)
+    v = torch.cat([v, v[..., :5]], dim=-1)
+    mechanism = RoutingAttention(**options)
+    assert_close(mechanism.attend(q, k, v, grid), mechanism.reference(q, k, v, grid))
+
+
+def test_nothing_of_tokens_by_tokens_is_held() -> None:
+    grid = TokenGrid(64, 64)
+    q, k, v = torch.randn(3, 1, 1, grid.tokens, 8)
+    mechanism = RoutingAttention(share=0.1, tile=8, pool=8)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, Tensor):
+                    largest = max(largest, tensor.untyped_storage().nbytes())
+            return out
+
+    with Watch():
+        mechanism.attend(q, k, v, grid)
+    assert largest <= max(*gather.STRIP.values(), *gather.GATHERED.values()) < grid.tokens**2 * 4 / 4
+    tracemalloc.clear_traces()
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_the_log_sum_exp_is_right(hidden: bool) -> None:
+    q, k, v = torch.randn(1, 3, 5, 16), torch.randn(1, 3, 7, 16), torch.randn(1, 3, 7, 16)
+    bias = torch.zeros(1, 3, 1, 7)
+    if hidden:
+        bias[:, 0], bias[:, 1, :, 3:] = -torch.inf, -torch.inf
+    out, lse = attend_with_lse(q, k, v, 0.3, bias)
+    plain, sums = explicit(q.double(), k.double(), v.double(), 0.3, bias.double())
+    assert_close(out, plain)
+    assert torch.equal(lse.isinf(), sums.isinf())
+    assert_close(lse[lse.isfinite()], sums[sums.isfinite()])
