@@ -58,8 +58,8 @@ class RoutingAttention(Mechanism):
     """The same of a block, whose keys and values have one mean; it divides the tile."""
     order: Literal["space", "content"] = "space"
     """Tiles of neighbouring keys, or of keys that are alike: a k-d tree on the keys of each head."""
-    refresh: Annotated[int, at_least(1)] = 5
-    """Calls of a layer, one a step, for which an order by content is kept."""
+    refresh: Annotated[int, at_least(1)] = 1
+    """Calls of a layer, one a step, for which an order by content is kept: more are faster, and fit less well."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,16 +147,17 @@ class RoutingAttention(Mechanism):
             query_tile=asking,
             block=pool,
             chosen=self.exact_tiles(grid),
-            order=self._order(k, grid, tile, pool, context) if self.order == "content" else None,
+            order=self._order(q, k, grid, context) if self.order == "content" else None,
         )
 
-    def _order(self, k: Tensor, grid: TokenGrid, tile: Shape, pool: Shape, context: Context) -> Tensor:
+    def _order(self, q: Tensor, k: Tensor, grid: TokenGrid, context: Context) -> Tensor:
         """The order by content `(b, h, slots)`: that of an earlier step, `refresh` of them at most, or a new one."""
         memory = {} if context.memory is None else context.memory
         age = memory.get("age", self.refresh)
         if age >= self.refresh:
-            keys = grid.split(k)[0].flatten(0, 1)
-            order = content_order(keys, math.prod(tile), math.prod(pool))
+            _, tile, pool = self.tiles_on(grid)
+            queries, keys = (grid.split(x)[0].flatten(0, 1) for x in (q, k))
+            order = content_order(keys, queries, math.prod(tile), math.prod(pool))
             memory["order"], age = order.unflatten(0, k.shape[:2]), 0
         memory["age"] = age + 1
         found: Tensor = memory["order"]
@@ -220,7 +221,7 @@ class RoutingAttention(Mechanism):
             return softmax_reference(q, k, v, scale=scale, mask=context.mask)
         chosen = self.choose(q, k, v, grid, scale, context) if chosen is None else chosen
         asking, tile, pool = self.tiles_on(grid)
-        tiles, blocks = self._members(k, grid, tile, pool, context)
+        tiles, blocks = self._members(q, k, grid, tile, pool, context)
         cells = grid.split(k)[0], grid.split(v)[0]
         bias = key_bias(context.mask, q, grid.tokens)
         weight = grid.split(bias, dim=-1)[0].exp()
@@ -235,10 +236,12 @@ class RoutingAttention(Mechanism):
         hidden = self._hidden(q, grid, asking, tiles, blocks, chosen)
         return softmax_reference(q, keys, values, scale=scale, mask=bias.masked_fill(hidden, -torch.inf))
 
-    def _members(self, k: Tensor, grid: TokenGrid, tile: Shape, pool: Shape, context: Context) -> tuple[Tensor, Tensor]:
+    def _members(
+        self, q: Tensor, k: Tensor, grid: TokenGrid, tile: Shape, pool: Shape, context: Context
+    ) -> tuple[Tensor, Tensor]:
         """Which cells are in each tile and in each block: 0 or 1, `(b|1, h|1, tiles|blocks, cells)`."""
         if self.order == "content":
-            slots = self._order(k, grid, tile, pool, context)
+            slots = self._order(q, k, grid, context)
         else:
             slots = places(grid.shape, tile, pool, k.device).slots.flatten()[None, None]
         member = F.one_hot(slots + 1, grid.cells + 1)[..., 1:].to(k.dtype)

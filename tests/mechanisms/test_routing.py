@@ -204,20 +204,30 @@ def test_own_tiles_are_those_that_overlap() -> None:
 
 
 def test_content_order_has_each_cell_once_and_padding_at_the_end() -> None:
-    keys = torch.randn(3, 93, 8)
-    order = content_order(keys, tile=16, block=4)
+    keys, queries = torch.randn(2, 3, 93, 8)
+    order = content_order(keys, queries, tile=16, block=4)
     assert order.shape == (3, 96)
     assert (order[:, 93:] == -1).all()
     assert torch.equal(order[:, :93].sort(dim=1).values, torch.arange(93).expand(3, -1))
-    assert torch.equal(order, content_order(keys, tile=16, block=4))
+    assert torch.equal(order, content_order(keys, queries, tile=16, block=4))
 
 
 def test_content_order_puts_like_keys_into_one_tile() -> None:
     centres = 100 * torch.randn(8, 6)
     cluster = torch.randperm(128) % 8
     keys = centres[cluster] + torch.randn(128, 6)
-    order = content_order(keys[None], tile=16, block=4)[0].view(8, 16)
+    order = content_order(keys[None], torch.randn(1, 128, 6), tile=16, block=4)[0].view(8, 16)
     assert all(len(set(cluster[tile].tolist())) == 1 for tile in order)
+
+
+def test_content_order_looks_along_the_queries_alone() -> None:
+    """Keys that differ most where no query looks are parted where one does."""
+    keys = torch.randn(1, 64, 4) * torch.tensor([100.0, 1.0, 100.0, 100.0])
+    queries = torch.zeros(1, 32, 4)
+    queries[..., 1] = torch.randn(1, 32)
+    order = content_order(keys, queries, tile=32, block=32)[0].view(2, 32)
+    seen = keys[0, :, 1]
+    assert min(seen[order[0]].max(), seen[order[1]].max()) < max(seen[order[0]].min(), seen[order[1]].min())
 
 
 def test_an_order_by_content_is_kept_for_refresh_calls() -> None:

@@ -1,28 +1,47 @@
-"""An order of the keys by content: a balanced k-d tree on the keys of each head.
+"""An order of the keys by content: a balanced k-d tree on the keys of each head, as the queries tell them apart.
 
-Each level parts every segment in two at the median along its longest axis, by one step of power iteration; segments
-hold whole tiles, and within a tile whole blocks, so that tiles and blocks are equal in size. Time O(n d log(tiles)).
+    |k - k'|^2 = mean over the queries of (q . (k - k'))^2
+
+Each level parts every segment in two at the median along its longest axis, found by power iteration. Segments hold
+whole tiles, and within a tile whole blocks, so that tiles and blocks are equal in size. Time O(n d (d + log tiles)).
 
 Source: Bentley, Multidimensional binary search trees used for associative searching, 1975; here along principal axes.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
+ITERATIONS = 4
+"""Of the power iteration, from the first cell of a segment."""
+RIDGE = 1e-4
+"""Share of the mean variance that is added to that of every direction of the queries."""
+
 
 @torch.no_grad()
-def content_order(keys: Tensor, tile: int, block: int) -> Tensor:
-    """Number of the cell in each slot, `(g, tiles * tile)`, -1 for padding, for keys `(g, cells, d)`.
+def content_order(keys: Tensor, queries: Tensor, tile: int, block: int) -> Tensor:
+    """Number of the cell in each slot, `(g, tiles * tile)`, -1 for padding, for keys and queries `(g, cells, d)`.
 
     The padding lies at the end of the last tile.
     """
     g, cells, _ = keys.shape
-    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    keys = as_queries_see(keys, queries)
     order = torch.arange(cells, device=keys.device).expand(g, -1)
     for sizes in levels(cells, tile, block):
         order = order.gather(1, _sorted(keys.gather(1, order[..., None].expand_as(keys)), sizes))
     missing = -cells % tile
     return torch.nn.functional.pad(order, (0, missing), value=-1)
+
+
+def as_queries_see(keys: Tensor, queries: Tensor) -> Tensor:
+    """Keys times a root of the queries' second moment, so that distances are those of the logits."""
+    number = torch.promote_types(keys.dtype, torch.float32)
+    keys, queries = keys.to(number), queries.to(number)
+    moment = queries.mT @ queries / queries.shape[1]
+    ridge = RIDGE * moment.diagonal(dim1=-2, dim2=-1).mean(-1) + torch.finfo(number).tiny
+    root = torch.linalg.cholesky(moment + ridge[:, None, None] * torch.eye(keys.shape[-1], device=keys.device))
+    return keys @ root
 
 
 def levels(cells: int, tile: int, block: int) -> list[list[int]]:
@@ -43,22 +62,26 @@ def levels(cells: int, tile: int, block: int) -> list[list[int]]:
 
 
 def _sorted(keys: Tensor, sizes: list[int]) -> Tensor:
-    """Where the cells of each segment go when it is sorted along its longest axis: `(g, cells)` indices."""
-    lengths = torch.tensor(sizes, device=keys.device)
-    number = torch.repeat_interleave(torch.arange(len(sizes), device=keys.device), lengths)
-    centred = keys - _sums(keys, number, len(sizes))[:, number] / lengths[number][:, None]
-    start = centred.square()
-    axis = _sums(start, number, len(sizes))  # squares weigh the axes that spread most
-    for _ in range(2):
-        along = (centred * axis[:, number]).sum(-1, keepdim=True)
-        axis = _sums(along * centred, number, len(sizes))
-        axis = axis / axis.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(axis.dtype).tiny)
-    along = (centred * axis[:, number]).sum(-1)
-    by_value = along.argsort(dim=1, stable=True)
-    by_segment = number[by_value].argsort(dim=1, stable=True)
-    return by_value.gather(1, by_segment)
+    """Where the cells of each segment go when it is sorted along its longest axis: `(g, cells)` indices.
+
+    Segments of one size, most of them, are sorted together.
+    """
+    parts, start = [], 0
+    for size, run in itertools.groupby(sizes):
+        count = len(list(run))
+        cells = keys[:, start : start + count * size].unflatten(1, (count, size))
+        order = _along_longest_axis(cells).argsort(dim=-1, stable=True)
+        order += start + torch.arange(count, device=keys.device)[:, None] * size
+        parts.append(order.flatten(1))
+        start += count * size
+    return torch.cat(parts, dim=1)
 
 
-def _sums(x: Tensor, number: Tensor, count: int) -> Tensor:
-    """Sums over segments, `(g, segments, d)`."""
-    return x.new_zeros(x.shape[0], count, x.shape[2]).index_add_(1, number, x)
+def _along_longest_axis(cells: Tensor) -> Tensor:
+    """Coordinates of `(g, segments, cells, d)` along the principal axis of each segment, by power iteration."""
+    centred = cells - cells.mean(2, keepdim=True)
+    axis = centred[:, :, :1].mT + 1e-3
+    for _ in range(ITERATIONS):
+        axis = centred.mT @ (centred @ axis)
+        axis = axis / axis.norm(dim=2, keepdim=True).clamp(min=torch.finfo(axis.dtype).tiny)
+    return (centred @ axis).squeeze(-1)
