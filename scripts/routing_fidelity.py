@@ -138,11 +138,11 @@ def compare(
 ) -> list[Line]:
     """PSNR of each method's images to full attention's."""
     numbers = range(len(painter.prompts))
-    full = [draw(number) for number in tqdm(numbers, desc="full attention")]
+    full = [draw(number) for number in tqdm(numbers, desc="full attention", disable=None)]
     lines = []
     for method in methods:
         with painter.swapped(method):
-            images = [draw(number) for number in tqdm(numbers, desc=method.name, leave=False)]
+            images = [draw(number) for number in tqdm(numbers, desc=method.name, leave=False, disable=None)]
         computed = sum(step % method.reuse == 0 or step in (steps[0], steps[-1]) for step in steps) / len(steps)
         own = 1.0 if isinstance(method.mechanism, diffattn.SoftmaxAttention) else share_of(method.mechanism, grid)
         values = tuple(min(psnr(one, other), 120.0) for one, other in zip(images, full, strict=True))
@@ -238,6 +238,7 @@ def enlarged(count: Count = 16, seed: Seed = 1, output: Output = Path("outputs/f
         Method("reuse 5 alone", diffattn.SoftmaxAttention(), 5),
         Method("routing", RoutingAttention(**fifth)),
         Method("routing, order=content", RoutingAttention(**fifth, order="content")),
+        Method("routing, order=content, query_tile 2", RoutingAttention(**fifth, order="content", query_tile=2)),
         Method("routing, reuse 2", RoutingAttention(share=0.35, tile=4, pool=4), 2),
         Method("routing, order=content, reuse 2", RoutingAttention(share=0.35, tile=4, pool=4, order="content"), 2),
     ]
@@ -263,7 +264,7 @@ def velocity(count: Count = 8, seed: Seed = 1, output: Output = Path("outputs/fi
     for method in methods:
         with diffattn.apply(transformer, method.mechanism), torch.no_grad():
             errors = []
-            for call, want in tqdm(calls, desc=method.name, leave=False):
+            for call, want in tqdm(calls, desc=method.name, leave=False, disable=None):
                 got = transformer(**call)[0]
                 errors.append(float((got - want).norm() / want.norm()))
         lines.append(Line(method.name, share_of(method.mechanism, grid), tuple(errors)))
