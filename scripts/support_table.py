@@ -18,8 +18,12 @@ from diffattn.mechanisms import Mechanism
 
 README = Path(__file__).parents[1] / "README.md"
 MARKERS = "<!-- support table -->", "<!-- /support table -->"
-OPTIONS = {"clear": {"radius": 2}, "neighborhood": {"kernel_size": 3}}
-"""Options of mechanisms that have no defaults for all of them."""
+OPTIONS = {
+    "clear": {"radius": 2},
+    "neighborhood": {"kernel_size": 3},
+    "routing": {"top_k": 1, "tile": 2, "pool": 2},
+}
+"""Options of mechanisms that have no defaults for all of them, or none for grids as small as these."""
 
 
 def mechanisms() -> list[Mechanism]:

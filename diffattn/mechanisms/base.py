@@ -54,6 +54,9 @@ class Mechanism:
     across_frames: ClassVar[bool] = False
     """Does it change nothing within a frame? Then models with layers along the frames keep the others by default."""
 
+    approximates: ClassVar[bool] = False
+    """Does it stay near the model's own attention without training? Then `apply` warns of no other images."""
+
     @property
     def exact(self) -> bool:
         """Is the result the model's own attention? Then a swapped layer hands the call to the model's own kernel."""

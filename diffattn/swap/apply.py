@@ -141,7 +141,7 @@ def commit(swaps: list[ModelSwap], trained: bool = False) -> Handle:
     former = [swap for swap in (current(swap.model) for swap in swaps) if swap is not None]
     for swap in swaps:
         for mechanism in swap.mechanisms:
-            if not (trained or mechanism.exact):
+            if not (trained or mechanism.exact or mechanism.approximates):
                 _say_untrained(mechanism.type)
         swap.put_in_place(swap.install())
         for mechanism in swap.mechanisms:
