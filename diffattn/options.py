@@ -358,7 +358,10 @@ def _items(text: Text, arms: tuple[Any, ...]) -> tuple[Any, ...]:
     bare = text.strip()
     inner = bare[1:-1] if bare[:1] in ("(", "[") and bare[-1:] in (")", "]") else bare
     if str not in arms and not set("()[]{}'\"") & set(inner):
-        return tuple(Text(part.strip()) for part in inner.split(",") if part.strip())
+        parts = [part.strip() for part in inner.split(",")]
+        if parts[-1] == "" and (len(parts) == 1 or inner != bare):  # nothing at all, or the tuple (4,)
+            parts.pop()
+        return tuple(map(Text, parts))
     value = _literal(bare)
     if isinstance(value, (tuple, list)):
         return tuple(value)

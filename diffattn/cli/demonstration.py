@@ -131,7 +131,7 @@ def run(
         picture: Image.Image = pipe(prompts[prompt], generator=generator, **options).images[0]
         return picture
 
-    with tqdm(total=len(columns) * (len(prompts) + 1) + 1, desc="pictures", disable=not progress, leave=False) as bar:
+    with tqdm(total=len(columns) * (len(prompts) + 1) + 1, desc="images", disable=not progress, leave=False) as bar:
         for column in columns:
             swapped(pipe, column, partial(draw, 0, steps=2))
             bar.update()

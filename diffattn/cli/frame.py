@@ -1,7 +1,7 @@
 """The command line's frame: errors, the options that every command takes, `--version` and `--debug`.
 
-Nothing heavy is imported before a command runs, so that `--help` answers at once. Wrong input ends with code 2 and one
-line on stderr, Ctrl-C with 130; `diffattn --debug ...` shows where an error came from.
+Nothing heavy is imported before a command is used, so that the list of commands comes at once. Wrong input ends with
+code 2 and one line on stderr, Ctrl-C with 130; `diffattn --debug ...` shows where an error came from.
 """
 
 import contextlib

@@ -116,12 +116,12 @@ class Swap:
     weight_name: str | None = None
     reuse: int = 1
     parallel: bool = False
-    """Share the rows of the image out among the processes of `mesh`."""
+    """Split the rows of the image among the processes of `mesh`."""
     mesh: Any = None
 
     def __post_init__(self) -> None:
         if self.parallel and not self.wanted:
-            raise ValueError("--parallel shares out clear's local attention: add --mechanism clear or --adapter")
+            raise ValueError("--parallel splits clear's local attention: add --mechanism clear or --adapter")
         if self.mechanism and self.adapter:
             raise ValueError("give --mechanism or --adapter, not both: an adapter says its own mechanism")
         if self.adapter and self.layers:

@@ -1,4 +1,4 @@
-"""Distillation of a diffusion transformer to a efficient attention; in a checkout it lies in the root's `distill/`."""
+"""Distillation of a diffusion transformer to an efficient attention; in a checkout it lies in the root's `distill/`."""
 
 from pathlib import Path
 

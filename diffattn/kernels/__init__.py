@@ -1,4 +1,4 @@
-"""How a window pattern is computed: dense, on gathered tiles, or by FlexAttention in tile order."""
+"""How windows are computed: dense, tiled, by FlexAttention in tile order, NATTEN or xformers; and chosen tiles."""
 
 from torch import Tensor
 

@@ -16,7 +16,7 @@ there by clusters of unequal size, here by a balanced k-d tree.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -48,7 +48,7 @@ class RoutingAttention(Mechanism):
 
     approximates: ClassVar[bool] = True
 
-    share: Annotated[float, SHARE] = 0.2
+    share: Annotated[float, SHARE] = 0.35
     """Of all pairs of tokens, at most: those with other tokens, with keys of chosen tiles, and with blocks. 1: all."""
     top_k: Annotated[int | None, at_least(1)] = None
     """Tiles that each tile of queries has exactly; then `share` is not looked at."""
@@ -86,38 +86,46 @@ class RoutingAttention(Mechanism):
         frames, rows, columns = (min(side, whole) for side, whole in zip(per_axis(asking, 1), grid.shape, strict=True))
         return (frames, rows, columns), tile, pool
 
+    def tiles_in(self, grid: TokenGrid) -> int:
+        """How many tiles of keys a grid has; in an order by content none is cut but the last."""
+        tile = self.tiles_on(grid)[1]
+        if self.order == "content":
+            return -(-grid.cells // math.prod(tile))
+        return TileOrder(grid.shape, tile).tiles
+
     def exact_tiles(self, grid: TokenGrid) -> int:
         """How many tiles each tile of queries has exactly; raises `ValueError` for a share that allows none."""
-        asking, tile, pool = self.tiles_on(grid)
-        count = TileOrder(grid.shape, tile).tiles
+        asking, tile, _ = self.tiles_on(grid)
+        count = self.tiles_in(grid)
         if self.top_k is not None:
             return min(self.top_k, count)
         if self.share == 1:
             return count
-        blocks = count * (math.prod(tile) // math.prod(pool))
-        rest = grid.tokens**2 - grid.cells**2 + grid.cells * blocks
-        tile_pairs = grid.cells * math.prod(tile)
-        floor = (rest + _most_own(grid.shape, asking, tile) * tile_pairs) / grid.tokens**2
+        rest, tile_pairs = self._pairs_beside_tiles(grid), grid.cells * math.prod(tile)
+        least = _most_own(grid.shape, asking, tile)
+        floor = (rest + least * tile_pairs) / grid.tokens**2
         if floor >= 1:  # a grid so small that nothing could be saved
             return count
         if self.share < floor:
             raise ValueError(
                 f"routing: on {grid} the pairs with other tokens and with blocks, and the queries' own tiles, are "
-                f"{floor:.3f} of all, above share={self.share}; give at least that, larger blocks by pool=, or leave "
-                "layers of few tokens out by min_tokens="
+                f"{math.ceil(floor * 1000) / 1000:.3f} of all, above share={self.share}; give at least that, larger "
+                "blocks by pool=, or leave layers of few tokens out by min_tokens="
             )
-        return min(int((self.share * grid.tokens**2 - rest) / tile_pairs), count)
+        return min(max(int((self.share * grid.tokens**2 - rest) / tile_pairs), least), count)
+
+    def _pairs_beside_tiles(self, grid: TokenGrid) -> int:
+        """Pairs with other tokens and with blocks."""
+        _, tile, pool = self.tiles_on(grid)
+        blocks = self.tiles_in(grid) * (math.prod(tile) // math.prod(pool))
+        return grid.tokens**2 - grid.cells**2 + grid.cells * blocks
 
     def share_on(self, grid: TokenGrid) -> float:
         """The share of all pairs that is computed, blocks counted as a key each."""
-        chosen = self.exact_tiles(grid)
-        _, tile, pool = self.tiles_on(grid)
-        count = TileOrder(grid.shape, tile).tiles
-        if chosen == count:
+        if self.is_exact(grid):
             return 1.0
-        blocks = count * (math.prod(tile) // math.prod(pool))
-        pairs = grid.tokens**2 - grid.cells**2 + grid.cells * (blocks + chosen * math.prod(tile))
-        return pairs / grid.tokens**2
+        exact = grid.cells * self.exact_tiles(grid) * math.prod(self.tiles_on(grid)[1])
+        return (self._pairs_beside_tiles(grid) + exact) / grid.tokens**2
 
     def check(self, grid: TokenGrid, *, context: Context = Context()) -> None:
         for name in ("tile", "query_tile", "pool"):
@@ -131,12 +139,19 @@ class RoutingAttention(Mechanism):
 
     def is_exact(self, grid: TokenGrid) -> bool:
         """Are all tiles chosen, so that the result is the plain softmax?"""
-        return self.exact_tiles(grid) == TileOrder(grid.shape, self.tiles_on(grid)[1]).tiles
+        return self.exact_tiles(grid) == self.tiles_in(grid)
 
     def call(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, scale: float | None, context: Context
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: TokenGrid,
+        scale: float | None,
+        mask: Tensor | None,
+        order: Tensor | None,
     ) -> RoutedCall:
-        """The call laid out by tiles."""
+        """The call laid out by tiles; `order` is that of `slots`."""
         asking, tile, pool = self.tiles_on(grid)
         return routed_call(
             q,
@@ -144,16 +159,21 @@ class RoutingAttention(Mechanism):
             v,
             grid,
             scale=default_scale(q) if scale is None else scale,
-            mask=context.mask,
+            mask=mask,
             tile=tile,
             query_tile=asking,
             block=pool,
             chosen=self.exact_tiles(grid),
-            order=self._order(q, k, grid, context) if self.order == "content" else None,
+            order=order,
         )
 
-    def _order(self, q: Tensor, k: Tensor, grid: TokenGrid, context: Context) -> Tensor:
-        """The order by content `(b, h, slots)`: that of an earlier step, `refresh` of them at most, or a new one."""
+    def slots(self, q: Tensor, k: Tensor, grid: TokenGrid, context: Context) -> Tensor | None:
+        """The order by content `(b, h, slots)`: that of an earlier call, `refresh` of them at most, or a new one.
+
+        None in the order of the grid. Asked once a call: it counts them.
+        """
+        if self.order == "space":
+            return None
         memory = {} if context.memory is None else context.memory
         age = memory.get("age", self.refresh)
         if age >= self.refresh:
@@ -184,13 +204,33 @@ class RoutingAttention(Mechanism):
             mask = mask.to(q.dtype)
         if self.is_exact(grid):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        if backend == "dense" or masks_queries(mask):
-            return self.reference(q, k, v, grid, scale=scale, context=context)
-        out = self.in_grid_order(route(self.call(q, k, v, grid, scale, context))[0], grid).unflatten(0, q.shape[:2])
+        number = torch.promote_types(q.dtype, torch.float32)
+        with torch.autocast(q.device.type, enabled=False):  # which would take sums in half precision again
+            if backend == "dense" or self._only_densely(mask) is not None:
+                wide_q, wide_k, wide_v = (x.to(number) for x in (q, k, v))
+                return self.reference(wide_q, wide_k, wide_v, grid, scale=scale, context=context).to(q.dtype)
+            call = self.call(q, k, v, grid, scale, mask, self.slots(q, k, grid, context))
+            out = self.in_grid_order(route(call)[0], grid).unflatten(0, q.shape[:2])
         if not grid.others:
             return out
         others = F.scaled_dot_product_attention(grid.split(q)[1], k, v, attn_mask=mask, scale=scale)
         return grid.join(out, others)
+
+    def _only_densely(self, mask: Tensor | None) -> str | None:
+        """Why a mask leaves the dense computation alone; None where it does not."""
+        if masks_queries(mask):
+            return "the model's mask differs from query to query"
+        if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+            return "the model's mask needs a gradient"
+        return None
+
+    def explain_backend(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, backend: str, context: Context) -> str:
+        if self.is_exact(grid):
+            return "sdpa: all tiles are chosen"
+        reason = self._only_densely(context.mask)
+        if backend != "auto":
+            return backend
+        return "gather" if reason is None else f"dense: {reason}"
 
     def in_grid_order(self, tiles: Tensor, grid: TokenGrid) -> Tensor:
         """`g query-tiles cells c` -> `g cells c`."""
@@ -201,7 +241,19 @@ class RoutingAttention(Mechanism):
         self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, scale: float | None = None, context: Context = Context()
     ) -> Tensor:
         """The chosen tiles `(b, h, query tiles, chosen)`, worked out the plain way."""
-        call = self.call(q, k, v, grid, scale, _without_query_masks(context))
+        return self._choose(q, k, v, grid, scale, context.mask, self.slots(q, k, grid, context))
+
+    def _choose(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: TokenGrid,
+        scale: float | None,
+        mask: Tensor | None,
+        order: Tensor | None,
+    ) -> Tensor:
+        call = self.call(q, k, v, grid, scale, any_query(mask), order)
         return choose_tiles(call).unflatten(0, q.shape[:2])
 
     def reference(
@@ -221,9 +273,10 @@ class RoutingAttention(Mechanism):
         """
         if self.is_exact(grid):
             return softmax_reference(q, k, v, scale=scale, mask=context.mask)
-        chosen = self.choose(q, k, v, grid, scale, context) if chosen is None else chosen
+        order = self.slots(q, k, grid, context)
+        chosen = self._choose(q, k, v, grid, scale, context.mask, order) if chosen is None else chosen
         asking, tile, pool = self.tiles_on(grid)
-        tiles, blocks = self._members(q, k, grid, tile, pool, context)
+        tiles, blocks = self._members(k, grid, tile, pool, order)
         cells = grid.split(k)[0], grid.split(v)[0]
         bias = key_bias(context.mask, q, grid.tokens)
         weight = grid.split(bias, dim=-1)[0].exp()
@@ -239,13 +292,10 @@ class RoutingAttention(Mechanism):
         return softmax_reference(q, keys, values, scale=scale, mask=bias.masked_fill(hidden, -torch.inf))
 
     def _members(
-        self, q: Tensor, k: Tensor, grid: TokenGrid, tile: Shape, pool: Shape, context: Context
+        self, k: Tensor, grid: TokenGrid, tile: Shape, pool: Shape, order: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Which cells are in each tile and in each block: 0 or 1, `(b|1, h|1, tiles|blocks, cells)`."""
-        if self.order == "content":
-            slots = self._order(q, k, grid, context)
-        else:
-            slots = places(grid.shape, tile, pool, k.device).slots.flatten()[None, None]
+        slots = places(grid.shape, tile, pool, k.device).slots.flatten()[None, None] if order is None else order
         member = F.one_hot(slots + 1, grid.cells + 1)[..., 1:].to(k.dtype)
         several = [member.unflatten(2, (-1, math.prod(size))).sum(3) for size in (tile, pool)]
         return several[0], several[1]
@@ -271,10 +321,8 @@ class RoutingAttention(Mechanism):
         if self.is_exact(grid):
             return 4 * grid.tokens**2 * heads * head_dim
         asking, tile, pool = self.tiles_on(grid)
-        tiles = TileOrder(grid.shape, tile).tiles
-        blocks = tiles * (math.prod(tile) // math.prod(pool))
-        pairs = grid.tokens**2 - grid.cells**2
-        pairs += grid.cells * (blocks + self.exact_tiles(grid) * math.prod(tile))
+        blocks = self.tiles_in(grid) * (math.prod(tile) // math.prod(pool))
+        pairs = self._pairs_beside_tiles(grid) + grid.cells * self.exact_tiles(grid) * math.prod(tile)
         choice = 2 * grid.cells * blocks + 2 * TileOrder(grid.shape, asking).tiles * blocks * head_dim
         return heads * (4 * pairs * head_dim + choice)
 
@@ -294,13 +342,11 @@ def key_bias(mask: Tensor | None, q: Tensor, tokens: int) -> Tensor:
     return torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
 
 
-def _without_query_masks(context: Context) -> Context:
+def any_query(mask: Tensor | None) -> Tensor | None:
     """For the choice: a mask that differs from query to query counts by what any query may see."""
-    mask = context.mask
     if mask is None or not masks_queries(mask):
-        return context
-    merged = mask.any(-2, keepdim=True) if mask.dtype == torch.bool else mask.amax(-2, keepdim=True)
-    return replace(context, mask=merged)
+        return mask
+    return mask.any(-2, keepdim=True) if mask.dtype == torch.bool else mask.amax(-2, keepdim=True)
 
 
 def _within(tile: Shape, pool: Shape, grid: TokenGrid) -> tuple[Shape, Shape]:

@@ -35,7 +35,7 @@ WHOLE = ("controlnet_block_samples", "controlnet_single_block_samples", "block_c
 
 
 def shard(target: Any, mesh: DeviceMesh | None = None, *, mode: TextMode = "exact") -> Handle:
-    """Share the rows of every image out among the ranks of a one-dimensional `mesh` (None: this process alone).
+    """Split the rows of every image among the ranks of a one-dimensional `mesh` (None: this process alone).
 
     Every rank calls it, and later the pipeline, with the same arguments. Returns the handle of the swap.
 

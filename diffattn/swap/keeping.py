@@ -9,7 +9,7 @@ from ..mechanisms.base import Mechanism
 from .calls.frames import Call
 from .calls.situation import Situation
 
-OUTPUT = "output"
+OUTPUT, STEP = "output", "step of output"
 
 
 class Keeps(Protocol):
@@ -35,13 +35,19 @@ def memories(layer: Keeps, call: Call, situation: Situation, query: Tensor) -> l
 def output(reuse: int, call: Call, kept: list[dict[str, Any]]) -> Tensor | None:
     """The output of an earlier step, where this one is to take it; the first step and the last are computed."""
     moment = call.moment
-    if reuse == 1 or moment is None or moment.step % reuse == 0 or moment.step == moment.total - 1:
+    if reuse == 1 or moment is None or moment.step == moment.total - 1:
         return None
-    parts = [memory[OUTPUT] for memory in kept if OUTPUT in memory]
+    parts = [memory[OUTPUT] for memory in kept if OUTPUT in memory and 0 < moment.step - memory[STEP] < reuse]
     return torch.cat(parts) if parts and len(parts) == len(kept) else None
 
 
-def keep(kept: list[dict[str, Any]], out: Tensor) -> None:
-    """Keep copies: what a layer gives away may be written over, in a compiled model."""
-    for memory, part in zip(kept, out.split(len(out) // max(len(kept), 1)), strict=bool(kept)):
-        memory[OUTPUT] = part.clone()
+def keep(call: Call, kept: list[dict[str, Any]], out: Tensor) -> None:
+    """Keep copies, for what a layer gives away may be written over in a compiled model; after the last step nothing."""
+    moment = call.moment
+    if moment is None or not kept:
+        return
+    for memory, part in zip(kept, out.split(len(out) // len(kept)), strict=True):
+        if moment.step == moment.total - 1:
+            memory.pop(OUTPUT, None)
+        else:
+            memory[OUTPUT], memory[STEP] = part.clone(), moment.step

@@ -253,7 +253,7 @@ class SwappedLayer:
             return kept, situation
         out = self._attend_samples(query, key, value, mask, features, scale, situation, memories)
         if self.reuse > 1:
-            keeping.keep(memories, out)
+            keeping.keep(call, memories, out)
         return out, situation
 
     def _attend_samples(
@@ -341,6 +341,8 @@ class SwappedLayer:
         context = self._context(situation, mask, features)
         if "memory" in self.mechanism.needs:
             context = replace(context, memory=memory)
+        if self.mechanism.exact:
+            return intercept.own_attention(self.module.processor, query, key, value, mask, scale)
         return self.mechanism.attend(query, key, value, grid, scale=scale, backend=self.backend, context=context)
 
     def _context(self, situation: Situation, mask: Tensor | None, features: Tensor | None) -> Context:

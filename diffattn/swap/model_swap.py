@@ -16,7 +16,7 @@ from ..families import Family, arguments
 from ..mechanisms.base import Mechanism
 from . import intercept
 from .calls.frames import Call, KeepsFrames, Ref, Scope
-from .calls.records import SWAPPED, Done, add
+from .calls.records import REUSED, SWAPPED, Done, add
 from .entrance import Door, Entrance, Features
 from .layer import SwappedLayer
 from .state import State
@@ -229,7 +229,7 @@ class ModelSwap:
 
     def _warn_of_small_calls(self, call: Call) -> None:
         outcomes = {key[1] for key in call.done}
-        if SWAPPED not in outcomes and any("min_tokens" in outcome for outcome in outcomes):
+        if not outcomes & {SWAPPED, REUSED} and any("min_tokens" in outcome for outcome in outcomes):
             self._once(
                 ("small",),
                 "no attention of %s was swapped in this call: all of its layers have fewer tokens than min_tokens",

@@ -1,9 +1,9 @@
 """Images with captions: in a folder, or in the shards of a webdataset.
 
-A folder holds NAME.jpg, .png or the like (`PICTURE_ENDINGS` of `diffattn.media`) at any depth. The caption lies in
-NAME.json (`prompt`, `caption` or `text`), in NAME.txt, or in a metadata.jsonl or metadata.json whose entries have a
-`file_name` relative to it; the first of these that says something counts. A shard is a .tar with NAME.png and NAME.json
-or NAME.txt side by side.
+A folder holds NAME.jpg, .png or the like (`PICTURE_ENDINGS` of `diffattn.media.pictures`) at any depth. The caption
+lies in NAME.json (`prompt`, `caption` or `text`), in NAME.txt, or in a metadata.jsonl or metadata.json whose entries
+have a `file_name` relative to it; the first of these that says something counts. A shard is a .tar with NAME.png and
+NAME.json or NAME.txt side by side.
 """
 
 import io
@@ -133,8 +133,8 @@ def pictures_in(files: Iterable[str]) -> dict[str, str]:
 def load_picture(source: str | os.PathLike[str] | BinaryIO, size: tuple[int, int]) -> Tensor:
     """An image, resized to cover `size` (height, width) and cropped at its centre: float32 (3, h, w) in [-1, 1].
 
-    It is read as `read_picture` of `diffattn.media` does, and what is clear becomes white. Raises `ValueError` with its
-    name where it can't be read.
+    It is read as `read_picture` of `diffattn.media.pictures` does, and what is clear becomes white. Raises `ValueError`
+    with its name where it can't be read.
     """
     height, width = size
     try:

@@ -5,7 +5,7 @@ alone (the student's attention with the original weights), which says what train
 
     velocity error = E |p - p_teacher|^2 / E |p_teacher|^2 at each noise level, over held-out samples
 
-`evaluation_page.py` writes the figures, as JSON, Markdown and a sheet of images.
+`page.py` writes the figures, as JSON, Markdown and a sheet of images.
 """
 
 import contextlib

@@ -5,8 +5,8 @@ splits the weights instead where the config says so. What a step computes:
 
     teacher's pass (no gradients) -> student's pass -> losses -> gradients, clipped -> optimizer, averaged weights
 
-Batches are cut into processes x accumulated parts; since every sample brings its own random numbers (`data.py`), the
-cut does not change the gradient, and a resumed run goes on bit for bit.
+Batches are cut into processes x accumulated parts; since every sample brings its own random numbers
+(`data/samples.py`), the cut does not change the gradient, and a resumed run goes on bit for bit.
 """
 
 import contextlib

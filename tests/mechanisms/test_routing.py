@@ -93,7 +93,7 @@ def test_small_strips_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch)
 def test_the_fused_choice_is_the_plain_one(name: str) -> None:
     grid, options = GRIDS[name]
     mechanism, (q, k, v) = RoutingAttention(**options), inputs(grid)
-    call = mechanism.call(q, k, v, grid, None, Context())
+    call = mechanism.call(q, k, v, grid, None, None, mechanism.slots(q, k, grid, Context()))
     assert torch.equal(route(call)[1], choose_tiles(call))
 
 
@@ -285,3 +285,86 @@ def test_the_log_sum_exp_is_right(hidden: bool) -> None:
     assert_close(out, plain)
     assert torch.equal(lse.isinf(), sums.isinf())
     assert_close(lse[lse.isfinite()], sums[sums.isfinite()])
+
+
+def test_a_query_that_may_see_nothing_gives_zeros() -> None:
+    grid = TokenGrid(12, 12, before=4)
+    q, k, v = inputs(grid)
+    mask = torch.zeros(2, 1, 1, grid.tokens, dtype=torch.bool)
+    mask[1] = True
+    mechanism, context = RoutingAttention(tile=4, pool=2, top_k=2), Context(mask=mask)
+    out = mechanism.attend(q, k, v, grid, context=context)
+    assert (out[0, :, 4:] == 0).all()
+    assert_close(out, mechanism.reference(q, k, v, grid, context=context))
+
+
+@pytest.mark.parametrize("share", [0.3616, 0.36157])
+def test_a_share_at_the_floor_has_the_own_tiles(share: float) -> None:
+    grid = TokenGrid(28, 96, before=512)
+    try:
+        assert RoutingAttention(share=share).exact_tiles(grid) == 1
+    except ValueError as error:
+        assert "give at least that" in str(error)
+
+
+def test_the_floor_in_the_error_is_enough() -> None:
+    for side in range(8, 40):
+        grid = TokenGrid(side, side + 1, before=7)
+        try:
+            RoutingAttention(share=0.01, tile=4, pool=2).check(grid)
+        except ValueError as error:
+            floor = float(str(error).split(" are ")[1].split()[0])
+            RoutingAttention(share=floor, tile=4, pool=2).check(grid)
+
+
+@pytest.mark.parametrize("grid", [TokenGrid(9, 9), TokenGrid(12, 12, before=1), TokenGrid(17, 5)], ids=str)
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4, 5])
+def test_an_order_by_content_has_as_many_tiles_as_it_needs(grid: TokenGrid, top_k: int) -> None:
+    mechanism = RoutingAttention(order="content", top_k=top_k)
+    q, k, v = inputs(grid)
+    assert_close(mechanism.attend(q, k, v, grid), mechanism.reference(q, k, v, grid))
+    assert mechanism.tiles_in(grid) == -(-grid.cells // 64)
+    if top_k >= mechanism.tiles_in(grid):
+        assert mechanism.is_exact(grid)
+
+
+@pytest.mark.parametrize("backend", ["auto", "dense"])
+def test_a_kept_order_is_counted_once_a_call_by_every_backend(backend: str) -> None:
+    grid = TokenGrid(8, 8)
+    mechanism = RoutingAttention(tile=2, pool=2, top_k=2, order="content", refresh=3)
+    memory: dict[str, Any] = {}
+    ages = []
+    for _ in range(5):
+        q, k, v = inputs(grid)
+        mechanism.attend(q, k, v, grid, backend=backend, context=Context(memory=memory))
+        ages.append(memory["age"])
+    assert ages == [1, 2, 3, 1, 2]
+
+
+def test_the_dense_backend_is_computed_in_float32() -> None:
+    """Logits of some thousand overflow in half precision before they are scaled."""
+    grid = TokenGrid(8, 8)
+    q, k, v = (40 * tensor for tensor in inputs(grid, d=64))
+    half = [tensor.half() for tensor in (q, k, v)]
+    out = RoutingAttention(tile=2, pool=2, top_k=2).attend(*half, grid, backend="dense")
+    assert out.isfinite().all() and out.dtype == torch.float16
+
+
+def test_autocast_changes_nothing() -> None:
+    grid = TokenGrid(12, 12)
+    q, k, v = (tensor.float() for tensor in inputs(grid))
+    for order in ("space", "content"):
+        mechanism = RoutingAttention(tile=4, pool=2, top_k=2, order=order)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = mechanism.attend(q, k, v, grid)
+        assert torch.equal(cast, mechanism.attend(q, k, v, grid))
+
+
+def test_a_mask_with_a_gradient_gets_it() -> None:
+    grid = TokenGrid(8, 8)
+    q, k, v = inputs(grid)
+    mask = torch.zeros(1, 1, 1, 64, dtype=torch.float64, requires_grad=True)
+    mechanism = RoutingAttention(tile=2, pool=2, top_k=2)
+    mechanism.attend(q, k, v, grid, context=Context(mask=mask)).square().sum().backward()
+    assert mask.grad is not None and mask.grad.abs().max() > 0
+    assert "needs a gradient" in mechanism.explain_backend(q, k, v, grid, "auto", Context(mask=mask))

@@ -8,7 +8,7 @@ import torch
 from diffusers import FluxPipeline
 
 import diffattn
-from diffattn import SoftmaxAttention, tiny
+from diffattn import ClearAttention, tiny
 
 CALL = {**tiny.defaults("flux"), "height": 64, "width": 64, "num_inference_steps": 6}
 
@@ -54,16 +54,16 @@ def test_what_is_reused_is_what_the_layer_gave(pipe: Any, monkeypatch: pytest.Mo
     """A mechanism that gives its call's number: between computed steps the number stays."""
     given: list[int] = []
     seen: list[float] = []
-    own = SoftmaxAttention.attend
+    own = ClearAttention.attend
 
     def numbered(self: Any, q: Any, *rest: Any, **options: Any) -> Any:
         given.append(len(given))
         return torch.zeros_like(own(self, q, *rest, **options)) + given[-1]
 
-    monkeypatch.setattr(SoftmaxAttention, "attend", numbered)
+    monkeypatch.setattr(ClearAttention, "attend", numbered)
     layer = pipe.transformer.single_transformer_blocks[-1].attn
     hook = layer.register_forward_hook(lambda module, args, out: seen.append(float(out.mean())))
-    with diffattn.apply(pipe, SoftmaxAttention(), layers="single_transformer_blocks.3.attn", reuse=3):
+    with diffattn.apply(pipe, ClearAttention(radius=3), layers="single_transformer_blocks.3.attn", reuse=3):
         draw(pipe)
     hook.remove()
     assert given == [0, 1, 2]  # steps 0, 3 and 5
@@ -103,3 +103,18 @@ def test_wrong_numbers_are_refused(pipe: Any, reuse: Any) -> None:
         diffattn.apply(pipe, "softmax", reuse=reuse)
     with pytest.raises(ValueError, match="nothing to restore"):
         diffattn.restore(pipe)
+
+
+def test_every_second_of_some_steps(pipe: Any) -> None:
+    """Steps 1, 3 and 5 are swapped, and no two of them are within one step of each other: nothing is reused."""
+    with diffattn.apply(pipe, "softmax", steps=slice(1, None, 2), reuse=2):
+        draw(pipe)
+        calls = diffattn.summary(pipe).calls
+    assert "with the output of an earlier step" not in calls
+
+
+def test_nothing_is_kept_after_the_last_step(pipe: Any) -> None:
+    with diffattn.apply(pipe, "softmax", reuse=2) as handle:
+        draw(pipe)
+        [run] = {id(run): run for run in handle.layers[0].state.runs._runs.values()}.values()
+        assert run.kept and not any("output" in memory for _, memory in run.kept.values())

@@ -89,7 +89,7 @@ def generate(
         raise ValueError("--compare needs something to compare: add --mechanism or --adapter")
     enlargement.check(request)
     if compare and parallel:
-        raise ValueError("--compare makes the image twice, and --parallel shares one out: leave one of them out")
+        raise ValueError("--compare makes the image twice, and --parallel splits one: leave one of them out")
     with joined(parallel) as mesh:
         swap = replace(swap, mesh=mesh)
         pipe = opened(model, own_device(device) if parallel else device, dtype, offload)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..lse import attend_with_lse
 from .call import RoutedCall
@@ -38,7 +39,7 @@ def strips(call: RoutedCall) -> Iterator[tuple[slice, slice]]:
 def route(call: RoutedCall, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Output `(g, query tiles, cells, c)` and the chosen tiles `(g, query tiles, chosen)`.
 
-    With `chosen` nothing is chosen anew. Gradients flow through everything but the choice.
+    With `chosen` nothing is chosen anew. Gradients flow through everything but the choice and the biases.
     """
     tensors = (call.q, call.k, call.v, call.block_k, call.block_v, call.other_k, call.other_v)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -74,7 +75,8 @@ def strip(call: RoutedCall, part: slice, rows: slice, given: Tensor | None) -> t
     top = torch.maximum(peak, lse.to(peak.dtype))
     here, there = (lse.to(peak.dtype) - top).exp(), (peak - top).exp()
     mean = mean.unflatten(1, q.shape[1:3])
-    out = (here[..., None] * exact.to(mean.dtype) + there[..., None] * mean) / (here + there * total)[..., None]
+    weight = (here + there * total).clamp(min=torch.finfo(mean.dtype).tiny)  # 0 where all is hidden: so is the sum
+    out = (here[..., None] * exact.to(mean.dtype) + there[..., None] * mean) / weight[..., None]
     return out.to(call.v.dtype), given
 
 
@@ -125,6 +127,7 @@ class _Route(torch.autograd.Function):
         return _route(call, chosen)[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = [tensor.detach() for tensor in ctx.saved_tensors]
         totals = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]

@@ -37,7 +37,7 @@ def first_tiles(call: RoutedCall, rows: slice, errors: Tensor) -> Tensor:
 
 def mean_weights(call: RoutedCall, rows: slice, exponentials: Tensor, totals: Tensor) -> Tensor:
     """P: `(g, query tiles, blocks)` from exp(L - peak) `(g, query tiles, cells, blocks)` and the sums of their rows."""
-    shares = totals.reciprocal()
+    shares = totals.clamp(min=torch.finfo(totals.dtype).tiny).reciprocal()
     if call.real is not None:
         real = call.real[rows].to(shares.dtype)
         shares = shares * real / real.sum(-1, keepdim=True).clamp(min=1)

@@ -132,6 +132,7 @@ class Animation:
         """What the video depends on, as JSON has it."""
         return {
             **asdict(self.settings),
+            "paste": self.settings.pastes,
             CONTENTS: {
                 "source": digest(self.source),
                 "driving video": self.driving.digest(),

@@ -3,7 +3,7 @@
     pipe = CogVideoXSTARPipeline.from_pretrained("star-cogvideox", torch_dtype=torch.bfloat16).to("cuda")
     frames = pipe(video, "a street at night").frames[0]
 
-`star-cogvideox` is a folder from `cogvideox_convert.convert`.
+`star-cogvideox` is a folder from `diffattn.pipelines.video_sr.cogvideox_convert`.
 
 The clip is enlarged by bicubic interpolation and encoded; noise is denoised beside these latents. Latents longer than
 a window are denoised in windows, whose velocities are joined in every step by weights that fade over the overlap, as

@@ -3,7 +3,7 @@
     pipe = STARPipeline.from_pretrained("star", torch_dtype=torch.float16).to("cuda")
     frames = pipe(video, "a street at night", upscale=4).frames[0]
 
-`star` is a folder from `convert.convert`.
+`star` is a folder from `diffattn.pipelines.video_sr.convert`.
 
 The clip is enlarged bilinearly and encoded. From its noised latents the networks predict x0 window by window at every
 step, and the windows cross-fade; solver and noise are of the whole clip, frame by frame. `__call__` keeps the clip's

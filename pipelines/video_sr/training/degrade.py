@@ -7,7 +7,7 @@
 
 `draw` settles everything by a seed, once for a clip; `apply` carries it out; `degrade_clip` does both. Kernels, scales,
 strengths, qualities and codecs hold for all frames; the noise itself is new in each. The steps of one image are those
-of `pixel_aware_sr.degrade`, which says how they differ from Real-ESRGAN's.
+of `pixel_aware_sr.training.degrade`, which says how they differ from Real-ESRGAN's.
 
 Source: Wang, Xie, Dong, Shan, Real-ESRGAN, 2021, https://arxiv.org/abs/2107.10833, section 3, for the order and the
 strengths; Xie et al., STAR, 2025, https://arxiv.org/abs/2501.02976, for the ranges of resizes, JPEG and codecs.
