@@ -9,6 +9,7 @@ import torch
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 from hand_masks import RADIUS, TOLERANCE, by_hand, error
 from models import COLUMNS, ROWS, TEXT, TIME, Tiny, Tokens, _make, draw, flux, picture_ids
+from releases import needs
 from torch import Tensor, nn
 
 import diffattn
@@ -149,8 +150,15 @@ OWN = {
 }
 
 
+NEWER = {"JoyImage": "JoyImageEditTransformer3DModel", "Krea2": "Krea2Transformer2DModel"}
+"""Classes that the lowest diffusers does not have."""
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[needs("diffusers", "0.42", NEWER[n])] if n in NEWER else []) for n in OWN],
+)
 def test_a_row_of_ones_own(name: str, families: list[Family]) -> None:
     own = OWN[name]
     tiny = own.build()
