@@ -142,7 +142,7 @@ def test_gradients_at_several_sizes(mechanism: Any, backend: str) -> None:
         trained = [*tiny.model.parameters(), *handle.parameters()]
         for parameter in trained:
             parameter.grad = None
-        for size in [(4, 6), (6, 4), (8, 4)]:
+        for size in [(4, 6), (8, 4)]:
             tiny.model.train()
             tiny.model(**{**tiny.inputs, **sized(tiny, *size)}, return_dict=False)[0].square().mean().backward()
         return [parameter.grad.clone() for parameter in trained if parameter.grad is not None]
