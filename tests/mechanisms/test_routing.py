@@ -118,9 +118,10 @@ def test_the_tiles_with_the_largest_error_are_chosen() -> None:
     assert all(5 in own for own in chosen.tolist())
 
 
-def test_means_are_exact_where_keys_are_alike_within_blocks() -> None:
+@pytest.mark.parametrize("sides", [(8, 8), (9, 7)], ids=["whole blocks", "cut blocks"])
+def test_means_are_exact_where_keys_are_alike_within_blocks(sides: tuple[int, int]) -> None:
     """Then log(count) makes a block count as its keys would, cut blocks at the end of the grid included."""
-    grid = TokenGrid(9, 7, before=3)
+    grid = TokenGrid(*sides, before=3)
     q, k, v = inputs(grid, d=8)
     _, rows, columns = grid.positions()
     block = rows // 2 * 4 + columns // 2
