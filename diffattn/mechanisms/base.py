@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from .. import config, options
@@ -54,12 +55,14 @@ class Mechanism:
     across_frames: ClassVar[bool] = False
     """Does it change nothing within a frame? Then models with layers along the frames keep the others by default."""
 
-    approximates: ClassVar[bool] = False
-    """Does it stay near the model's own attention without training? Then `apply` warns of no other images."""
-
     @property
     def exact(self) -> bool:
         """Is the result the model's own attention? Then a swapped layer hands the call to the model's own kernel."""
+        return False
+
+    @property
+    def approximates(self) -> bool:
+        """Does it stay near the model's own attention without training? Then `apply` warns of no other images."""
         return False
 
     def __post_init__(self) -> None:
@@ -162,3 +165,8 @@ def changed_options(mechanism: Mechanism) -> dict[str, Any]:
 def default_scale(q: Tensor) -> float:
     """1/sqrt(d)."""
     return float(q.shape[-1] ** -0.5)
+
+
+def mask_as(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """A model's mask as SDPA takes it: bool, or additive in the dtype of the queries."""
+    return mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)

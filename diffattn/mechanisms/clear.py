@@ -8,6 +8,9 @@ tokens at the edge have fewer keys. With several frames it is a ball in (t, y, x
 `down_factor=f` appends, for the image queries, one key and value per f x f block: the block's keys (after norm and
 rotary embedding) and values summed with learned weights, the same for all heads and channels, 1/f^2 at first.
 
+`pool=p` keeps what the window leaves out, without training: the window is rounded out to whole p x p blocks, and every
+other block counts by its mean key and value and the log of its number of cells (`parts/rounded.py`).
+
 `proportional=True` multiplies the logits by sqrt(log_L0 L): L tokens now, L0 = `train_tokens` in training.
 
 Source: Liu et al., CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up, section 3,
@@ -26,12 +29,13 @@ from torch import Tensor, nn
 from ..config import register
 from ..grid import TokenGrid
 from ..kernels import window_attention
-from ..kernels.call import window_call
-from ..kernels.choose import GENERAL_BACKENDS, choose
+from ..kernels.call import WindowCall, window_call
+from ..kernels.choose import GENERAL_BACKENDS
 from ..kernels.dense import combine_masks
 from ..kernels.pattern import Cells, dense_mask
 from ..options import POSITIVE, Must
-from .base import Context, Mechanism, default_scale
+from .base import Context, default_scale
+from .parts.window import Window
 from .softmax import OFFICIAL_TRAIN_TOKENS, check_train_tokens, proportional_scale, softmax_reference
 
 OFFICIAL_POOLED_LENGTH_FACTOR = 10
@@ -89,7 +93,7 @@ def pool(cells: Tensor, grid: TokenGrid, weight: Tensor) -> Tensor:
 
 @register("clear")
 @dataclass(frozen=True, kw_only=True)
-class ClearAttention(Mechanism):
+class ClearAttention(Window):
     """CLEAR's circular local window. Time O(n (radius^2 + others) d), plus O(n^2 / f^2 d) with pooled keys.
 
     >>> ClearAttention(radius=16).flops(TokenGrid(64, 64, before=512), heads=24, head_dim=128) / 1e9
@@ -113,18 +117,22 @@ class ClearAttention(Mechanism):
     official: bool = False
     """Reproduce the constants of the released code."""
 
+    window_backends: ClassVar[tuple[str, ...]] = ("auto", *GENERAL_BACKENDS)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_train_tokens(self.type, self.train_tokens)
-
-    @property
-    def backends(self) -> tuple[str, ...]:
-        return ("auto", *GENERAL_BACKENDS)
+        if self.pool is not None and self.down_factor is not None:
+            raise ValueError(
+                f"clear: pool={self.pool} and down_factor={self.down_factor} both stand for what the window leaves "
+                "out; give down_factor for the published weights, pool without training"
+            )
 
     def pattern(self, grid: TokenGrid) -> Ball:
         return Ball(self.radius, self.radius_t)
 
     def check(self, grid: TokenGrid, *, context: Context = Context()) -> None:
+        super().check(grid, context=context)
         factor = self.down_factor
         if factor is not None and (grid.height % factor or grid.width % factor):
             raise ValueError(
@@ -154,64 +162,32 @@ class ClearAttention(Mechanism):
         weights = context.weights or PooledKeys(self.down_factor)
         return weights(k, grid), weights(v, grid)
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        grid: TokenGrid,
-        *,
-        scale: float | None = None,
-        backend: str = "auto",
-        context: Context = Context(),
+    def attend_window(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, scale: float, backend: str, context: Context
     ) -> Tensor:
-        self.check(grid)
+        pooled = self.pooled_keys(k, v, grid, context)
         return window_attention(
-            q,
-            k,
-            v,
-            grid,
-            self.pattern(grid),
-            scale=self.scale(q, grid, scale),
-            backend=backend,
-            mask=context.mask,
-            pooled=self.pooled_keys(k, v, grid, context),
+            q, k, v, grid, self.pattern(grid), scale=scale, backend=backend, mask=context.mask, pooled=pooled
         )
 
-    def explain_backend(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, backend: str, context: Context) -> str:
-        if backend != "auto":
-            return backend
-        pooled = k[..., : self.pooled(grid), :], v[..., : self.pooled(grid), :]
-        call = window_call(q, k, v, grid, self.pattern(grid), 1.0, context.mask, pooled if self.down_factor else None)
-        choice = choose(call)
-        return f"{choice.backend}: {choice.reason}"
+    def window_call(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, context: Context) -> WindowCall:
+        pooled = (k[..., : self.pooled(grid), :], v[..., : self.pooled(grid), :]) if self.down_factor else None
+        return window_call(q, k, v, grid, self.pattern(grid), 1.0, context.mask, pooled)
 
-    def reference(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        grid: TokenGrid,
-        *,
-        scale: float | None = None,
-        context: Context = Context(),
+    def window_reference(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, scale: float, context: Context
     ) -> Tensor:
-        self.check(grid)
-        mask = self.mask(grid).to(q.device)
+        mask = self.window_mask(grid).to(q.device)
         pooled = self.pooled_keys(k, v, grid, context)
-        scale = self.scale(q, grid, scale)
         if pooled is not None:
             k, v = torch.cat([k, pooled[0]], dim=-2), torch.cat([v, pooled[1]], dim=-2)
         return softmax_reference(q, k, v, scale=scale, mask=combine_masks(mask, context.mask))
 
-    def mask(self, grid: TokenGrid) -> Tensor:
-        self.check(grid)
+    def window_mask(self, grid: TokenGrid) -> Tensor:
         return dense_mask(self.pattern(grid), grid, pooled=self.pooled(grid))
 
-    def flops(self, grid: TokenGrid, heads: int, head_dim: int, *, context: Context = Context()) -> int:
-        pairs = self.pattern(grid).pairs(grid) + grid.cells * self.pooled(grid)
-        pairs += grid.tokens**2 - grid.cells**2
-        return 4 * pairs * heads * head_dim
+    def window_pairs(self, grid: TokenGrid) -> int:
+        return super().window_pairs(grid) + grid.cells * self.pooled(grid)
 
     def weights(self, heads: int, head_dim: int) -> nn.Module | None:
         return PooledKeys(self.down_factor) if self.down_factor else None

@@ -7,6 +7,9 @@ centres lie strictly within `radius` tokens of the query tile's centre, all tile
 all text and all image tokens. The window of a tile ends where the grid ends, and the last tiles of a grid that the tile
 does not divide are smaller.
 
+`pool=p` keeps what the window leaves out, without training: every p x p block of the other tiles counts by its mean key
+and value and the log of its number of cells (`parts/rounded.py`). It divides the tile.
+
 No tile is seen in part, so that no work goes into hidden pairs and no kernel evaluates a mask: a window of many more
 keys takes the time of a round one (`clear`), whose blocks are cut by the circle.
 
@@ -20,7 +23,7 @@ that its tile divides. The round set of tiles is in neither paper.
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,13 +31,13 @@ from torch import Tensor
 from ..config import register
 from ..grid import TokenGrid
 from ..kernels import window_attention
-from ..kernels.call import window_call
-from ..kernels.choose import GENERAL_BACKENDS, choose
+from ..kernels.choose import GENERAL_BACKENDS
 from ..kernels.dense import combine_masks
 from ..kernels.pattern import Cells, Shape, dense_mask, divide
 from ..options import POSITIVE
-from .base import Context, Mechanism, default_scale
-from .parts.axes import PerAxis, per_axis, sizes
+from .base import Context
+from .parts.axes import PerAxis, check_divides, per_axis, sizes
+from .parts.window import Window
 from .softmax import softmax_reference
 
 
@@ -82,7 +85,7 @@ class TileWindow:
 
 @register("halo")
 @dataclass(frozen=True, kw_only=True)
-class HaloAttention(Mechanism):
+class HaloAttention(Window):
     """Attention from tile to neighbouring tiles. Time O(n (window + others) d), window = tile (2 halo + 1) per axis.
 
     The kernels compute whole tiles without a mask from 16 tokens a tile on (4 x 4), fastest from 64 (8 x 8); on CUDA
@@ -99,21 +102,26 @@ class HaloAttention(Mechanism):
     radius: Annotated[float | None, POSITIVE] = None
     """See the tiles whose centres lie strictly within this many tokens, instead of `halo`."""
 
+    window_backends: ClassVar[tuple[str, ...]] = ("auto", *GENERAL_BACKENDS)
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.pool is not None:
+            check_divides(self.type, self.tile, self.pool)
         if self.radius is None:
             return
         if self.halo != 1:
             raise ValueError(f"halo: radius={self.radius} takes the place of halo={self.halo}; give one of the two")
 
     @property
-    def backends(self) -> tuple[str, ...]:
-        return ("auto", *GENERAL_BACKENDS)
+    def window_tile(self) -> PerAxis:
+        return self.tile
 
     def pattern(self, grid: TokenGrid) -> TileWindow:
         return TileWindow(per_axis(self.tile, 1), per_axis(self.halo, 0), self.radius)
 
     def check(self, grid: TokenGrid, *, context: Context = Context()) -> None:
+        super().check(grid, context=context)
         for name in ("tile", "halo"):
             value = getattr(self, name)
             if grid.frames > 1 and isinstance(value, tuple) and len(value) == 2:
@@ -123,44 +131,16 @@ class HaloAttention(Mechanism):
                     "frames apart"
                 )
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        grid: TokenGrid,
-        *,
-        scale: float | None = None,
-        backend: str = "auto",
-        context: Context = Context(),
+    def attend_window(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, scale: float, backend: str, context: Context
     ) -> Tensor:
-        self.check(grid)
-        scale = default_scale(q) if scale is None else scale
         return window_attention(q, k, v, grid, self.pattern(grid), scale=scale, backend=backend, mask=context.mask)
 
-    def explain_backend(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, backend: str, context: Context) -> str:
-        if backend != "auto":
-            return backend
-        choice = choose(window_call(q, k, v, grid, self.pattern(grid), 1.0, context.mask, None))
-        return f"{choice.backend}: {choice.reason}"
-
-    def reference(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        grid: TokenGrid,
-        *,
-        scale: float | None = None,
-        context: Context = Context(),
+    def window_reference(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, scale: float, context: Context
     ) -> Tensor:
-        mask = combine_masks(self.mask(grid).to(q.device), context.mask)
+        mask = combine_masks(self.window_mask(grid).to(q.device), context.mask)
         return softmax_reference(q, k, v, scale=scale, mask=mask)
 
-    def mask(self, grid: TokenGrid) -> Tensor:
-        self.check(grid)
+    def window_mask(self, grid: TokenGrid) -> Tensor:
         return dense_mask(self.pattern(grid), grid)
-
-    def flops(self, grid: TokenGrid, heads: int, head_dim: int, *, context: Context = Context()) -> int:
-        self.check(grid)
-        return 4 * (self.pattern(grid).pairs(grid) + grid.tokens**2 - grid.cells**2) * heads * head_dim

@@ -16,6 +16,10 @@ https://arxiv.org/abs/2403.04690, and the NATTEN library. Differences: where NAT
 kernel_size * dilation is beyond the axis, it is all cells of that rest here; there are no relative position biases, and
 NATTEN's `stride` is left out.
 
+`pool=p` keeps what the window leaves out, without training: the window is rounded out to whole p x p blocks, a dilated
+one to all that it touches, and every other block counts by its mean key and value and the log of its number of cells
+(`parts/rounded.py`). Not where an axis is causal.
+
 A dilated window has holes. So the cells are first brought into an order where those of the same rest lie side by side,
 each axis by itself: every window is then an interval again, whatever the dilation, and costs no more than undilated.
 """
@@ -24,7 +28,7 @@ import functools
 import math
 import operator
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,12 +37,13 @@ from ..config import register
 from ..grid import TokenGrid
 from ..kernels import BACKENDS
 from ..kernels.call import WindowCall, window_call
-from ..kernels.choose import choose, run, takes_natten
+from ..kernels.choose import run, takes_natten
 from ..kernels.dense import combine_masks
 from ..kernels.natten import NattenOptions
 from ..kernels.pattern import Cells, divide
 from ..options import Must
-from .base import Context, Mechanism, default_scale
+from .base import Context
+from .parts.window import Window
 from .softmax import softmax_reference
 
 ALONE = {"kernel_size": 1, "dilation": 1, "is_causal": False}
@@ -191,7 +196,7 @@ def _per_axis(words: str, least: int) -> Must:
 
 @register("neighborhood")
 @dataclass(frozen=True, kw_only=True)
-class NeighborhoodAttention(Mechanism):
+class NeighborhoodAttention(Window):
     """The nearest `kernel_size` cells along each axis, as in NATTEN. Time O(n (window + others) d).
 
     Every option is one value for all axes, or one for each: (rows, columns) on images, (frames, rows, columns) on
@@ -208,11 +213,19 @@ class NeighborhoodAttention(Mechanism):
     is_causal: Annotated[bool | tuple[bool, ...], _per_axis("a bool", 0)] = False
     """Whether a query sees only itself and the cells before it along an axis."""
 
-    @property
-    def backends(self) -> tuple[str, ...]:
-        return ("auto", *BACKENDS)
+    window_backends: ClassVar[tuple[str, ...]] = ("auto", *BACKENDS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        causal = any(self.is_causal) if isinstance(self.is_causal, tuple) else self.is_causal
+        if causal and self.pool is not None:
+            raise ValueError(
+                f"neighborhood: pool={self.pool} counts all that the window leaves out, and is_causal={self.is_causal} "
+                "forbids what comes after; leave one of the two out"
+            )
 
     def check(self, grid: TokenGrid, *, context: Context = Context()) -> None:
+        super().check(grid, context=context)
         for name, least in ALONE.items():
             value = getattr(self, name)
             if grid.frames > 1 and isinstance(value, tuple) and len(value) == 2:
@@ -231,61 +244,36 @@ class NeighborhoodAttention(Mechanism):
         frames, rows, columns = (Line(*values) for values in zip(grid.shape, *options, strict=True))
         return Neighborhood((frames, rows, columns))
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        grid: TokenGrid,
-        *,
-        scale: float | None = None,
-        backend: str = "auto",
-        context: Context = Context(),
+    def attend_window(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, scale: float, backend: str, context: Context
     ) -> Tensor:
-        self.check(grid)
         pattern = self.pattern(grid)
-        call = window_call(q, k, v, grid, pattern, default_scale(q) if scale is None else scale, context.mask, None)
+        call = window_call(q, k, v, grid, pattern, scale, context.mask, None)
         if not pattern.dilated or takes_natten(call, backend):
             return run(call, backend)
         order = pattern.group_order(grid, q.device)
         out = run(reordered(call, pattern.grouped(), order), backend)
         return out.index_select(2, order.argsort())
 
-    def explain_backend(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, backend: str, context: Context) -> str:
-        if backend != "auto":
-            return backend
+    def window_call(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, context: Context) -> WindowCall:
         pattern = self.pattern(grid)
         call = window_call(q, k, v, grid, pattern, 1.0, context.mask, None)
-        if pattern.dilated and not takes_natten(call, backend):
-            call = replace(call, pattern=pattern.grouped())
-        choice = choose(call)
-        return f"{choice.backend}: {choice.reason}"
+        if not pattern.dilated or takes_natten(call, "auto"):
+            return call
+        return replace(call, pattern=pattern.grouped())
 
-    def reference(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        grid: TokenGrid,
-        *,
-        scale: float | None = None,
-        context: Context = Context(),
+    def window_reference(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, scale: float, context: Context
     ) -> Tensor:
-        mask = combine_masks(self.mask(grid).to(q.device), context.mask)
+        mask = combine_masks(self.window_mask(grid).to(q.device), context.mask)
         return softmax_reference(q, k, v, scale=scale, mask=mask)
 
-    def mask(self, grid: TokenGrid) -> Tensor:
-        self.check(grid)
+    def window_mask(self, grid: TokenGrid) -> Tensor:
         frames, rows, columns = (line.table() for line in self.pattern(grid).lines)
         cells = frames[:, None, None, :, None, None] & rows[:, None, None, :, None] & columns[:, None, None, :]
         mask = torch.ones(grid.tokens, grid.tokens, dtype=torch.bool)
         mask[grid.cell_slice, grid.cell_slice] = cells.flatten(3).flatten(0, 2)
         return mask
-
-    def flops(self, grid: TokenGrid, heads: int, head_dim: int, *, context: Context = Context()) -> int:
-        self.check(grid)
-        pairs = self.pattern(grid).pairs(grid) + grid.tokens**2 - grid.cells**2
-        return 4 * pairs * heads * head_dim
 
 
 def reordered(call: WindowCall, pattern: Neighborhood, order: Tensor) -> WindowCall:

@@ -17,7 +17,8 @@ there by clusters of unequal size, here by a balanced k-d tree.
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from functools import partial
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -27,11 +28,11 @@ from ..config import register
 from ..grid import TokenGrid
 from ..kernels.order import TileOrder
 from ..kernels.pattern import Shape
-from ..kernels.routed import RoutedCall, choose_tiles, content_order, route, routed_call
-from ..kernels.routed.call import places
+from ..kernels.routed import BACKENDS, RoutedCall, choose_tiles, content_order, routed_call
 from ..options import Must, at_least
 from .base import Context, Mechanism, default_scale
-from .parts.axes import PerAxis, per_axis, sizes
+from .parts.axes import PerAxis, check_divides, per_axis, sizes
+from .parts.exact_tiles import Sides, any_query, attend_tiles, explain_tiles, reference_tiles, within
 from .softmax import softmax_reference
 
 SHARE = Must("a number above 0 and at most 1", lambda share: 0 < share <= 1)
@@ -45,8 +46,6 @@ class RoutingAttention(Mechanism):
     >>> RoutingAttention(share=0.3).exact_tiles(TokenGrid(64, 64, before=512))
     3
     """
-
-    approximates: ClassVar[bool] = True
 
     share: Annotated[float, SHARE] = 0.35
     """Of all pairs of tokens, at most: those with other tokens, with keys of chosen tiles, and with blocks. 1: all."""
@@ -65,11 +64,11 @@ class RoutingAttention(Mechanism):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        tile, pool = per_axis(self.tile, 1), per_axis(self.pool, 1)
-        if any(side % part for side, part in zip(tile, pool, strict=True)):
-            raise ValueError(
-                f"routing: pool must divide the tile along each axis, got pool={self.pool}, tile={self.tile}"
-            )
+        check_divides(self.type, self.tile, self.pool)
+
+    @property
+    def approximates(self) -> bool:
+        return True
 
     @property
     def needs(self) -> frozenset[str]:
@@ -77,25 +76,25 @@ class RoutingAttention(Mechanism):
 
     @property
     def backends(self) -> tuple[str, ...]:
-        return "auto", "gather", "dense"
+        return BACKENDS
 
-    def tiles_on(self, grid: TokenGrid) -> tuple[Shape, Shape, Shape]:
+    def sides(self, grid: TokenGrid) -> Sides:
         """Sides of the query tiles, the tiles and the blocks on a grid: no longer than the grid."""
-        tile, pool = _within(per_axis(self.tile, 1), per_axis(self.pool, 1), grid)
+        tile, pool = within(per_axis(self.tile, 1), per_axis(self.pool, 1), grid.shape)
         asking = self.tile if self.query_tile is None else self.query_tile
         frames, rows, columns = (min(side, whole) for side, whole in zip(per_axis(asking, 1), grid.shape, strict=True))
-        return (frames, rows, columns), tile, pool
+        return Sides((frames, rows, columns), tile, pool)
 
     def tiles_in(self, grid: TokenGrid) -> int:
         """How many tiles of keys a grid has; in an order by content none is cut but the last."""
-        tile = self.tiles_on(grid)[1]
+        tile = self.sides(grid).tile
         if self.order == "content":
             return -(-grid.cells // math.prod(tile))
         return TileOrder(grid.shape, tile).tiles
 
     def exact_tiles(self, grid: TokenGrid) -> int:
         """How many tiles each tile of queries has exactly; raises `ValueError` for a share that allows none."""
-        asking, tile, _ = self.tiles_on(grid)
+        asking, tile, _ = self.sides(grid)
         count = self.tiles_in(grid)
         if self.top_k is not None:
             return min(self.top_k, count)
@@ -116,15 +115,14 @@ class RoutingAttention(Mechanism):
 
     def _pairs_beside_tiles(self, grid: TokenGrid) -> int:
         """Pairs with other tokens and with blocks."""
-        _, tile, pool = self.tiles_on(grid)
-        blocks = self.tiles_in(grid) * (math.prod(tile) // math.prod(pool))
+        blocks = self.tiles_in(grid) * self.sides(grid).blocks_per_tile
         return grid.tokens**2 - grid.cells**2 + grid.cells * blocks
 
     def share_on(self, grid: TokenGrid) -> float:
         """The share of all pairs that is computed, blocks counted as a key each."""
         if self.is_exact(grid):
             return 1.0
-        exact = grid.cells * self.exact_tiles(grid) * math.prod(self.tiles_on(grid)[1])
+        exact = grid.cells * self.exact_tiles(grid) * math.prod(self.sides(grid).tile)
         return (self._pairs_beside_tiles(grid) + exact) / grid.tokens**2
 
     def check(self, grid: TokenGrid, *, context: Context = Context()) -> None:
@@ -152,7 +150,7 @@ class RoutingAttention(Mechanism):
         order: Tensor | None,
     ) -> RoutedCall:
         """The call laid out by tiles; `order` is that of `slots`."""
-        asking, tile, pool = self.tiles_on(grid)
+        asking, tile, pool = self.sides(grid)
         return routed_call(
             q,
             k,
@@ -177,7 +175,7 @@ class RoutingAttention(Mechanism):
         memory = {} if context.memory is None else context.memory
         age = memory.get("age", self.refresh)
         if age >= self.refresh:
-            _, tile, pool = self.tiles_on(grid)
+            _, tile, pool = self.sides(grid)
             queries, keys = (grid.split(x)[0].flatten(0, 1) for x in (q, k))
             order = content_order(keys, queries, math.prod(tile), math.prod(pool))
             memory["order"], age = order.unflatten(0, k.shape[:2]), 0
@@ -199,43 +197,27 @@ class RoutingAttention(Mechanism):
         self.check_backend(backend)
         self.check(grid)
         grid.check(q, k)
-        mask = context.mask
-        if mask is not None and mask.dtype != torch.bool:
-            mask = mask.to(q.dtype)
         if self.is_exact(grid):
+            mask = (
+                context.mask if context.mask is None or context.mask.dtype == torch.bool else context.mask.to(q.dtype)
+            )
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        number = torch.promote_types(q.dtype, torch.float32)
-        with torch.autocast(q.device.type, enabled=False):  # which would take sums in half precision again
-            if backend == "dense" or self._only_densely(mask) is not None:
-                wide_q, wide_k, wide_v = (x.to(number) for x in (q, k, v))
-                return self.reference(wide_q, wide_k, wide_v, grid, scale=scale, context=context).to(q.dtype)
-            call = self.call(q, k, v, grid, scale, mask, self.slots(q, k, grid, context))
-            out = self.in_grid_order(route(call)[0], grid).unflatten(0, q.shape[:2])
-        if not grid.others:
-            return out
-        others = F.scaled_dot_product_attention(grid.split(q)[1], k, v, attn_mask=mask, scale=scale)
-        return grid.join(out, others)
-
-    def _only_densely(self, mask: Tensor | None) -> str | None:
-        """Why a mask leaves the dense computation alone; None where it does not."""
-        if masks_queries(mask):
-            return "the model's mask differs from query to query"
-        if mask is not None and mask.requires_grad and torch.is_grad_enabled():
-            return "the model's mask needs a gradient"
-        return None
+        return attend_tiles(
+            q,
+            k,
+            v,
+            grid,
+            scale=scale,
+            mask=context.mask,
+            backend=backend,
+            lay_out=lambda mask: self.call(q, k, v, grid, scale, mask, self.slots(q, k, grid, context)),
+            dense=partial(self.reference, grid=grid, scale=scale, context=context),
+        )
 
     def explain_backend(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, backend: str, context: Context) -> str:
         if self.is_exact(grid):
             return "sdpa: all tiles are chosen"
-        reason = self._only_densely(context.mask)
-        if backend != "auto":
-            return backend
-        return "gather" if reason is None else f"dense: {reason}"
-
-    def in_grid_order(self, tiles: Tensor, grid: TokenGrid) -> Tensor:
-        """`g query-tiles cells c` -> `g cells c`."""
-        order = TileOrder(grid.shape, self.tiles_on(grid)[0])
-        return order.from_tiles(tiles.flatten(1, 2)[None])[0]
+        return explain_tiles(context.mask, backend, lambda mask: self.call(q, k, v, grid, 1.0, mask, None))
 
     def choose(
         self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, scale: float | None = None, context: Context = Context()
@@ -267,96 +249,33 @@ class RoutingAttention(Mechanism):
         context: Context = Context(),
         chosen: Tensor | None = None,
     ) -> Tensor:
-        """One softmax over all keys and all blocks under a mask; `chosen` None: by `choose`. Memory O(n^2).
-
-        Of a mask that differs from query to query, a block has the weight of its keys for each query, and plain means.
-        """
+        """One softmax over all keys and all blocks under a mask; `chosen` None: by `choose`. Memory O(n^2)."""
         if self.is_exact(grid):
             return softmax_reference(q, k, v, scale=scale, mask=context.mask)
         order = self.slots(q, k, grid, context)
         chosen = self._choose(q, k, v, grid, scale, context.mask, order) if chosen is None else chosen
-        asking, tile, pool = self.tiles_on(grid)
-        tiles, blocks = self._members(k, grid, tile, pool, order)
-        cells = grid.split(k)[0], grid.split(v)[0]
-        bias = key_bias(context.mask, q, grid.tokens)
-        weight = grid.split(bias, dim=-1)[0].exp()
-        even = weight if weight.shape[-2] == 1 else torch.ones_like(weight[..., :1, :])
-        total = (blocks * even) @ torch.ones_like(cells[0][..., :1])
-        mean_k, mean_v = ((blocks * even) @ x / total.clamp(min=torch.finfo(x.dtype).tiny) for x in cells)
-        log_weight = (weight @ blocks.mT).log()
-        scale = default_scale(q) if scale is None else scale
-        keys, values = torch.cat([k, mean_k], dim=-2), torch.cat([v, mean_v], dim=-2)
-        shape = torch.broadcast_shapes(bias.shape[:3], log_weight.shape[:3])
-        bias = torch.cat([bias.expand(*shape, -1), log_weight.expand(*shape, -1)], dim=-1).expand(*q.shape[:3], -1)
-        hidden = self._hidden(q, grid, asking, tiles, blocks, chosen)
-        return softmax_reference(q, keys, values, scale=scale, mask=bias.masked_fill(hidden, -torch.inf))
-
-    def _members(
-        self, k: Tensor, grid: TokenGrid, tile: Shape, pool: Shape, order: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Which cells are in each tile and in each block: 0 or 1, `(b|1, h|1, tiles|blocks, cells)`."""
-        slots = places(grid.shape, tile, pool, k.device).slots.flatten()[None, None] if order is None else order
-        member = F.one_hot(slots + 1, grid.cells + 1)[..., 1:].to(k.dtype)
-        several = [member.unflatten(2, (-1, math.prod(size))).sum(3) for size in (tile, pool)]
-        return several[0], several[1]
-
-    def _hidden(
-        self, q: Tensor, grid: TokenGrid, asking: Shape, tiles: Tensor, blocks: Tensor, chosen: Tensor
-    ) -> Tensor:
-        """Which keys and blocks each query leaves out, bool `(b, h, tokens, tokens + blocks)`."""
-        picked = q.new_zeros(*chosen.shape[:3], tiles.shape[2]).scatter_(-1, chosen, 1)
-        mine = F.one_hot(places(grid.shape, asking, asking, q.device).slots + 1, grid.cells + 1)[..., 1:].sum(1)
-        exact = (mine.to(q.dtype).mT @ picked @ tiles.to(q.dtype)) > 0  # b h cells cells
-        of_block = ((mine.to(q.dtype).mT @ picked) @ ((tiles @ blocks.mT) > 0).to(q.dtype)) > 0
-        hidden = torch.zeros(
-            *q.shape[:2], grid.tokens, grid.tokens + blocks.shape[2], dtype=torch.bool, device=q.device
+        picked = torch.zeros(*chosen.shape[:3], self.tiles_in(grid), dtype=torch.bool, device=q.device)
+        return reference_tiles(
+            q,
+            k,
+            v,
+            grid,
+            self.sides(grid),
+            picked.scatter_(-1, chosen, True),
+            scale=scale,
+            mask=context.mask,
+            order=order,
         )
-        hidden[..., grid.tokens :] = True
-        hidden[:, :, grid.cell_slice, grid.cell_slice] = ~exact
-        hidden[:, :, grid.cell_slice, grid.tokens :] = of_block
-        return hidden
 
     def flops(self, grid: TokenGrid, heads: int, head_dim: int, *, context: Context = Context()) -> int:
         """Products of the softmax; of the choice, its pass over the blocks' weights and the products of the spreads."""
         if self.is_exact(grid):
             return 4 * grid.tokens**2 * heads * head_dim
-        asking, tile, pool = self.tiles_on(grid)
+        asking, tile, pool = self.sides(grid)
         blocks = self.tiles_in(grid) * (math.prod(tile) // math.prod(pool))
         pairs = self._pairs_beside_tiles(grid) + grid.cells * self.exact_tiles(grid) * math.prod(tile)
         choice = 2 * grid.cells * blocks + 2 * TileOrder(grid.shape, asking).tiles * blocks * head_dim
         return heads * (4 * pairs * head_dim + choice)
-
-
-def masks_queries(mask: Tensor | None) -> bool:
-    """Does the model's mask differ from query to query?"""
-    return mask is not None and mask.dim() > 1 and mask.shape[-2] > 1
-
-
-def key_bias(mask: Tensor | None, q: Tensor, tokens: int) -> Tensor:
-    """The mask as numbers to add, `(b|1, h|1, n|1, tokens)`."""
-    if mask is None:
-        return q.new_zeros(1, 1, 1, tokens)
-    mask = mask[(None,) * (4 - mask.dim())].expand(*(-1,) * 3, tokens)
-    if mask.dtype != torch.bool:
-        return mask.to(q.dtype)
-    return torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
-
-
-def any_query(mask: Tensor | None) -> Tensor | None:
-    """For the choice: a mask that differs from query to query counts by what any query may see."""
-    if mask is None or not masks_queries(mask):
-        return mask
-    return mask.any(-2, keepdim=True) if mask.dtype == torch.bool else mask.amax(-2, keepdim=True)
-
-
-def _within(tile: Shape, pool: Shape, grid: TokenGrid) -> tuple[Shape, Shape]:
-    """Tile and block no longer than the grid: where the tile is, its side becomes the grid's, in whole blocks."""
-    tiles, blocks = [], []
-    for side, part, whole in zip(tile, pool, grid.shape, strict=True):
-        block = min(part, whole)
-        blocks.append(block)
-        tiles.append(min(side, -(-whole // block) * block))
-    return tuple(tiles), tuple(blocks)  # type: ignore[return-value]
 
 
 def _most_own(shape: Shape, asking: Shape, tile: Shape) -> int:

@@ -77,7 +77,7 @@ class PatchAttention(Mechanism):
     def __post_init__(self) -> None:
         if type(self.mechanism) is not ClearAttention:
             raise TypeError(f"patches of an image are for clear, whose window is a disc, got {self.mechanism}")
-        if self.mechanism.down_factor is not None:
+        if self.mechanism.down_factor is not None or self.mechanism.pool is not None:
             raise ValueError(f"{self.mechanism} sees pooled keys of the whole image, which no rank has: leave them out")
         if self.text not in ("exact", "paper"):
             raise ValueError(f"mode must be 'exact' or 'paper', got {self.text!r}")

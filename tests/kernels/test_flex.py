@@ -186,7 +186,7 @@ def test_what_is_tuned_for_the_cpu_is_put_back(monkeypatch):
     template = flex._flex_template()
     before = template.GemmBlocking, config.cpp.march
     monkeypatch.setattr(flex, "_wide_moves", lambda: ("-mmove-max=256",))
-    with flex._tuned_for_cpu():
+    with flex.tuned(torch.device("cpu")):
         assert template.GemmBlocking(1, 16, 1).block_m == 8
         assert config.cpp.march == (before[1] or "native -mmove-max=256")
     assert (template.GemmBlocking, config.cpp.march) == before
@@ -196,14 +196,14 @@ def test_a_compiler_without_wide_moves_keeps_inductors_own_architecture(monkeypa
     from torch._inductor import config
 
     monkeypatch.setattr(flex, "_wide_moves", lambda: ())
-    with config.patch({"cpp.march": None}), flex._tuned_for_cpu():
+    with config.patch({"cpp.march": None}), flex.tuned(torch.device("cpu")):
         assert config.cpp.march is None
 
 
 def test_an_architecture_that_the_user_chose_is_kept():
     from torch._inductor import config
 
-    with config.patch({"cpp.march": "x86-64-v3"}), flex._tuned_for_cpu():
+    with config.patch({"cpp.march": "x86-64-v3"}), flex.tuned(torch.device("cpu")):
         assert config.cpp.march == "x86-64-v3"
 
 

@@ -24,6 +24,9 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"radius": 100},
         {"radius": 2.5, "radius_t": 2},
         {"radius": 2, "proportional": True, "train_tokens": 64},
+        {"radius": 1, "pool": 2},
+        {"radius": 2, "radius_t": 1, "pool": (1, 3, 2), "proportional": True, "train_tokens": 64},
+        {"radius": 100, "pool": 4},
     ],
     "agent": [{"num_agents": 4}, {"num_agents": 6, "k_scale2": 0.3, "k_shortcut": 0.075}],
     "dual_scope": [
@@ -33,7 +36,16 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"padding": 1, "top_k": 3, "local_phase": None, "global_phase": (None, -1, 2), "duplicates": True},
         {"padding": 9, "top_k": 0, "local_phase": None, "global_phase": None},
     ],
-    "halo": [{}, {"tile": 2}, {"tile": (2, 3, 2), "halo": (1, 0, 2)}, {"tile": 3, "radius": 5}, {"tile": 6, "halo": 0}],
+    "halo": [
+        {},
+        {"tile": 2},
+        {"tile": (2, 3, 2), "halo": (1, 0, 2)},
+        {"tile": 3, "radius": 5},
+        {"tile": 6, "halo": 0},
+        {"tile": 2, "halo": 0, "pool": 1},
+        {"tile": (2, 4, 2), "pool": (1, 2, 2), "halo": (0, 1, 0)},
+        {"tile": 4, "radius": 3, "pool": 2},
+    ],
     "linear": [
         {},
         {"feature_map": "relu"},
@@ -46,6 +58,8 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"kernel_size": (2, 5, 3), "dilation": (1, 2, 3), "is_causal": (True, False, True)},
         {"kernel_size": 100, "is_causal": (True, True, False)},
         {"kernel_size": 100},
+        {"kernel_size": 3, "pool": 2},
+        {"kernel_size": (1, 2, 3), "dilation": (1, 2, 2), "pool": (1, 3, 2)},
     ],
     "routing": [
         {"share": 1},
@@ -199,8 +213,10 @@ def test_mask_and_flops_agree(mechanism: Mechanism, grid: TokenGrid) -> None:
         mask = mechanism.mask(grid)
     except NotImplementedError:
         return
-    assert mask.shape == (grid.tokens, grid.tokens) and mask.dtype == torch.bool
-    assert flops == 4 * int(mask.sum()) * 3 * 16
+    means = mask.shape[1] - grid.tokens
+    assert mask.shape[0] == grid.tokens and mask.dtype == torch.bool
+    assert means == 0 or getattr(mechanism, "pool", None) is not None
+    assert flops == 4 * (int(mask[:, : grid.tokens].sum()) + grid.cells * means) * 3 * 16
 
 
 @pytest.mark.parametrize("mechanism", examples())

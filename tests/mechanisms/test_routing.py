@@ -1,11 +1,11 @@
 """Routing attention: what is chosen, what the means stand for, and how little memory it takes."""
 
 import math
-import tracemalloc
 from typing import Any
 
 import pytest
 import torch
+from memory import largest_tensor
 from tolerances import assert_close
 from torch import Tensor
 from torch.nn import functional as F
@@ -258,21 +258,8 @@ def test_nothing_of_tokens_by_tokens_is_held() -> None:
     grid = TokenGrid(64, 64)
     q, k, v = torch.randn(3, 1, 1, grid.tokens, 8)
     mechanism = RoutingAttention(share=0.1, tile=8, pool=8)
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(tensor, Tensor):
-                    largest = max(largest, tensor.untyped_storage().nbytes())
-            return out
-
-    with Watch():
-        mechanism.attend(q, k, v, grid)
+    largest = largest_tensor(lambda: mechanism.attend(q, k, v, grid))
     assert largest <= max(*gather.STRIP.values(), *gather.GATHERED.values()) < grid.tokens**2 * 4 / 4
-    tracemalloc.clear_traces()
 
 
 @pytest.mark.parametrize("hidden", [False, True])

@@ -10,6 +10,7 @@ from diffattn.grid import TokenGrid
 
 from ..order import TileOrder
 from ..pattern import Shape, cached
+from .lists import Lists
 
 
 class RoutedCall(NamedTuple):
@@ -22,20 +23,29 @@ class RoutedCall(NamedTuple):
     block_k: Tensor  # g blocks d, means
     block_v: Tensor  # g blocks c
     block_bias: Tensor  # g|1 blocks: log of the weight of a block
-    spread_k: Tensor  # g blocks d, variances
-    spread_v: Tensor  # g blocks, standard deviations
+    spread_k: Tensor | None  # g blocks d, variances; None where nothing is chosen
+    spread_v: Tensor | None  # g blocks, standard deviations
     other_k: Tensor  # g others d
     other_v: Tensor  # g others c
     other_bias: Tensor | None  # g others
     real: Tensor | None  # query-tiles cells, bool: no padding; None: all
     own: Tensor | None  # query-tiles tiles, bool: always exact
     scale: float
+    asking: Shape
+    """Sides of a tile of queries."""
     chosen: int
-    """Exact tiles of each query tile."""
+    """Exact tiles of each tile of queries; with `lists` the most."""
+    lists: Lists | None = None
+    """The exact tiles, where they are not chosen by content; the tiles of queries lie in the order of its rows."""
 
     @property
     def tiles(self) -> int:
         return self.k.shape[1]
+
+    @property
+    def needs_grad(self) -> bool:
+        tensors = (self.q, self.k, self.v, self.block_k, self.block_v, self.other_k, self.other_v)
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
     @property
     def blocks_per_tile(self) -> int:
@@ -85,18 +95,22 @@ def routed_call(
     tile: Shape,
     query_tile: Shape,
     block: Shape,
-    chosen: int,
+    chosen: int | Lists,
     order: Tensor | None = None,
 ) -> RoutedCall:
     """Lay a call out.
 
     Args:
         mask: on keys, `(b|1, h|1, 1, tokens)`, bool or additive.
+        chosen: how many tiles of keys a tile of queries has exactly, or which.
         order: number of the cell in each slot of the tiles, `(b, h, tiles * cells)`, -1 for padding; None: the grid's.
     """
     (cells_q, _), (cells_k, other_k), (cells_v, other_v) = (grid.split(x) for x in (q, k, v))
     heads = q.shape[0] * q.shape[1]
+    lists = None if isinstance(chosen, int) else chosen
     asking = places(grid.shape, query_tile, query_tile, q.device)
+    if lists is not None:
+        asking = Places(asking.slots[lists.rows], asking.real[lists.rows])
     queries = _take(cells_q, asking.slots.flatten()).unflatten(1, asking.slots.shape)
     if order is None:
         found = places(grid.shape, tile, block, q.device)
@@ -109,12 +123,13 @@ def routed_call(
     bias, other_bias = _biases(mask, grid, slots, real, q)
     bias = None if bias is None else bias.expand(heads, -1).unflatten(1, size)
     other_bias = None if other_bias is None else other_bias.expand(heads, -1)
-    means = block_means(keys, values, bias, math.prod(block))
+    means = block_means(keys, values, bias, math.prod(block), spread=lists is None)
     all_real = bool(asking.real.all())
-    own = own_tiles(grid.shape, query_tile, tile, q.device) if order is None else None
+    own = own_tiles(grid.shape, query_tile, tile, q.device) if order is None and lists is None else None
+    most = chosen if isinstance(chosen, int) else chosen.tiles.shape[1]
     return RoutedCall(
         queries, keys, values, bias, *means, other_k.flatten(0, 1), other_v.flatten(0, 1), other_bias,
-        None if all_real else asking.real, own, scale, chosen,
+        None if all_real else asking.real, own, scale, query_tile, most, lists,
     )  # fmt: skip
 
 
@@ -146,23 +161,26 @@ def _biases(
 
 
 def block_means(
-    keys: Tensor, values: Tensor, bias: Tensor | None, size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    keys: Tensor, values: Tensor, bias: Tensor | None, size: int, *, spread: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Means of keys and values over blocks of `size` cells, log weights, variances of keys, deviations of values."""
     number = torch.promote_types(keys.dtype, torch.float32)
     k, v = (x.flatten(1, 2).unflatten(1, (-1, size)).to(number) for x in (keys, values))
     if bias is None:
-        mean_k, mean_v = k.mean(2), v.mean(2)
-        weight = k.new_full((1, k.shape[1]), math.log(size))
-        with torch.no_grad():
-            spread_k = k.var(2, correction=0)
-            spread_v = v.var(2, correction=0).sum(-1).sqrt()
-        return mean_k, mean_v, weight, spread_k, spread_v
-    parts = bias.flatten(1, 2).unflatten(1, (-1, size))
-    weight = parts.logsumexp(-1)
-    share = (parts - weight.clamp(min=torch.finfo(number).min)[..., None]).exp()[..., None]
-    mean_k, mean_v = (k * share).sum(2), (v * share).sum(2)
-    with torch.no_grad():
-        spread_k = ((k - mean_k[:, :, None]).square() * share).sum(2)
-        spread_v = ((v - mean_v[:, :, None]).square() * share).sum((2, 3)).sqrt()
+        weight, share = k.new_full((1, k.shape[1]), math.log(size)), None
+    else:
+        parts = bias.flatten(1, 2).unflatten(1, (-1, size))
+        weight = parts.logsumexp(-1)
+        share = (parts - weight.clamp(min=torch.finfo(number).min)[..., None]).exp()[..., None]
+    mean_k, mean_v = (_mean(x, share) for x in (k, v))
+    if not spread:
+        return mean_k, mean_v, weight, None, None
+    with torch.no_grad():  # Tensor.var along rows takes ten times as long
+        spread_k = _mean((k - mean_k[:, :, None]).square_(), share)
+        spread_v = _mean((v - mean_v[:, :, None]).square_(), share).sum(-1).sqrt_()
     return mean_k, mean_v, weight, spread_k, spread_v
+
+
+def _mean(x: Tensor, share: Tensor | None) -> Tensor:
+    """Along the cells of a block, each by its share or all alike."""
+    return x.mean(2) if share is None else (x * share).sum(2)

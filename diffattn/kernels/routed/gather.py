@@ -5,8 +5,9 @@ SDPA of the chosen tiles with its log-sum-exp; the blocks that are left and the 
 put together. Time O(n (blocks + chosen keys + others) d), memory beyond inputs and output `STRIP` + `GATHERED` bytes.
 """
 
+import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,16 +25,33 @@ LARGE = 2**28
 """The same on all other devices."""
 
 
-def strips(call: RoutedCall) -> Iterator[tuple[slice, slice]]:
-    """Which heads and which query tiles are computed at once."""
+class Strip(NamedTuple):
+    """What is computed at once."""
+
+    part: slice
+    """Heads."""
+    rows: slice
+    """Tiles of queries."""
+    exact: int
+    """Tiles of keys that each of them has exactly."""
+
+
+def strips(call: RoutedCall) -> Iterator[Strip]:
+    """All heads and tiles of queries, in parts that fit a cache."""
     device = call.q.device.type
     heads, tiles, cells, d = call.q.shape
     logits = cells * call.block_k.shape[1] * call.block_k.element_size()
-    keys = call.chosen * call.k.shape[2] * (d + call.v.shape[-1]) * call.k.element_size()
-    most = max(1, min(STRIP.get(device, LARGE) // logits, GATHERED.get(device, LARGE) // keys))
-    for part in range(0, heads, max(1, most // tiles)):
-        for row in range(0, tiles, most):
-            yield slice(part, min(part + max(1, most // tiles), heads)), slice(row, min(row + most, tiles))
+    first = 0
+    for exact, same in itertools.groupby((call.chosen,) * tiles if call.lists is None else call.lists.counts):
+        count = len(list(same))
+        keys = exact * call.k.shape[2] * (d + call.v.shape[-1]) * call.k.element_size()
+        most = max(1, min(STRIP.get(device, LARGE) // logits, GATHERED.get(device, LARGE) // keys))
+        several = max(1, most // count)
+        for part in range(0, heads, several):
+            for row in range(first, first + count, most):
+                rows = slice(row, min(row + most, first + count))
+                yield Strip(slice(part, min(part + several, heads)), rows, exact)
+        first += count
 
 
 def route(call: RoutedCall, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -41,22 +59,36 @@ def route(call: RoutedCall, chosen: Tensor | None = None) -> tuple[Tensor, Tenso
 
     With `chosen` nothing is chosen anew. Gradients flow through everything but the choice and the biases.
     """
-    tensors = (call.q, call.k, call.v, call.block_k, call.block_v, call.other_k, call.other_v)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        with torch.no_grad():
-            chosen = route(call, chosen)[1] if chosen is None else chosen
+    if chosen is None and call.lists is not None:
+        chosen = call.lists.tiles.expand(call.q.shape[0], -1, -1)
+    if call.needs_grad:
+        chosen = choose_in_strips(call) if chosen is None else chosen
+        tensors = (call.q, call.k, call.v, call.block_k, call.block_v, call.other_k, call.other_v)
         out: Tensor = _Route.apply(call, chosen, *tensors)
         return out, chosen
-    return _route(call, chosen)
+    with torch.no_grad():
+        return _route(call, chosen)
+
+
+@torch.no_grad()
+def choose_in_strips(call: RoutedCall) -> Tensor:
+    """The choice alone, `(g, query tiles, chosen)`."""
+    chosen = call.q.new_empty(*call.q.shape[:2], call.chosen, dtype=torch.long)
+    for part, rows, _ in strips(call):
+        blocks, others, _ = exponentials(call, part, call.q[part, rows])
+        chosen[part, rows] = choice(call, part, rows, blocks, others)
+    return chosen
 
 
 def _route(call: RoutedCall, given: Tensor | None) -> tuple[Tensor, Tensor]:
     heads, tiles, cells, _ = call.q.shape
     out = call.v.new_empty(heads, tiles, cells, call.v.shape[-1])
-    chosen = torch.empty(heads, tiles, call.chosen, dtype=torch.long, device=call.q.device)
-    for part, rows in strips(call):
-        own = None if given is None else given[part, rows]
-        out[part, rows], chosen[part, rows] = strip(call, part, rows, own)
+    chosen = call.q.new_empty(heads, tiles, call.chosen, dtype=torch.long) if given is None else given
+    for part, rows, exact in strips(call):
+        own = None if given is None else given[part, rows, :exact]
+        out[part, rows], found = strip(call, part, rows, own)
+        if given is None:
+            chosen[part, rows] = found
     return out, chosen
 
 
@@ -65,9 +97,7 @@ def strip(call: RoutedCall, part: slice, rows: slice, given: Tensor | None) -> t
     q = call.q[part, rows]
     blocks, others, peak = exponentials(call, part, q)
     if given is None:
-        totals = blocks.sum(-1) + others.sum(-1)
-        errors = tile_errors(call, part, rows, mean_weights(call, rows, blocks, totals))
-        given = first_tiles(call, rows, errors)
+        given = choice(call, part, rows, blocks, others)
     exact, lse = attend_chosen(call, part, q, given)
     blocks = blocks.masked_fill(hidden_blocks(call, given)[:, :, None], 0)
     mean = blocks.flatten(1, 2) @ call.block_v[part] + others.flatten(1, 2) @ call.other_v[part].to(blocks.dtype)
@@ -78,6 +108,13 @@ def strip(call: RoutedCall, part: slice, rows: slice, given: Tensor | None) -> t
     weight = (here + there * total).clamp(min=torch.finfo(mean.dtype).tiny)  # 0 where all is hidden: so is the sum
     out = (here[..., None] * exact.to(mean.dtype) + there[..., None] * mean) / weight[..., None]
     return out.to(call.v.dtype), given
+
+
+def choice(call: RoutedCall, part: slice, rows: slice, blocks: Tensor, others: Tensor) -> Tensor:
+    """The chosen tiles of some query tiles, from the exponentials of their logits."""
+    totals = blocks.sum(-1) + others.sum(-1)
+    errors = tile_errors(call, part, rows, mean_weights(call, rows, blocks, totals))
+    return first_tiles(call, rows, errors)
 
 
 def exponentials(call: RoutedCall, part: slice, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,12 +168,12 @@ class _Route(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = [tensor.detach() for tensor in ctx.saved_tensors]
         totals = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
-        for part, rows in strips(ctx.call):
+        for part, rows, exact in strips(ctx.call):
             q, *keys = tensors
             leaves = [q[part, rows].clone().requires_grad_(), *(key[part].clone().requires_grad_() for key in keys)]
             with torch.enable_grad():
                 own = _call_of(ctx.call, part, rows, leaves)
-                out = strip(own, slice(None), slice(None), ctx.chosen[part, rows])[0]
+                out = strip(own, slice(None), slice(None), ctx.chosen[part, rows, :exact])[0]
             found = torch.autograd.grad(out, leaves, grad[part, rows], allow_unused=True, materialize_grads=True)
             totals[0][part, rows] = found[0]
             for total, one in zip(totals[1:], found[1:], strict=True):

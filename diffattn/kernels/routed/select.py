@@ -16,6 +16,7 @@ from .call import RoutedCall
 
 def tile_errors(call: RoutedCall, part: slice, rows: slice, weights: Tensor) -> Tensor:
     """W of some query tiles, `(g, query tiles, tiles)`, from P `(g, query tiles, blocks)`."""
+    assert call.spread_k is not None and call.spread_v is not None
     q = call.q[part, rows]
     squares = q.to(weights.dtype).square()
     if call.real is not None:

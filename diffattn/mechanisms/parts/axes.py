@@ -20,3 +20,9 @@ def per_axis(value: PerAxis, missing: int) -> Shape:
     if isinstance(value, int):
         return value, value, value
     return value if len(value) == 3 else (missing, *value)
+
+
+def check_divides(name: str, tile: PerAxis, pool: PerAxis) -> None:
+    """Raise `ValueError` where a tile is not made of whole blocks."""
+    if any(side % part for side, part in zip(per_axis(tile, 1), per_axis(pool, 1), strict=True)):
+        raise ValueError(f"{name}: pool must divide the tile along each axis, got pool={pool}, tile={tile}")
