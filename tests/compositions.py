@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from hand_masks import RADIUS, TOLERANCE, Layouts, error, under_masks
+from hand_masks import RADIUS, TOLERANCE, HandReference, Layouts, error, under_masks
 from torch import Tensor, nn
 
 import diffattn
+from diffattn.mechanisms.base import Mechanism
 
 VISIBLE = 1e-3
 """Least relative difference that counts as a change."""
@@ -31,12 +32,18 @@ class Composition:
     prompts: bool = False
     components: tuple[str, ...] | None = None
     backend: str = "auto"
+    mechanism: Mechanism | None = None
+    """None: `clear`, by masks made by hand."""
 
     def by_hand(self) -> Tensor:
-        """The output of the unswapped target under the masks made by hand."""
+        """The output of the unswapped target under the masks made by hand, or with the mechanism's reference."""
+        if self.mechanism is not None:
+            return under_masks(self.run, *self.layouts, mode=HandReference, mechanism=self.mechanism)
         return under_masks(self.run, *self.layouts, prompts=self.prompts)
 
     def apply(self) -> diffattn.Handle:
+        if self.mechanism is not None:
+            return diffattn.apply(self.target, self.mechanism, components=self.components, backend=self.backend)
         return diffattn.apply(self.target, "clear", radius=RADIUS, components=self.components, backend=self.backend)
 
 

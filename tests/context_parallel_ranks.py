@@ -11,6 +11,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,7 @@ def compiled(parallelize: Parallelism) -> dict[str, Any]:
 
 
 CLEAR = diffattn.ClearAttention(radius=2)
+ROUTING = diffattn.RoutingAttention(top_k=1, tile=2, pool=2)
 AGENT = diffattn.AgentAttention(num_agents=6)
 UNEVEN = dict(ulysses_anything=True)
 OTHER_PLAN = {
@@ -254,6 +256,9 @@ CASES: dict[str, Callable[[Parallelism], dict[str, Any]]] = {
         for order in ("before", "after")
     },
     "agent": lambda on: compared(on, flux, AGENT),
+    "routing": lambda on: compared(on, flux, ROUTING),
+    "routing by content": lambda on: compared(on, flux, replace(ROUTING, order="content")),
+    "pool": lambda on: compared(on, flux, diffattn.ClearAttention(radius=1, pool=2)),
     "weights for all heads": lambda on: compared(on, flux, diffattn.ClearAttention(radius=2, down_factor=3)),
     "uneven tokens": lambda on: compared(on, models.qwen_image, CLEAR, **UNEVEN),
     "uneven heads": lambda on: compared(on, lambda: models.flux(num_attention_heads=3), CLEAR, **UNEVEN),

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from diffattn import TokenGrid
+from diffattn.mechanisms.base import Context
+
 RADIUS = 2
 TOLERANCE = 2e-5
 """Largest absolute error of outputs divided by their root mean square."""
@@ -72,28 +75,82 @@ class HandMask(TorchFunctionMode):
         if func is F.scaled_dot_product_attention and self._layer is not None:
             query, key, value, *rest = (*args, *(kwargs.pop(n) for n in ("query", "key", "value") if n in kwargs))
             own = rest[0] if rest else kwargs.pop("attn_mask", None)
-            args = (query, key, value, self._combine(query, key, own), *rest[1:])
+            if not (self._prompts and self._calls):
+                return self._attend(self._tokens(query, key), query, key, value, own, *rest[1:], **kwargs)
+            args = (query, key, value, own, *rest[1:])
         return func(*args, **kwargs)
 
-    def _combine(self, query: Tensor, key: Tensor, own: Tensor | None) -> Tensor | None:
+    def _tokens(self, query: Tensor, key: Tensor) -> tuple[Tokens, ...]:
+        """The layout of this call: of the whole batch, or one per sample."""
         layout = self._layouts[self._layer]
-        if self._prompts and self._calls:
-            return own
         if len(layout) > 1 and len(query) == 1:
             layout = (layout[self._calls],)
         self._calls += 1
         self.masked.add(self._layer)
         assert {query.shape[2], key.shape[2]} == {tokens.total for tokens in layout}
+        return layout
+
+    def _attend(
+        self,
+        layout: tuple[Tokens, ...],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        own: Tensor | None,
+        *rest: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attention under the window."""
+        return F.scaled_dot_product_attention(query, key, value, self._combine(layout, query, own), *rest, **kwargs)
+
+    def _combine(self, layout: tuple[Tokens, ...], query: Tensor, own: Tensor | None) -> Tensor:
         mask = torch.stack([near(tokens, self._radius) for tokens in layout])[:, None].to(query.device)
         if own is None:
             return mask
         return mask & own if own.dtype == torch.bool else own.masked_fill(~mask, -torch.inf)
 
 
-def under_masks(run: Callable[[], Tensor], *models: tuple[nn.Module, Layouts], **options: Any) -> Tensor:
+class HandReference(HandMask):
+    """Puts a mechanism's reference in float64 into the attention of an unmodified model's layers.
+
+    What it chooses by content, it chooses in float32, as the swapped layer does.
+    """
+
+    def __init__(self, model: nn.Module, layouts: Layouts, mechanism: Any) -> None:
+        super().__init__(model, layouts)
+        self._mechanism = mechanism
+
+    def _attend(
+        self,
+        layout: tuple[Tokens, ...],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        own: Tensor | None,
+        *rest: Any,
+        scale: float | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        layout = layout * len(query) if len(layout) == 1 else layout
+        outputs = []
+        for i, tokens in enumerate(layout):
+            grid = TokenGrid(tokens.rows, tokens.columns, tokens.frames, tokens.before, tokens.after)
+            qkv = [tensor[i : i + 1] for tensor in (query, key, value)]
+            mask = None if own is None else own.expand(len(query), *own.shape[1:])[i : i + 1]
+            context, chosen = Context(mask=mask), {}
+            if hasattr(self._mechanism, "choose"):
+                chosen["chosen"] = self._mechanism.choose(*qkv, grid, scale, context)
+            wide = [tensor.double() for tensor in qkv]
+            outputs.append(self._mechanism.reference(*wide, grid, scale=scale, context=context, **chosen))
+        return torch.cat(outputs).to(query.dtype)
+
+
+def under_masks(
+    run: Callable[[], Tensor], *models: tuple[nn.Module, Layouts], mode: type[HandMask] = HandMask, **options: Any
+) -> Tensor:
     """What `run` gives while all layers of these unmodified models carry the hand-made masks."""
     with ExitStack() as stack:
-        modes = [stack.enter_context(HandMask(model, layouts, **options)) for model, layouts in models]
+        modes = [stack.enter_context(mode(model, layouts, **options)) for model, layouts in models]
         output = run()
     assert modes and all(mode.masked and not mode.missed for mode in modes)
     return output

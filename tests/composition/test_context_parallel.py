@@ -69,6 +69,13 @@ def test_other_settings(case: str, ranks: list[Results]) -> None:
         assert result["error"] < TOLERANCE and result["change"] > VISIBLE and result["restored"]
 
 
+@pytest.mark.cell("`routing` and `pool=`: context parallelism, Ulysses", family="Flux", outcome="works")
+@pytest.mark.parametrize("case", ["routing", "routing by content", "pool"])
+def test_exact_tiles_and_means(case: str, ranks: list[Results]) -> None:
+    """Each rank has all tokens of its heads, so that tiles and their statistics are those of one process."""
+    test_other_settings(case, ranks)
+
+
 @pytest.mark.cell(ULYSSES, family="Qwen-Image", outcome="works", note="any number of tokens with `ulysses_anything`")
 def test_ranks_with_unequal_parts(ranks: list[Results]) -> None:
     """Masked text of five tokens, three of them on the first rank."""

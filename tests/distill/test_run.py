@@ -217,9 +217,28 @@ def test_the_command_goes_on_and_evaluates(
 
 
 @pytest.mark.parametrize(
+    ("mechanism", "options"),
+    [("routing", ["top_k=4", "tile=2", "pool=2"]), ("clear", ["radius=2", "pool=4"])],
+)
+def test_what_needs_no_training_can_be_trained(mechanism: str, options: list[str], tmp_path: Path, few: None) -> None:
+    """A step by the command, and the adapter it writes."""
+    settings = ["-s", "steps=1", "-s", "batch_size=2", "-s", "warmup=0", "--no-evaluate"]
+    named = ["--mechanism", mechanism, *(part for option in options for part in ("-o", option))]
+    with pytest.raises(SystemExit) as end:
+        main(["distill", "run", "--preset", "tiny", *named, *settings, "--output", str(tmp_path)])
+    assert end.value.code == 0
+    pipe = FluxPipeline.from_pretrained(tiny.path("flux"))
+    before = pipe.transformer.transformer_blocks[0].attn.to_q.weight.clone()
+    handle = diffattn.load(pipe, tmp_path / "adapter")
+    assert handle.layers[0].mechanism.type == mechanism
+    assert not torch.equal(pipe.transformer.transformer_blocks[0].attn.to_q.weight, before)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "name a --preset"),
+        (["--preset", "tiny", "-o", "radius=2"], "-o is for an option of --mechanism"),
         (["--preset", "huge"], "unknown preset 'huge'"),
         (["--preset", "tiny", "-s", "stepz=1"], "unknown field 'stepz'"),
         (["--preset", "tiny", "--resume", "yes"], "--resume is auto or never"),

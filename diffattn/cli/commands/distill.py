@@ -1,12 +1,13 @@
 """The commands `diffattn distill run | evaluate | export | cache | generate`: train efficient attention, judge it."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..frame import Device, Dtype, Seed, app, examples, output_option, quiet
+from ..frame import Device, Dtype, Options, Seed, app, examples, output_option, quiet
 from ..ranks import is_first, own_device
 
 distill = typer.Typer(
@@ -26,6 +27,7 @@ Overrides = Annotated[
     epilog=examples(
         "diffattn distill run --preset tiny",
         "diffattn distill run --preset tiny -s mechanism.radius=2 -s steps=500 --output outputs/radius-2",
+        "diffattn distill run --preset tiny --mechanism routing -o top_k=4 -o tile=2 -o pool=2",
         "diffattn distill run --config run.toml --resume auto",
         "accelerate launch -m diffattn.distill run --preset clear_flux_official --data cache",
         "torchrun --nproc-per-node 8 -m diffattn.distill run --config run.toml --data cache -s sharded=true",
@@ -37,6 +39,10 @@ def run(
     data: Annotated[
         str | None, typer.Option(help="Folder made by `diffattn distill cache`; shapes: the bundled world.")
     ] = None,
+    mechanism: Annotated[
+        str | None, typer.Option(help="Short name, see `diffattn list`. Default: the config's.")
+    ] = None,
+    option: Options = None,
     set_: Overrides = None,
     resume: Annotated[str, typer.Option(help="auto: go on from the folder's last checkpoint; never.")] = "never",
     judge: Annotated[bool, typer.Option("--evaluate/--no-evaluate", help="Evaluate at the end.")] = True,
@@ -47,8 +53,12 @@ def run(
     import diffattn.distill.run as running
     from diffattn.parallel.operations.collectives import leave_group
 
+    from ..arguments import parse_mechanism
+
     if preset is None and config is None:
         raise ValueError(f"name a --preset ({', '.join(configs.PRESETS)}) or a --config file")
+    if option and mechanism is None:
+        raise ValueError("-o is for an option of --mechanism; one of the config's mechanism is -s mechanism.NAME=VALUE")
     if resume not in ("auto", "never"):
         raise ValueError(f"--resume is auto or never, got {resume!r}")
     chosen = configs.preset(preset) if preset is not None else None
@@ -56,6 +66,8 @@ def run(
         chosen = configs.read_config(config, chosen)
     assert chosen is not None
     given = [] if data is None else [f"data={data}"]
+    if mechanism is not None:
+        chosen = replace(chosen, mechanism=parse_mechanism(mechanism, option or ()))
     chosen = configs.override(chosen, [*given, *(set_ or ())])
     with quiet():
         try:

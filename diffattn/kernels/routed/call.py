@@ -115,7 +115,7 @@ def routed_call(
     if order is None:
         found = places(grid.shape, tile, block, q.device)
         slots, size = found.slots.flatten(), (found.slots.shape[0], found.slots.shape[1])
-        real = None if bool(found.real.all()) else found.real.flatten()[None]
+        real = None if slots.numel() == grid.cells else found.real.flatten()[None]
     else:
         slots, size = order.flatten(0, 1), (order.shape[-1] // math.prod(tile), math.prod(tile))
         real = None if grid.cells == order.shape[-1] else slots >= 0
@@ -124,7 +124,7 @@ def routed_call(
     bias = None if bias is None else bias.expand(heads, -1).unflatten(1, size)
     other_bias = None if other_bias is None else other_bias.expand(heads, -1)
     means = block_means(keys, values, bias, math.prod(block), spread=lists is None)
-    all_real = bool(asking.real.all())
+    all_real = asking.slots.numel() == grid.cells
     own = own_tiles(grid.shape, query_tile, tile, q.device) if order is None and lists is None else None
     most = chosen if isinstance(chosen, int) else chosen.tiles.shape[1]
     return RoutedCall(
