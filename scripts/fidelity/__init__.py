@@ -1,0 +1,1 @@
+"""What `scripts/routing_fidelity.py` is made of."""
