@@ -20,8 +20,7 @@ from tqdm.auto import tqdm
 
 from diffattn.files.writing import write_json, written
 from diffattn.measure import Timing, hardware, hardware_line, psnr, ssim, synchronize
-from diffattn.mechanisms import ClearAttention, Mechanism
-from diffattn.mechanisms.agent import AgentAttention
+from diffattn.mechanisms import AgentAttention, ClearAttention, Mechanism, RoutingAttention, SoftmaxAttention
 from diffattn.media.drawing import Entry, error_map, sheet
 from diffattn.swap.apply import apply
 from diffattn.swap.report import summary
@@ -34,17 +33,27 @@ logger = logging.getLogger("diffattn")
 FULL = "full"
 
 
+@dataclass(frozen=True)
+class Method:
+    """What a column is made with."""
+
+    mechanism: Mechanism
+    reuse: int = 1
+    untrained: bool = False
+    """Is it meant for models without trained weights? Then it has its place on the second sheet."""
+
+
 @dataclass
 class Column:
     """What one method made: an image per prompt."""
 
     name: str
-    mechanism: Mechanism | None
+    method: Method | None
     """None for the model's own attention."""
     pictures: list[Image.Image] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     share: float = 1.0
-    """Operations of its attention over those of full attention, in the swapped layers."""
+    """Operations of its attention over those of full attention, in the swapped layers and all steps."""
     psnr: list[float] = field(default_factory=list)
     ssim: list[float] = field(default_factory=list)
 
@@ -56,7 +65,8 @@ class Column:
         """What was measured; an infinite PSNR, of equal images, as None."""
         return {
             "method": self.name,
-            "mechanism": self.mechanism.to_dict() if self.mechanism else None,
+            "mechanism": self.method.mechanism.to_dict() if self.method else None,
+            "reuse": self.method.reuse if self.method else 1,
             "time_per_picture": self.timing.to_dict(),
             "attention_share": self.share,
             "psnr_db": [value if math.isfinite(value) else None for value in self.psnr],
@@ -77,6 +87,11 @@ class Demo:
     seed: int
     elapsed: float
 
+    def of_sheet(self, untrained: bool) -> list[Column]:
+        """Full attention and the methods of one sheet."""
+        full, *others = self.columns
+        return [full, *(column for column in others if column.method and column.method.untrained == untrained)]
+
     @property
     def faster(self) -> bool:
         """Is some method's slowest image faster than full attention's fastest?"""
@@ -88,17 +103,28 @@ class Demo:
             "prompts": self.prompts,
             "seed": self.seed,
             "call": {key: value for key, value in self.call.items() if isinstance(value, (int, float, str))},
-            "methods": [column.to_dict() for column in self.columns],
+            "methods": [column.to_dict() for column in self.of_sheet(untrained=False)],
+            "without_training": [column.to_dict() for column in self.of_sheet(untrained=True)[1:]],
             "restored_bit_identical": self.restored,
             "hardware": self.machine,
             "elapsed_s": self.elapsed,
         }
 
 
-def default_methods(radii: Sequence[float]) -> dict[str, Mechanism]:
-    """CLEAR at each radius, and agent attention."""
-    methods: dict[str, Mechanism] = {f"CLEAR radius {radius:g}": ClearAttention(radius=radius) for radius in radii}
-    return {**methods, "agent": AgentAttention()}
+def default_methods(model: str, radii: Sequence[float]) -> dict[str, Method]:
+    """CLEAR at each radius, and agent attention; then what needs no training."""
+    trained = {f"CLEAR radius {radius:g}": Method(ClearAttention(radius=radius)) for radius in radii}
+    trained["agent"] = Method(AgentAttention())
+    small = bool(native_call(model))  # 16 x 16 tokens
+    window = ClearAttention(radius=2 if small else 8, pool=2 if small else 4)
+    routing = RoutingAttention(share=0.51, tile=2, pool=2) if small else RoutingAttention(top_k=4)
+    untrained = {
+        "CLEAR, pool": Method(window, untrained=True),
+        "reuse 2": Method(SoftmaxAttention(), reuse=2, untrained=True),
+        "routing": Method(routing, untrained=True),
+        "routing, reuse": Method(routing, reuse=2, untrained=True),
+    }
+    return {**trained, **untrained}
 
 
 def default_prompts(model: str) -> list[str]:
@@ -111,7 +137,7 @@ def default_prompts(model: str) -> list[str]:
 def run(
     pipe: Any,
     prompts: Sequence[str],
-    methods: dict[str, Mechanism],
+    methods: dict[str, Method],
     *,
     seed: int = 0,
     call: dict[str, Any],
@@ -122,7 +148,7 @@ def run(
     Each method is tried once with two steps first, which is not timed. `call` holds further arguments of the pipeline.
     """
     start = time.perf_counter()
-    columns = [Column(FULL, None), *(Column(name, mechanism) for name, mechanism in methods.items())]
+    columns = [Column(FULL, None), *(Column(name, method) for name, method in methods.items())]
     pipe.set_progress_bar_config(disable=True)
 
     def draw(prompt: int, steps: int | None = None) -> Image.Image:
@@ -150,7 +176,8 @@ def run(
 
 def swapped(pipe: Any, column: Column, make: Callable[[], Any]) -> tuple[Any, float]:
     """`make()` and its seconds with the column's mechanism in place; restores the pipeline."""
-    handle = apply(pipe, column.mechanism) if column.mechanism else None
+    method = column.method
+    handle = apply(pipe, method.mechanism, reuse=method.reuse) if method else None
     try:
         synchronize(pipe.device)
         start = time.perf_counter()
@@ -158,7 +185,8 @@ def swapped(pipe: Any, column: Column, make: Callable[[], Any]) -> tuple[Any, fl
         synchronize(pipe.device)
         seconds = time.perf_counter() - start
         if handle:
-            column.share = summary(pipe).share or 1.0
+            report = summary(pipe)
+            column.share = report.computed or report.share or 1.0
     finally:
         if handle:
             handle.restore()
@@ -176,13 +204,14 @@ def compare(columns: Sequence[Column]) -> None:
         column.ssim = [ssim(np.asarray(a), np.asarray(b)) for a, b in pairs] if has_ssim else []
 
 
-def draw_sheet(demo: Demo) -> Image.Image:
+def draw_sheet(demo: Demo, untrained: bool) -> Image.Image:
     """Rows are prompts, columns are methods; below each image its distance to full attention's."""
-    full = demo.columns[0]
+    columns = demo.of_sheet(untrained)
+    full = columns[0]
     rows = []
     for number in range(len(demo.prompts)):
         row = [Entry(full.pictures[number], ("reference",))]
-        for column in demo.columns[1:]:
+        for column in columns[1:]:
             lines = [f"PSNR {_decibel(column.psnr[number])}"]
             lines += [f"SSIM {column.ssim[number]:.3f}"] if column.ssim else []
             lines.append(f"{column.seconds[number]:.2f} s")
@@ -190,10 +219,11 @@ def draw_sheet(demo: Demo) -> Image.Image:
                 Entry(column.pictures[number], tuple(lines), error_map(column.pictures[number], full.pictures[number]))
             )
         rows.append(row)
-    labels = [f"{column.name}\n{column.share:.0%} of the attention" for column in demo.columns]
+    labels = [f"{column.name}\n{column.share:.0%} of the attention" for column in columns]
     same = "bit-identical" if demo.restored else "NOT IDENTICAL"
     note = f"Small maps: largest difference of a channel to full attention. First image after restore: {same}."
-    title = f"One pipeline, {len(demo.columns)} attentions: same weights, same seeds"
+    title = f"One pipeline, {len(columns)} attentions: same weights, same seeds"
+    title += ", no training" if untrained else ""
     return sheet(rows, demo.prompts, labels, title=title, note=note)
 
 
@@ -228,17 +258,19 @@ def remarks(demo: Demo) -> list[str]:
             "What is saved is the share of attention; `diffattn bench` times attention alone, at 128x128 tokens."
         )
     sentences.append(
-        "The weights were trained with full attention; adapters (diffattn.load) bring the images closer to it."
+        "The weights were trained with full attention. Without training, routing and reuse stay near its images; for "
+        "the others there are adapters (diffattn.load)."
     )
     return sentences
 
 
-def save(demo: Demo, folder: Path) -> tuple[Path, Path]:
-    """Write `sheet.png` and `demo.json`."""
-    picture = draw_sheet(demo)
-    with written(folder / "sheet.png") as path:
-        picture.save(path)
-    return folder / "sheet.png", write_json(folder / "demo.json", demo.to_dict())
+def save(demo: Demo, folder: Path) -> list[Path]:
+    """Write `sheet.png`, `without-training.png` and `demo.json`."""
+    files = {folder / "sheet.png": False, folder / "without-training.png": True}
+    for file, untrained in files.items():
+        with written(file) as path:
+            draw_sheet(demo, untrained).save(path)
+    return [*files, write_json(folder / "demo.json", demo.to_dict())]
 
 
 def _decibel(value: float) -> str:

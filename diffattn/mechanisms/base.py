@@ -1,7 +1,7 @@
 """What every attention mechanism is: a frozen config that can attend, count its cost and check a grid."""
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,17 @@ class Context:
     memory: dict[str, Any] | None = None
     """What this mechanism kept in an earlier step, to read and to fill: its own for each run, layer, sample (prompt and
     guidance branch) and shape, empty at their first call. None outside a pipeline and in training."""
+
+
+class Seen(NamedTuple):
+    """What queries see. Samples and heads are 1 where all see alike."""
+
+    keys: Tensor
+    """Which keys they see each by itself, bool `(b|1, h|1, n, n)`."""
+    means: Tensor
+    """Which blocks of cells they see by their mean, bool `(b|1, h|1, n, blocks)`."""
+    blocks: Tensor
+    """Which cells are in each block, bool `(b|1, h|1, blocks, cells)`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +127,21 @@ class Mechanism:
     def mask(self, grid: TokenGrid) -> Tensor:
         """Dense boolean `(queries, keys)`, True = may be seen. Only mechanisms that are a mask have one."""
         raise NotImplementedError(f"{self.type} is not a mask over the tokens")
+
+    def seen(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: TokenGrid,
+        *,
+        scale: float | None = None,
+        context: Context = Context(),
+    ) -> Seen:
+        """What each query of a call sees. Memory O(n^2). Not where a result is no softmax over keys and means."""
+        keys = self.mask(grid)[None, None, :, : grid.tokens]
+        nothing = torch.zeros(1, 1, 1, 0, dtype=torch.bool)
+        return Seen(keys, nothing.expand(-1, -1, grid.tokens, -1), nothing.mT.expand(-1, -1, -1, grid.cells))
 
     def flops(self, grid: TokenGrid, heads: int, head_dim: int, *, context: Context = Context()) -> int:
         """Floating-point operations of one call for one sample; a multiply-add counts as two."""

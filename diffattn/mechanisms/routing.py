@@ -16,7 +16,7 @@ there by clusters of unequal size, here by a balanced k-d tree.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Literal
 
@@ -30,9 +30,18 @@ from ..kernels.order import TileOrder
 from ..kernels.pattern import Shape
 from ..kernels.routed import BACKENDS, RoutedCall, choose_tiles, content_order, routed_call
 from ..options import Must, at_least
-from .base import Context, Mechanism, default_scale
+from .base import Context, Mechanism, Seen, default_scale
 from .parts.axes import PerAxis, check_divides, per_axis, sizes
-from .parts.exact_tiles import Sides, any_query, attend_tiles, explain_tiles, reference_tiles, within
+from .parts.exact_tiles import (
+    Sides,
+    any_query,
+    attend_tiles,
+    explain_tiles,
+    members,
+    reference_tiles,
+    seen_by_tiles,
+    within,
+)
 from .softmax import softmax_reference
 
 SHARE = Must("a number above 0 and at most 1", lambda share: 0 < share <= 1)
@@ -254,18 +263,42 @@ class RoutingAttention(Mechanism):
             return softmax_reference(q, k, v, scale=scale, mask=context.mask)
         order = self.slots(q, k, grid, context)
         chosen = self._choose(q, k, v, grid, scale, context.mask, order) if chosen is None else chosen
-        picked = torch.zeros(*chosen.shape[:3], self.tiles_in(grid), dtype=torch.bool, device=q.device)
+        picked = self._picked(chosen, grid)
         return reference_tiles(
             q,
             k,
             v,
             grid,
             self.sides(grid),
-            picked.scatter_(-1, chosen, True),
+            picked,
             scale=scale,
             mask=context.mask,
             order=order,
         )
+
+    def _picked(self, chosen: Tensor, grid: TokenGrid) -> Tensor:
+        """Which tiles are chosen, bool `(b, h, query tiles, tiles)`."""
+        picked = torch.zeros(*chosen.shape[:3], self.tiles_in(grid), dtype=torch.bool, device=chosen.device)
+        return picked.scatter_(-1, chosen, True)
+
+    def seen(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: TokenGrid,
+        *,
+        scale: float | None = None,
+        context: Context = Context(),
+    ) -> Seen:
+        """What each query sees, by a choice and an order of this call."""
+        sides, order = self.sides(grid), self.slots(q, k, grid, replace(context, memory=None))
+        picked = self._picked(self._choose(q, k, v, grid, scale, context.mask, order), grid)
+        tiles, blocks = members(k, grid, sides, order)
+        seen = seen_by_tiles(grid, sides, picked, tiles, blocks)
+        if self.is_exact(grid):
+            seen[..., : grid.tokens], seen[..., grid.tokens :] = True, False
+        return Seen(seen[..., : grid.tokens], seen[..., grid.tokens :], blocks > 0)
 
     def flops(self, grid: TokenGrid, heads: int, head_dim: int, *, context: Context = Context()) -> int:
         """Products of the softmax; of the choice, its pass over the blocks' weights and the products of the spreads."""

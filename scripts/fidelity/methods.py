@@ -101,10 +101,9 @@ class OracleRouting(RoutingAttention):
         lse = (scale * cells_q @ k.mT).logsumexp(-1, keepdim=True)
         exact = (scale * cells_q @ cells_k.mT - lse).exp()
         pooled = (scale * cells_q @ mean_k.mT + count.log().mT - lse).exp()
-        of_tile = (tiles @ blocks.mT > 0).to(q.dtype)
         found = []
-        for tile in range(tiles.shape[0]):
-            off = (exact * tiles[tile]) @ cells_v - (pooled * of_tile[tile]) @ mean_v
+        for own, means in zip(tiles > 0, tiles @ blocks.mT > 0, strict=True):
+            off = exact[..., own] @ cells_v[..., own, :] - pooled[..., means] @ mean_v[..., means, :]
             found.append(off.square().sum(-1))
         mine = members(k, grid, sides._replace(tile=sides.asking, block=sides.asking), None)[0][0, 0]
         return (mine @ torch.stack(found, -1)) / mine.sum(1)[:, None]

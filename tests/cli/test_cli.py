@@ -171,6 +171,36 @@ def test_mask_draws_a_picture(tmp_path: Path) -> None:
     assert [file.name for file in target.parent.iterdir()] == ["mask.png"]
 
 
+def test_mask_draws_what_a_query_of_a_model_sees(model: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    target = tmp_path / "seen.png"
+    options = ["-o", "share=0.6", "-o", "tile=2", "-o", "pool=2"]
+    at_work = ["--model", model, "--prompt", "a red circle", "--steps", 2, "--step", 1, "--head", 1]
+    succeed("mask", "routing", *options, *at_work, "--query", "3,5", "--output", target)
+    with Image.open(target) as picture:
+        assert picture.width > 2 * picture.height
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["routing"], "with --model it is drawn at work"),
+        (["clear", "-o", "radius=2", "--step", "1"], "add --model"),
+        (["clear", "-o", "radius=2", "--model", "tiny"], "add --prompt"),
+        (["clear", "-o", "radius=2", "--model", "tiny", "--prompt", "x", "--grid", "4x4"], "leave them out"),
+        (["agent", "--model", "tiny", "--prompt", "x"], "agent does not choose among keys"),
+        (["clear", "-o", "radius=2", "--model", "tiny", "--prompt", "x", "--steps", "1", "--head", "99"], "heads 0 to"),
+        (
+            ["clear", "-o", "radius=2", "--model", "tiny", "--prompt", "x", "--steps", "1", "--step", "1"],
+            "steps 0 to 0",
+        ),
+    ],
+)
+def test_what_mask_cannot_draw(arguments: list[str], words: str, tmp_path: Path) -> None:
+    assert words in refusal("mask", *arguments, "--output", tmp_path / "mask.png")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_mask_names_the_missing_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     line = refusal("mask", "clear", "-o", "radius=2", "--output", tmp_path / "mask.png")
@@ -236,8 +266,12 @@ def test_demo_draws_a_sheet_and_writes_its_numbers(model: str, tmp_path: Path) -
     assert agent["mechanism"]["type"] == "agent" and 0 < agent["attention_share"] < 1
     assert all(value > 3 for value in window["psnr_db"] + agent["psnr_db"])
     assert len(window["time_per_picture"]["rounds_s"]) == len(window["ssim"]) == 2
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.width > 3 * 256 and sheet.height > 2 * 256
+    pooled, reuse, routing, both = numbers["without_training"]
+    assert pooled["mechanism"]["pool"] is not None and routing["mechanism"]["type"] == "routing"
+    assert (reuse["mechanism"]["type"], reuse["reuse"], routing["reuse"], both["reuse"]) == ("softmax", 2, 1, 2)
+    for name, columns in (("sheet.png", 3), ("without-training.png", 5)):
+        with Image.open(tmp_path / name) as sheet:
+            assert sheet.width > columns * 256 and sheet.height > 2 * 256
 
 
 def test_generate_compares_and_numbers_its_pictures(model: str, tmp_path: Path) -> None:

@@ -46,10 +46,11 @@ def demo(
     device: Device = "auto",
     dtype: Dtype = "auto",
     output: Annotated[
-        Path, output_option("Folder for sheet.png and demo.json; those of a former demo are replaced.")
+        Path,
+        output_option("Folder for sheet.png, without-training.png and demo.json; those of a former demo are replaced."),
     ] = Path("outputs/demo"),
 ) -> None:
-    """Draw the same prompts by full and by efficient attention: one sheet of images, one table."""
+    """Draw the same prompts by full and by efficient attention: two sheets of images, one table."""
     from diffattn.media.outputs import check_folder
 
     from .. import demonstration
@@ -59,7 +60,7 @@ def demo(
     check_folder(output)
     locate(model)
     prompts = prompt or demonstration.default_prompts(model)
-    methods = demonstration.default_methods(whole(radius or (4, 8)))
+    methods = demonstration.default_methods(model, whole(radius or (4, 8)))
     pipe = opened(model, device, dtype)
     if makes_video(pipe):
         raise ValueError(f"{type(pipe).__name__} makes videos, and the demonstration draws images; name another model")
@@ -68,6 +69,6 @@ def demo(
     call = {**native_call(model), **{key: value for key, value in given.items() if value is not None}}
     with quiet(ours=True), cpu_threads(threads or (1 if native_call(model) else None)):
         result = demonstration.run(pipe, prompts, methods, seed=seed, call=call, progress=True)
-    sheet, numbers = demonstration.save(result, output)
+    files = " and ".join(map(str, demonstration.save(result, output)))
     Console().print(demonstration.table(result))
-    typer.echo("\n".join([*demonstration.remarks(result), f"wrote {sheet} and {numbers} in {result.elapsed:.0f} s"]))
+    typer.echo("\n".join([*demonstration.remarks(result), f"wrote {files} in {result.elapsed:.0f} s"]))

@@ -122,3 +122,7 @@ class RoundedWindow:
         tiles, blocks = members(torch.zeros(()), self.grid, self.sides, None)
         picked = self.picked(torch.device("cpu"))[None, None]
         return seen_by_tiles(self.grid, self.sides, picked, tiles, blocks)[0, 0]
+
+    def members(self) -> Tensor:
+        """Which cells are in each block, bool `(1, 1, blocks, cells)`."""
+        return members(torch.zeros(()), self.grid, self.sides, None)[1] > 0

@@ -11,7 +11,7 @@ from diffattn.kernels.choose import choose
 from diffattn.kernels.pattern import Pattern
 from diffattn.kernels.routed import BACKENDS
 
-from ..base import Context, Mechanism, default_scale
+from ..base import Context, Mechanism, Seen, default_scale
 from .axes import PerAxis, sizes
 from .rounded import RoundedWindow
 
@@ -107,6 +107,22 @@ class Window(Mechanism):
         self.check(grid)
         rounded = self.rounded(grid)
         return self.window_mask(grid) if rounded is None else rounded.mask()
+
+    def seen(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: TokenGrid,
+        *,
+        scale: float | None = None,
+        context: Context = Context(),
+    ) -> Seen:
+        rounded = self.rounded(grid)
+        if rounded is None or rounded.is_exact:
+            return super().seen(q, k, v, grid, scale=scale, context=context)
+        mask = self.mask(grid)[None, None]
+        return Seen(mask[..., : grid.tokens], mask[..., grid.tokens :], rounded.members())
 
     def flops(self, grid: TokenGrid, heads: int, head_dim: int, *, context: Context = Context()) -> int:
         self.check(grid)
