@@ -42,10 +42,15 @@ def families() -> list[dict[str, Any]]:
 
 
 def kernels(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Name of every kernel, and None or the reason why it does not run here."""
+    """Name of every kernel, what it computes, and None or the reason why it does not run here."""
     tokens, grid = torch.empty(1, 1, 4, 8, device=device, dtype=dtype), TokenGrid(2, 2)
     call = WindowCall(tokens, tokens, tokens, grid, NeighborhoodAttention(kernel_size=2).pattern(grid), 1.0)
-    return [{"name": name, "why_not": backend.refuses(call)} for name, backend in BACKENDS.items()]
+    both = {"dense", "flex"}
+    found = [
+        {"name": name, "serves": "all" if name in both else "windows", "why_not": backend.refuses(call)}
+        for name, backend in BACKENDS.items()
+    ]
+    return [*found, {"name": "gather", "serves": "routing and pool=", "why_not": None}]
 
 
 def tables(found: dict[str, Any]) -> list[Table]:
@@ -57,9 +62,10 @@ def tables(found: dict[str, Any]) -> list[Table]:
     second = Table("family", "models", title="Model families", title_justify="left")
     for family in found["families"]:
         second.add_row(family["name"], ", ".join(family["models"]))
-    third = Table("backend", "here", title="Kernels", title_justify="left")
+    third = Table("backend", "for", "here", title="Kernels", title_justify="left")
     for kernel in found["kernels"]:
-        third.add_row(kernel["name"], "available" if kernel["why_not"] is None else escape(f"no: {kernel['why_not']}"))
+        here = "available" if kernel["why_not"] is None else escape(f"no: {kernel['why_not']}")
+        third.add_row(kernel["name"], kernel["serves"], here)
     return [first, second, third]
 
 
