@@ -43,14 +43,14 @@ def compare(
     painter: Painter, methods: Sequence[Method], draw: Callable[[int], np.ndarray], grid: TokenGrid, steps: range
 ) -> list[Line]:
     """PSNR of each method's images to full attention's."""
-    numbers = range(len(painter.prompts))
+    numbers, shares = range(len(painter.prompts)), [method.share(grid, steps) for method in methods]
     full = [draw(number) for number in tqdm(numbers, desc="full attention", disable=None)]
     lines = []
-    for method in methods:
+    for method, share in zip(methods, shares, strict=True):
         with method.on(painter.image_to_image):
             images = [draw(number) for number in tqdm(numbers, desc=method.name, leave=False, disable=None)]
         values = tuple(min(psnr(one, other), BEST_SEEN) for one, other in zip(images, full, strict=True))
-        lines.append(Line(method.name, method.share(grid, steps), values))
+        lines.append(Line(method.name, share, values))
         tqdm.write(lines[-1].decibels)
     return lines
 
@@ -144,7 +144,7 @@ def velocity(count: Count = 8, seed: Seed = 1, output: Output = FOLDER) -> None:
         Method("halo, tile 8, pool 4", halo_of(0.13, grid, (8,), pool=4)),
         Method("routing, tile 8 pool 8", RoutingAttention(**share, tile=8, pool=8)),
         Method("routing, tile 8 pool 4", RoutingAttention(**share, tile=8, pool=4)),
-        Method("routing, tile 8 pool 4, query_tile 16", RoutingAttention(**share, tile=8, pool=4, query_tile=16)),
+        Method("routing, tile 8 pool 4, query_tile 16", RoutingAttention(share=0.15, tile=8, pool=4, query_tile=16)),
         Method("routing, order=content", RoutingAttention(**share, tile=8, pool=4, order="content")),
     ]
     lines = error_lines(painter, methods, zoom=4, grid=grid)
@@ -154,10 +154,11 @@ def velocity(count: Count = 8, seed: Seed = 1, output: Output = FOLDER) -> None:
 
 def error_lines(painter: Painter, methods: Sequence[Method], zoom: int, grid: TokenGrid, **options: Any) -> list[Line]:
     """Errors of each method on full attention's own path."""
+    shares = [share_of(method.mechanism, grid) for method in methods]  # refuses what the grid cannot have
     calls = painter.record(zoom, **options)
     lines = []
-    for method in methods:
-        lines.append(Line(method.name, share_of(method.mechanism, grid), painter.errors(calls, zoom, method)))
+    for method, share in zip(methods, shares, strict=True):
+        lines.append(Line(method.name, share, painter.errors(calls, zoom, method)))
         tqdm.write(lines[-1].error)
     return lines
 
