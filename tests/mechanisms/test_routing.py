@@ -23,6 +23,7 @@ GRIDS = {
     "frames": (TokenGrid(9, 10, frames=5, before=3), {"tile": (2, 4, 4), "pool": (1, 2, 2), "share": 0.7}),
     "wide queries": (TokenGrid(16, 24), {"tile": 4, "pool": 4, "query_tile": 8, "share": 0.5}),
     "narrow queries": (TokenGrid(16, 17), {"tile": 4, "pool": 4, "query_tile": (1, 2, 3), "share": 0.5}),
+    "tile of an image": (TokenGrid(16, 24, before=2), {"tile": (4, 8), "pool": 2, "share": 0.6}),
     "a block a tile": (TokenGrid(16, 16, after=1), {"tile": 4, "pool": 4, "top_k": 3}),
 }
 

@@ -23,6 +23,7 @@ def per_axis(value: PerAxis, missing: int) -> Shape:
 
 
 def check_divides(name: str, tile: PerAxis, pool: PerAxis) -> None:
-    """Raise `ValueError` where a tile is not made of whole blocks."""
-    if any(side % part for side, part in zip(per_axis(tile, 1), per_axis(pool, 1), strict=True)):
+    """Raise `ValueError` where a tile is not made of whole blocks. One of (rows, columns) says nothing of frames."""
+    first = 1 if isinstance(tile, tuple) and len(tile) == 2 else 0
+    if any(side % part for side, part in zip(per_axis(tile, 1)[first:], per_axis(pool, 1)[first:], strict=True)):
         raise ValueError(f"{name}: pool must divide the tile along each axis, got pool={pool}, tile={tile}")
