@@ -11,7 +11,10 @@
     python scripts/train_tiny.py video-export
     python scripts/train_tiny.py video-evaluate
 
-Every step works on `--work-dir`; `flow --resume` and `video-flow --resume` go on from the last checkpoint there.
+    python scripts/train_tiny.py wan-vae
+    python scripts/train_tiny.py wan-flow
+
+Every step works on `--work-dir`; with `--resume` `flow`, `video-flow` and `wan-flow` go on from the last checkpoint.
 `decoder`, `flow` and `export` may run side by side: a checkpoint is replaced in one rename.
 """
 
@@ -31,6 +34,9 @@ from tiny_training.export import export_pipeline, export_video_pipeline, folder_
 from tiny_training.fit_flow import FlowPlan, fit_flow
 from tiny_training.fit_vae import fit_vae, refine_decoder
 from tiny_training.fit_video import VideoPlan, draw_frames, fit_video
+from tiny_training.fit_wan import WanPlan, fit_wan
+from tiny_training.fit_wan_vae import fit_wan_vae
+from tiny_training.wan_parts import build_wan_vae
 
 from diffattn import tiny
 from diffattn.tiny import moving, shapes
@@ -44,10 +50,12 @@ Threads = Annotated[int, typer.Option(help="Compute threads.")]
 Nice = Annotated[int, typer.Option(help="How far to step back for other processes.")]
 WORK_DIR = Path(tempfile.gettempdir()) / "diffattn-tiny"
 VIDEO_WORK_DIR = Path(tempfile.gettempdir()) / "diffattn-video"
+WAN_WORK_DIR = Path(tempfile.gettempdir()) / "diffattn-wan"
 FOLDER = tiny.path("flux")
 VIDEO_FOLDER = tiny.path("video")
 PLAN = FlowPlan()
 VIDEO_PLAN = VideoPlan()
+WAN_PLAN = WanPlan()
 
 
 def settle(threads: int, nice: int) -> None:
@@ -228,6 +236,48 @@ def video_evaluate(
         for figure in ("identity", "colour_identity", "shape_identity", "background_identity", "clean", "acceleration"):
             values = [getattr(figures, figure) for figures in measured]
             typer.echo(f"{name} {figure}: mean {np.nanmean(values):.3f}, worst {worst(figure)(values):.3f}")
+
+
+@app.command()
+def wan_vae(
+    work_dir: WorkDir = WAN_WORK_DIR, steps: int = 1500, seed: int = 0, threads: Threads = 1, nice: Nice = 5
+) -> None:
+    """Train the VAE of Wan's class on clips, and save it in WORK_DIR/vae."""
+    settle(threads, nice)
+    torch.manual_seed(seed)
+    model = build_wan_vae()
+    fit_wan_vae(model, steps=steps, batch_size=4, rate=2e-3, seed=seed)
+    model.save_pretrained(work_dir / "vae")
+
+
+@app.command()
+def wan_flow(
+    work_dir: WorkDir = WAN_WORK_DIR,
+    steps: Annotated[int, typer.Option(help="Steps in all.")] = WAN_PLAN.steps,
+    picture_steps: Annotated[int, typer.Option(help="Steps on single frames.")] = WAN_PLAN.picture_steps,
+    short_steps: Annotated[int, typer.Option(help="Steps on the first latent frames.")] = WAN_PLAN.short_steps,
+    batch_size: Annotated[int, typer.Option(help="Clips a step.")] = WAN_PLAN.batch_size,
+    clips: Annotated[int, typer.Option(help="Encoded clips.")] = WAN_PLAN.clips,
+    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = WAN_PLAN.rate,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = WAN_PLAN.save_every,
+    seed: int = WAN_PLAN.seed,
+    resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint.")] = False,
+    threads: Threads = 1,
+    nice: Nice = 5,
+) -> None:
+    """Train the video transformer and its text encoder, after `wan-vae`; checkpoints go to WORK_DIR/wan.pt."""
+    settle(threads, nice)
+    plan = WanPlan(
+        steps=steps,
+        picture_steps=picture_steps,
+        short_steps=short_steps,
+        batch_size=batch_size,
+        clips=clips,
+        rate=rate,
+        save_every=save_every,
+        seed=seed,
+    )
+    fit_wan(plan, work_dir, resume)
 
 
 def worst(figure: str) -> Callable[[Sequence[float]], float]:

@@ -38,6 +38,9 @@ PERIODS = (36, 40, 44, 48)
 MOTIONS: dict[str, int] = {"sideways": 0, "up and down": 1}
 """Axis of each motion."""
 
+SET_APART = 32
+"""Combinations of colour, shape and background, of 80, whose captions judge the video transformer."""
+
 MOVING_COLOURS = ("red", "yellow", "green", "blue", "white")
 """Those colours of `diffattn.tiny.shapes` between any two of which there is no third."""
 
@@ -105,8 +108,7 @@ def scenes() -> Iterator[MovingScene]:
 
 def is_held_out(scene: MovingScene) -> bool:
     """True for about one in ten (colour, shape, background) combinations, chosen by a checksum of their names."""
-    key = f"{scene.colour}/{scene.shape}/{scene.background}"
-    return zlib.crc32(key.encode()) % 10 == 0
+    return zlib.crc32(_name(scene).encode()) % 10 == 0
 
 
 def held_out_scenes(count: int, seed: int = 0) -> list[MovingScene]:
@@ -116,6 +118,22 @@ def held_out_scenes(count: int, seed: int = 0) -> list[MovingScene]:
         raise ValueError(f"expected a count from 1 to {len(pool)}, the number of held-out scenes; got {count}")
     chosen = np.random.default_rng(seed).choice(len(pool), size=count, replace=False)
     return [pool[index] for index in chosen]
+
+
+def set_apart_scenes() -> list[MovingScene]:
+    """The 64 scenes of the SET_APART (colour, shape, background) combinations with the smallest checksums."""
+    combinations = sorted({_name(scene) for scene in scenes()}, key=lambda name: zlib.crc32(name.encode()))
+    chosen = set(combinations[:SET_APART])
+    return [scene for scene in scenes() if _name(scene) in chosen]
+
+
+def is_set_apart(scene: MovingScene) -> bool:
+    """True for the scenes that the transformer's training never saw: two combinations in five."""
+    return scene in set_apart_scenes()
+
+
+def _name(scene: MovingScene) -> str:
+    return f"{scene.colour}/{scene.shape}/{scene.background}"
 
 
 def caption(scene: MovingScene, *, colour: bool = True, shape: bool = True, motion: bool = True) -> str:
