@@ -29,8 +29,7 @@ families = pytest.mark.parametrize("family", ["Flux", "Wan"])
 mechanisms = pytest.mark.parametrize(
     "mechanism",
     [
-        pytest.param(ROUTING, id="routing"),
-        pytest.param(replace(ROUTING, order="content"), id="content"),
+        pytest.param(replace(ROUTING, order="content"), id="routing"),
         pytest.param(POOL, id="pool"),
     ],
 )
