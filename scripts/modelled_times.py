@@ -75,9 +75,9 @@ def section() -> str:
     """All that stands between the markers."""
     cards = "; ".join(f"{card.name} {card.tflops:g} TFLOP/s, {card.gigabytes:g} GB/s" for card in CARDS.values())
     head = [
-        f"**Modelled, not measured**: one call of {HEADS} heads x {HEAD_DIM} in bfloat16. Each part takes the longer of",
-        f"FLOPs at {MATMUL:.0%} of the peak and bytes at {MEMORY:.0%} of the bandwidth; parts do not overlap, caches and",
-        f"launches cost nothing. Data sheets: {cards}.",
+        f"**Modelled, not measured**: one call of {HEADS} heads x {HEAD_DIM} in bfloat16. Each part takes the longer",
+        f"of FLOPs at {MATMUL:.0%} of the peak and bytes at {MEMORY:.0%} of the bandwidth; parts do not overlap,",
+        f"caches and launches cost nothing. Data sheets: {cards}.",
     ]
     return "\n".join([MARKERS[0], *head, *cards_table(), *parts_table(), MARKERS[1]])
 
