@@ -79,10 +79,11 @@ def routing_parts(mechanism: RoutingAttention, grid: TokenGrid, heads: int, head
     exact = mechanism.exact_tiles(grid) * (cells / tiles)
     row = heads * head_dim * HALF  # bytes of a token in all heads
     logits = cells * blocks * heads
+    weighed = asking * blocks * heads if mechanism.chosen_by == "mean" else logits
     return [
         Part("order", 0, 2 * 4 * cells * row),
         Part("means", 0, 2 * cells * row + 4 * blocks * heads * head_dim * SINGLE),
-        Part("choice", 2 * logits * head_dim + 2 * asking * blocks * heads * head_dim, PASSES * logits * SINGLE),
+        Part("choice", 2 * weighed * head_dim + 2 * asking * blocks * heads * head_dim, PASSES * weighed * SINGLE),
         Part("lists", 0, 2 * asking * tiles * heads * SINGLE + 2 * asking * blocks * heads),
         Part("exact tiles", 4 * cells * exact * heads * head_dim, 4 * cells * row),
         Part("means seen", 4 * logits * head_dim, 0),

@@ -70,6 +70,9 @@ class RoutingAttention(Mechanism):
     """Tiles of neighbouring keys, or of keys that are alike: a k-d tree on the keys of each head."""
     refresh: Annotated[int, at_least(1)] = 1
     """Calls of a layer, one a step, for which an order by content is kept: more are faster, and fit less well."""
+    chosen_by: Literal["queries", "mean"] = "queries"
+    """Whose weights P count in the choice: those of all queries of a tile, or of their mean, which takes a fraction of
+    the time and chooses less well."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,6 +175,7 @@ class RoutingAttention(Mechanism):
             block=pool,
             chosen=self.exact_tiles(grid),
             order=order,
+            by_mean=self.chosen_by == "mean",
         )
 
     def slots(self, q: Tensor, k: Tensor, grid: TokenGrid, context: Context) -> Tensor | None:
@@ -307,7 +311,9 @@ class RoutingAttention(Mechanism):
         asking, tile, pool = self.sides(grid)
         blocks = self.tiles_in(grid) * (math.prod(tile) // math.prod(pool))
         pairs = self._pairs_beside_tiles(grid) + grid.cells * self.exact_tiles(grid) * math.prod(tile)
-        choice = 2 * grid.cells * blocks + 2 * TileOrder(grid.shape, asking).tiles * blocks * head_dim
+        rows = TileOrder(grid.shape, asking).tiles
+        choice = 2 * rows * blocks * head_dim
+        choice += choice if self.chosen_by == "mean" else 2 * grid.cells * blocks
         return heads * (4 * pairs * head_dim + choice)
 
 

@@ -23,6 +23,10 @@ GRIDS = {
     "frames": (TokenGrid(9, 10, frames=5, before=3), {"tile": (2, 4, 4), "pool": (1, 2, 2), "share": 0.7}),
     "wide queries": (TokenGrid(16, 24), {"tile": 4, "pool": 4, "query_tile": 8, "share": 0.5}),
     "narrow queries": (TokenGrid(16, 17), {"tile": 4, "pool": 4, "query_tile": (1, 2, 3), "share": 0.5}),
+    "chosen by the mean": (
+        TokenGrid(13, 18, before=3, after=2),
+        {"tile": 4, "pool": 2, "share": 0.7, "chosen_by": "mean"},
+    ),
     "tile of an image": (TokenGrid(16, 24, before=2), {"tile": (4, 8), "pool": 2, "share": 0.6}),
     "a block a tile": (TokenGrid(16, 16, after=1), {"tile": 4, "pool": 4, "top_k": 3}),
 }
@@ -117,6 +121,19 @@ def test_the_tiles_with_the_largest_error_are_chosen() -> None:
     v[0, 0, slots[5], 0] = torch.tensor([2.0, 0.0, 1.0, -1.0], dtype=torch.float64)
     chosen = RoutingAttention(tile=2, pool=2, top_k=2).choose(q, k, v, grid)[0, 0]
     assert all(5 in own for own in chosen.tolist())
+
+
+def test_a_choice_by_the_mean_is_that_of_one_query_for_all() -> None:
+    """Where the queries of a tile are alike, both choose alike; elsewhere they need not."""
+    grid = TokenGrid(12, 12, before=2)
+    q, k, v = inputs(grid, d=8)
+    rows, columns = grid.positions()[1:]
+    alike = q.clone()
+    alike[:, :, grid.cell_slice] = torch.randn(2, 3, 9, 8, dtype=torch.float64)[:, :, rows // 4 * 3 + columns // 4]
+    each, mean = (RoutingAttention(tile=4, pool=2, top_k=3, chosen_by=by) for by in ("queries", "mean"))
+    assert torch.equal(each.choose(alike, k, v, grid), mean.choose(alike, k, v, grid))
+    assert not torch.equal(each.choose(q, k, v, grid), mean.choose(q, k, v, grid))
+    assert mean.flops(grid, 3, 8) < each.flops(grid, 3, 8)
 
 
 @pytest.mark.parametrize("sides", [(8, 8), (9, 7)], ids=["whole blocks", "cut blocks"])

@@ -35,6 +35,8 @@ class RoutedCall(NamedTuple):
     """Sides of a tile of queries."""
     chosen: int
     """Exact tiles of each tile of queries; with `lists` the most."""
+    by_mean: bool = False
+    """Is the choice by the mean of the queries of a tile, not by each of them?"""
     lists: Lists | None = None
     """The exact tiles, where they are not chosen by content; the tiles of queries lie in the order of its rows."""
 
@@ -97,6 +99,7 @@ def routed_call(
     block: Shape,
     chosen: int | Lists,
     order: Tensor | None = None,
+    by_mean: bool = False,
 ) -> RoutedCall:
     """Lay a call out.
 
@@ -104,6 +107,7 @@ def routed_call(
         mask: on keys, `(b|1, h|1, 1, tokens)`, bool or additive.
         chosen: how many tiles of keys a tile of queries has exactly, or which.
         order: number of the cell in each slot of the tiles, `(b, h, tiles * cells)`, -1 for padding; None: the grid's.
+        by_mean: choose by the mean of the queries of a tile.
     """
     (cells_q, _), (cells_k, other_k), (cells_v, other_v) = (grid.split(x) for x in (q, k, v))
     heads = q.shape[0] * q.shape[1]
@@ -129,7 +133,7 @@ def routed_call(
     most = chosen if isinstance(chosen, int) else chosen.tiles.shape[1]
     return RoutedCall(
         queries, keys, values, bias, *means, other_k.flatten(0, 1), other_v.flatten(0, 1), other_bias,
-        None if all_real else asking.real, own, scale, query_tile, most, lists,
+        None if all_real else asking.real, own, scale, query_tile, most, by_mean, lists,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..lse import attend_with_lse
 from .call import RoutedCall
-from .select import first_tiles, mean_weights, tile_errors
+from .select import first_tiles, mean_weights, tile_errors, weights_of_mean
 
 STRIP = {"cpu": 2**22}
 """Bytes of block logits at once. CPU: they stay in its cache."""
@@ -75,8 +75,11 @@ def choose_in_strips(call: RoutedCall) -> Tensor:
     """The choice alone, `(g, query tiles, chosen)`."""
     chosen = call.q.new_empty(*call.q.shape[:2], call.chosen, dtype=torch.long)
     for part, rows, _ in strips(call):
-        blocks, others, _ = exponentials(call, part, call.q[part, rows])
-        chosen[part, rows] = choice(call, part, rows, blocks, others)
+        if call.by_mean:
+            chosen[part, rows] = choice_by_mean(call, part, rows)
+        else:
+            blocks, others, _ = exponentials(call, part, call.q[part, rows])
+            chosen[part, rows] = choice(call, part, rows, blocks, others)
     return chosen
 
 
@@ -97,7 +100,7 @@ def strip(call: RoutedCall, part: slice, rows: slice, given: Tensor | None) -> t
     q = call.q[part, rows]
     blocks, others, peak = exponentials(call, part, q)
     if given is None:
-        given = choice(call, part, rows, blocks, others)
+        given = choice_by_mean(call, part, rows) if call.by_mean else choice(call, part, rows, blocks, others)
     exact, lse = attend_chosen(call, part, q, given)
     blocks = blocks.masked_fill(hidden_blocks(call, given)[:, :, None], 0)
     mean = blocks.flatten(1, 2) @ call.block_v[part] + others.flatten(1, 2) @ call.other_v[part].to(blocks.dtype)
@@ -115,6 +118,11 @@ def choice(call: RoutedCall, part: slice, rows: slice, blocks: Tensor, others: T
     totals = blocks.sum(-1) + others.sum(-1)
     errors = tile_errors(call, part, rows, mean_weights(call, rows, blocks, totals))
     return first_tiles(call, rows, errors)
+
+
+def choice_by_mean(call: RoutedCall, part: slice, rows: slice) -> Tensor:
+    """The chosen tiles of some query tiles, from the logits of their mean queries."""
+    return first_tiles(call, rows, tile_errors(call, part, rows, weights_of_mean(call, part, rows)))
 
 
 def exponentials(call: RoutedCall, part: slice, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Which tiles of keys a tile of queries has exactly: those whose means would be furthest from right.
 
-    P_I,b = mean over q in I of softmax(L_q,b joined with l_q,others)
+    P_I,b = mean over q in I of softmax(L_q,b joined with l_q,others), or that softmax for the mean of the q in I
     W_I,j = sum over the blocks b of tile j of  P_I,b * sqrt(scale^2 * mean_q(q^2) . var_k(b)) * sd_v(b)
     S_I   = the tiles that I lies on, then those of the largest W_I,j; among equals the one that comes first
 
@@ -47,9 +47,32 @@ def mean_weights(call: RoutedCall, rows: slice, exponentials: Tensor, totals: Te
     return (shares[..., None, :] @ exponentials).squeeze(-2)
 
 
+def weights_of_mean(call: RoutedCall, part: slice, rows: slice) -> Tensor:
+    """P by the mean query of each tile, `(g, query tiles, blocks)`."""
+    q = call.q[part, rows].to(call.block_k.dtype)
+    if call.real is None:
+        mean = q.mean(2)
+    else:
+        real = call.real[rows].to(q.dtype)[..., None]
+        mean = (q * real).sum(2) / real.sum(1).clamp(min=1)
+    bias = call.block_bias if call.block_bias.shape[0] == 1 else call.block_bias[part]
+    blocks = call.scale * (mean @ call.block_k[part].mT) + bias[:, None]
+    others = call.scale * (mean @ call.other_k[part].to(mean.dtype).mT)
+    if call.other_bias is not None:
+        others = others + call.other_bias[part][:, None]
+    logits = torch.cat([blocks, others], dim=-1)
+    hidden = (logits == -torch.inf).all(-1, keepdim=True)  # nothing to weigh
+    return logits.masked_fill(hidden, 0).softmax(-1)[..., : blocks.shape[-1]]
+
+
 @torch.no_grad()
 def choose_tiles(call: RoutedCall) -> Tensor:
     """The choice alone, `(g, query tiles, chosen)`, written the plain way: memory for all queries times all blocks."""
+    everything = slice(None)
+    if call.by_mean:
+        return first_tiles(
+            call, everything, tile_errors(call, everything, everything, weights_of_mean(call, everything, everything))
+        )
     logits = call.scale * (call.q.flatten(1, 2).to(call.block_k.dtype) @ call.block_k.mT) + call.block_bias[:, None]
     others = call.scale * (call.q.flatten(1, 2).to(call.block_k.dtype) @ call.other_k.to(call.block_k.dtype).mT)
     if call.other_bias is not None:
@@ -61,5 +84,4 @@ def choose_tiles(call: RoutedCall) -> Tensor:
     else:
         real = call.real.to(weights.dtype)[..., None]
         mean = (weights * real).sum(2) / real.sum(1).clamp(min=1)
-    everything = slice(None)
     return first_tiles(call, everything, tile_errors(call, everything, everything, mean))
