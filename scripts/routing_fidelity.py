@@ -120,6 +120,7 @@ def enlarged(count: Count = 16, seed: Seed = 1, output: Output = FOLDER) -> None
         Method("halo, pool 4", halo_of(0.21, grid, (4,), pool=4)),
         Method("neighborhood, pool 4", neighborhood_of(0.21, grid, pool=4)),
         Method("routing", RoutingAttention(**fifth)),
+        Method("routing, chosen_by=mean", RoutingAttention(**fifth, chosen_by="mean")),
         Method("routing, order=content", RoutingAttention(**fifth, order="content")),
         Method("routing, order=content, query_tile 2", RoutingAttention(**fifth, order="content", query_tile=2)),
         Method("routing, choice by an oracle", OracleRouting(**fifth)),
@@ -145,6 +146,7 @@ def velocity(count: Count = 8, seed: Seed = 1, output: Output = FOLDER) -> None:
         Method("routing, tile 8 pool 8", RoutingAttention(**share, tile=8, pool=8)),
         Method("routing, tile 8 pool 4", RoutingAttention(**share, tile=8, pool=4)),
         Method("routing, tile 8 pool 4, query_tile 16", RoutingAttention(share=0.15, tile=8, pool=4, query_tile=16)),
+        Method("routing, tile 8 pool 4, chosen_by=mean", RoutingAttention(**share, chosen_by="mean")),
         Method("routing, order=content", RoutingAttention(**share, tile=8, pool=4, order="content")),
     ]
     lines = error_lines(painter, methods, zoom=4, grid=grid)
@@ -171,6 +173,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gather, tile 16, pool 8": ("gather", {"tile": 16, "pool": 8}),
     "flex, tile 8, pool 4": ("flex", {"tile": 8, "pool": 4}),
     "flex, tile 8, pool 8": ("flex", {"tile": 8, "pool": 8}),
+    "flex, tile 8, pool 4, chosen_by=mean": ("flex", {"tile": 8, "pool": 4, "chosen_by": "mean"}),
     "gather, tile 8, pool 4, order=content, refresh=5": (
         "gather",
         {"tile": 8, "pool": 4, "order": "content", "refresh": 5},
