@@ -42,7 +42,7 @@ from torch.nn import functional as F
 from ..config import register
 from ..grid import TokenGrid
 from ..options import FINITE, Must, at_least
-from .base import Context, Mechanism, default_scale
+from .base import Context, Mechanism, default_scale, mask_as
 from .parts import merging
 from .parts.agent_formula import add_mask, agent_attention, key_mask
 from .parts.agent_weights import AgentWeights
@@ -267,14 +267,16 @@ class AgentAttention(Mechanism):
         self.check(grid, context)
         plan = self.plan(grid, context)
         if plan == (grid.cells, 0):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, scale=scale)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_as(context.mask, q), scale=scale)
         scale = default_scale(q) if scale is None else scale
         if self.agents == "merge":
             return self._attend_merged(q, k, v, grid, plan, scale, context)
         weights = self._weights(context)
         agents = pool(q[..., grid.cell_slice, :], grid, self.layout(grid))
         biases = weights.biases(grid, q.dtype) if weights else (None, None)
-        out = agent_attention(q, k, v, agents, grid, mask=context.mask, biases=biases, **self._options(scale))
+        out = agent_attention(
+            q, k, v, agents, grid, mask=mask_as(context.mask, q), biases=biases, **self._options(scale)
+        )
         return weights.add_convolved(out, v, grid) if weights else out
 
     def _options(self, scale: float) -> dict[str, Any]:

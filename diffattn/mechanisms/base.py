@@ -194,5 +194,8 @@ def default_scale(q: Tensor) -> float:
 
 
 def mask_as(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """A model's mask as SDPA takes it: bool, or additive in the dtype of the queries."""
-    return mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
+    """A model's mask as SDPA takes it: four axes, bool or additive in the dtype of the queries."""
+    if mask is None:
+        return None
+    mask = mask[(None,) * (4 - mask.dim())]
+    return mask if mask.dtype == torch.bool else mask.to(q.dtype)

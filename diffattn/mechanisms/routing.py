@@ -30,7 +30,7 @@ from ..kernels.order import TileOrder
 from ..kernels.pattern import Shape
 from ..kernels.routed import BACKENDS, RoutedCall, choose_tiles, content_order, routed_call
 from ..options import Must, at_least
-from .base import Context, Mechanism, Seen, default_scale
+from .base import Context, Mechanism, Seen, default_scale, mask_as
 from .parts.axes import PerAxis, check_divides, per_axis, sizes
 from .parts.exact_tiles import (
     Sides,
@@ -211,10 +211,7 @@ class RoutingAttention(Mechanism):
         self.check(grid)
         grid.check(q, k)
         if self.is_exact(grid):
-            mask = (
-                context.mask if context.mask is None or context.mask.dtype == torch.bool else context.mask.to(q.dtype)
-            )
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_as(context.mask, q), scale=scale)
         return attend_tiles(
             q,
             k,

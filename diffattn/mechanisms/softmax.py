@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..config import register
 from ..grid import TokenGrid
 from ..options import POSITIVE
-from .base import Context, Mechanism, default_scale
+from .base import Context, Mechanism, default_scale, mask_as
 
 OFFICIAL_TRAIN_TOKENS = 64**2 + 512
 """Of FLUX.1 at 1024 pixels a side, text included."""
@@ -98,7 +98,8 @@ class SoftmaxAttention(Mechanism):
     ) -> Tensor:
         self.check_backend(backend)
         grid.check(q, k)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, scale=self.scale(q, grid, scale))
+        mask = mask_as(context.mask, q)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale(q, grid, scale))
 
     def reference(
         self,

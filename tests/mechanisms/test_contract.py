@@ -163,6 +163,16 @@ def test_padded_text_is_not_seen(mechanism: Mechanism, additive: bool) -> None:
 
 
 @pytest.mark.parametrize("mechanism", examples())
+def test_a_mask_may_have_fewer_axes(mechanism: Mechanism) -> None:
+    grid = TokenGrid(8, 10, before=2, after=3)
+    q, k, v = (tensor.detach() for tensor in inputs(grid, torch.float64))
+    mask = torch.ones(grid.tokens, dtype=torch.bool)
+    mask[-2:] = False
+    want = mechanism.attend(q, k, v, grid, context=Context(mask=mask[None, None, None]))
+    assert_close(mechanism.attend(q, k, v, grid, context=Context(mask=mask)), want)
+
+
+@pytest.mark.parametrize("mechanism", examples())
 def test_scale_multiplies_the_logits(mechanism: Mechanism) -> None:
     grid = TokenGrid(5, 4, before=2)
     q, k, v = inputs(grid, torch.float64)

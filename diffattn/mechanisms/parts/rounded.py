@@ -20,7 +20,7 @@ from diffattn.kernels.pattern import Pattern
 from diffattn.kernels.routed import Lists, RoutedCall, routed_call, touched_lists
 from diffattn.kernels.routed.lists import cells_of_tiles
 
-from ..base import Context, default_scale
+from ..base import Context, default_scale, mask_as
 from ..softmax import softmax_reference
 from .axes import PerAxis, per_axis
 from .exact_tiles import Sides, attend_tiles, explain_tiles, members, reference_tiles, seen_by_tiles, within
@@ -81,10 +81,7 @@ class RoundedWindow:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str, context: Context) -> Tensor:
         self.grid.check(q, k)
         if self.is_exact:
-            mask = (
-                context.mask if context.mask is None or context.mask.dtype == torch.bool else context.mask.to(q.dtype)
-            )
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_as(context.mask, q), scale=scale)
         return attend_tiles(
             q,
             k,
