@@ -28,9 +28,11 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from diffusers import AutoencoderKL, FluxPipeline, TextToVideoSDPipeline
+from diffusers import AutoencoderKL, AutoencoderKLWan, FluxPipeline, TextToVideoSDPipeline
+from tiny_training import progress
 from tiny_training.components import build_vae
 from tiny_training.export import export_pipeline, export_video_pipeline, folder_size
+from tiny_training.fit import Trainer
 from tiny_training.fit_flow import FlowPlan, fit_flow
 from tiny_training.fit_vae import fit_vae, refine_decoder
 from tiny_training.fit_video import VideoPlan, draw_frames, fit_video
@@ -265,7 +267,10 @@ def wan_flow(
     threads: Threads = 1,
     nice: Nice = 5,
 ) -> None:
-    """Train the video transformer and its text encoder, after `wan-vae`; checkpoints go to WORK_DIR/wan.pt."""
+    """Train the video transformer and its text encoder, after `wan-vae`; checkpoints go to WORK_DIR/wan.pt.
+
+    Where WORK_DIR has no checkpoint, `--resume` takes up what `wan-keep` has kept.
+    """
     settle(threads, nice)
     plan = WanPlan(
         steps=steps,
@@ -277,7 +282,18 @@ def wan_flow(
         save_every=save_every,
         seed=seed,
     )
-    fit_wan(plan, work_dir, resume)
+    kept = resume and not (work_dir / "wan.pt").exists() and (progress.PLACE / "wan.safetensors").exists()
+    if kept:
+        AutoencoderKLWan.from_pretrained(progress.PLACE / "vae", torch_dtype=torch.float32).save_pretrained(
+            work_dir / "vae"
+        )
+    fit_wan(plan, work_dir, progress.take_up if kept else Trainer.resume if resume else None)
+
+
+@app.command()
+def wan_keep(work_dir: WorkDir = WAN_WORK_DIR) -> None:
+    """Keep the averaged weights of the last checkpoint and the VAE in the repository, for `wan-flow --resume`."""
+    typer.echo(f"{progress.PLACE}: step {progress.keep(work_dir)}, {folder_size(progress.PLACE) / 1e6:.2f} MB")
 
 
 def worst(figure: str) -> Callable[[Sequence[float]], float]:

@@ -6,7 +6,7 @@ Cheaper first: single frames, then the first latent frames of clips, then whole 
 latent frames of a clip are the latents of its beginning.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,13 +135,16 @@ def encode_clip(vae: AutoencoderKLWan, scene: MovingScene, rng: np.random.Genera
     return encode(vae, clip[None]).half()
 
 
-def fit_wan(plan: WanPlan, folder: Path, resume: bool) -> None:
-    """Train after the VAE of `folder`/vae; checkpoints, with averaged weights under "ema", go to `folder`/wan.pt."""
+def fit_wan(plan: WanPlan, folder: Path, take_up: Callable[[Trainer], None] | None) -> None:
+    """Train after the VAE of `folder`/vae; checkpoints, with averaged weights under "ema", go to `folder`/wan.pt.
+
+    `take_up` brings the trainer to where an earlier run ended.
+    """
     torch.manual_seed(plan.seed)
     wan = TinyWan()
     trainer = Trainer(wan, plan, folder / "wan.pt")
-    if resume:
-        trainer.resume()
+    if take_up is not None:
+        take_up(trainer)
     clips = WanClips(AutoencoderKLWan.from_pretrained(folder / "vae").eval(), plan, folder, trainer.step)
     generator = torch.Generator().manual_seed(1000 * plan.seed + 100_000 * trainer.step)
     progress = tqdm(range(trainer.step, plan.steps), desc="wan", mininterval=30.0)
