@@ -217,8 +217,8 @@ def latency(
         times = time_all(functions, rounds, progress=True)
     full = times["full"]
     text = [
-        f"{grid} tokens, 4 heads x 64, float32, {TEXT} text tokens, no reuse, order=space unless said; error: of the model's output on "
-        f"{count} prompts x 3 steps",
+        f"{grid} tokens, 4 heads x 64, float32, {TEXT} text tokens, no reuse, order=space unless said; "
+        f"error: of the model's output on {count} prompts x 3 steps",
         "",
         "| | share | ms (min-max) | over full | of the ideal | error |",
         "|---|---:|---:|---:|---:|---:|",
