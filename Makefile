@@ -8,6 +8,9 @@ LOWEST := .venv-lowest
 LOWEST_INSTALLED := $(LOWEST)/.installed
 # What stands closest to diffusers, transformers, typer and Pillow.
 LOWEST_TESTS := tests/families tests/adapters tests/cli tests/test_config.py tests/media/test_pictures.py $(addprefix tests/swap/test_, $(addsuffix .py, apply intercept steps calls loaded_swaps))
+# Triton beside torch, for the checks of CUDA code: the release that torch of constraints.txt asks for on CUDA.
+TRITON := build/triton-3.7.1
+CUDA_CODE = PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=5 tests/cuda_code
 # Test processes; each gets its share of the cores. WORKERS=0 runs the tests in one process.
 WORKERS ?= 2
 # Further arguments for pytest: make test ARGS="-m 'not slow' tests/mechanisms"
@@ -18,10 +21,10 @@ define new_enough
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-lowest check docs format bench build
+.PHONY: help setup demo test test-lowest cuda-code cuda-code-all check docs format bench build
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## make .venv with the library and everything for development
 
@@ -46,6 +49,17 @@ $(LOWEST_INSTALLED): pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable . peft hypothesis pytest pytest-xdist
 	@touch $@
+
+cuda-code: $(INSTALLED) $(TRITON) ## interpret and compile the kernels for CUDA, without a GPU: a part of the table
+	$(CUDA_CODE) -m 'not slow' $(ARGS)
+
+cuda-code-all: $(INSTALLED) $(TRITON) ## the whole table, half an hour
+	$(CUDA_CODE) $(ARGS)
+
+$(TRITON): $(INSTALLED)
+	rm -rf $@ $@.part
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.part triton==$(patsubst build/triton-%,%,$@)
+	mv $@.part $@
 
 check: $(INSTALLED) ## formatting, lint, types, and the documents
 	$(BIN)/ruff format --check .

@@ -1,97 +1,169 @@
-"""FlexAttention's BlockMask of a window pattern, from geometry: never queries x keys.
+"""The blocks that a window pattern touches, from geometry: never queries x keys.
 
-In tile order a block is a tile, and the blocks a tile may touch are the box of tiles its span reaches. Each pair in
-that box is looked at once: full where all its cells see each other, partial where some do. Of a rule on tiles one cell
-speaks for all of its tile; where the blocks are those tiles, only the ones with padding are partial. Keys that every
-cell sees follow the cells as full blocks of their own.
+In tile order a block of keys is a tile, and the blocks a tile may touch are the box of tiles its span reaches. Each
+pair in that box is looked at once: full where all its cells see each other, partial where some do. Of a rule on tiles
+one cell speaks for all of its tile; where the blocks are those tiles, only the ones with padding are partial. Keys that
+every cell sees follow the cells as blocks of their own.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
-from ..grid import TokenGrid
+from .block_lists import BlockLists, Touched, lists, paired, transposed, with_further
 from .order import TileOrder
-from .pattern import CHUNK, Cells, Pattern, Shape, cached, moves_by, tile_of
+from .pattern import CHUNK, Cells, Pattern, Shape, moves_by, tile_of
 
-Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """FlexAttention's `mask_mod`: batch, head, query and key index to whether the key is seen."""
+LISTS = (
+    *("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"),
+    *("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"),
+)
+"""FlexAttention's names of the lists by block of queries, and by block of keys."""
+FURTHER = 128
+"""On CUDA the keys behind the cells are padded to multiples of this."""
 
 
-def mask_rule(pattern: Pattern, order: TileOrder, extra: int) -> Rule:
-    """FlexAttention's `mask_mod`: the pattern on positions in tile order; padding is never seen, extra keys always."""
-    frames, rows, columns = order.shape
+class Rule(Protocol):
+    """What a kernel asks about pairs in partial blocks. Hashable: one kernel is compiled for each."""
 
-    def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        cell = order.coordinates(key)
-        allowed = pattern.allowed(order.coordinates(query), cell)
+    def mask_mod(self, coordinates: tuple[Tensor, ...]) -> MaskMod:
+        """The rule of a call; `coordinates`: those of `key_coordinates`, or none."""
+        ...
+
+
+@dataclass(frozen=True)
+class TileRule:
+    """The pattern on positions in tile order: padding is never seen, keys behind the cells are by every query."""
+
+    pattern: Pattern
+    order: TileOrder
+    further: bool
+    """Are there keys behind the cells?"""
+
+    def mask_mod(self, coordinates: tuple[Tensor, ...] = ()) -> MaskMod:
+        """`coordinates` are looked up; where there are none, they are computed."""
+        return self._looked_up(coordinates) if coordinates else self._computed
+
+    def _computed(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        order, cell = self.order, self.order.coordinates(key)
+        allowed = self.pattern.allowed(order.coordinates(query), cell)
         if order.ragged:
+            frames, rows, columns = order.shape
             allowed = allowed & (cell.frame < frames) & (cell.row < rows) & (cell.column < columns)
-        return allowed | (key >= order.cells) if extra else allowed
+        return allowed | (key >= order.cells) if self.further else allowed
 
-    return rule
+    def _looked_up(self, coordinates: tuple[Tensor, ...]) -> MaskMod:
+        def cells(index: Tensor) -> Cells:
+            *frame, row, column = (table[index] for table in coordinates)
+            return Cells(frame[0] if frame else torch.zeros_like(row), row, column)
+
+        def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            cell = cells(key)
+            allowed = self.pattern.allowed(cells(query), cell)
+            return allowed | (cell.row < 0) if self.further else allowed
+
+        return rule
 
 
-def tile_block_mask(
-    pattern: Pattern, order: TileOrder, extra: int = 0, device: torch.device | str = "cpu"
-) -> BlockMask:
-    """The BlockMask of cell queries in tile order against cells in tile order and `extra` further keys.
+def key_coordinates(order: TileOrder, further: int, real: int, device: torch.device | str) -> tuple[Tensor, ...]:
+    """(Frame,) row and column of every key, float32: cells in tile order, then `further` keys, of which `real` exist.
+
+    Keys that every query sees have -1. Padding has NaN, with which every comparison is false: a rule asks neither after
+    the end of the grid nor after that of a text, whose length is data. The frame is left out where there is one.
+    """
+    frames, rows, columns = order.shape
+    cells = order.coordinates(torch.arange(order.cells))
+    inside = (cells.frame < frames) & (cells.row < rows) & (cells.column < columns)
+    behind = torch.full((further,), -1.0)
+    behind[real:] = torch.nan
+    frame, row, column = (torch.cat([axis.masked_fill(~inside, torch.nan), behind]).to(device) for axis in cells)
+    return (frame, row, column) if frames > 1 else (row, column)
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """What the kernel is told of a pattern, beside the tokens: which blocks to compute, and what hides in them."""
+
+    rule: Rule
+    lists: BlockLists
+    backward: BlockLists | None
+    """The same pairs by block of keys; None where no gradients are asked for."""
+    size: tuple[int, int]
+    """Queries and keys of a block."""
+    lengths: tuple[int, int]
+    """Queries and keys, padding included."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All lists, in the order of `BlockMask`."""
+        return (*self.lists, *(self.backward or ()))
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def mask(self, coordinates: tuple[Tensor, ...] = ()) -> BlockMask:
+        """FlexAttention's own class."""
+        return block_mask(self.tensors, self.rule.mask_mod(coordinates), self.size, self.lengths)
+
+
+def block_mask(lists: tuple[Tensor, ...], rule: MaskMod, size: tuple[int, int], lengths: tuple[int, int]) -> BlockMask:
+    """A BlockMask of 4 lists, or of 8 with those for the backward pass."""
+    given: dict[str, Any] = dict(zip(LISTS, (*lists, *(None,) * (len(LISTS) - len(lists))), strict=True))
+    return BlockMask(lengths, **given, BLOCK_SIZE=size, mask_mod=rule)
+
+
+def tile_blocks(pattern: Pattern, order: TileOrder, extra: int = 0) -> Blocks:
+    """Cell queries in tile order against cells in tile order and `extra` further keys, as the CPU kernel wants it.
 
     Time O(pairs in touched blocks), or O(tiles x reach) for a shift-invariant pattern; memory O(tiles x reach).
     """
-    keys, seen, full = touched_blocks(pattern, order)
-    further = torch.arange(order.tiles, order.tiles + -(-extra // order.block), dtype=torch.int32)
-    keys = torch.cat([keys, further.expand(order.tiles, -1)], dim=1)
-    partial = F.pad(seen & ~full, (0, further.numel()), value=False)
-    full = F.pad(full, (0, further.numel()), value=True)
+    block = order.block
+    further = -(-extra // block)
+    touched = with_further(touched_blocks(pattern, order), order.tiles, further, 0)
     lengths = order.cells, order.cells + extra
-    return _block_mask(keys, partial, full, order.block, mask_rule(pattern, order, extra), lengths, device)
+    rule = TileRule(pattern, order, extra > 0)
+    return Blocks(rule, lists(touched, order.tiles + further), None, (block, block), lengths)
 
 
-def _block_mask(
-    keys: Tensor,
-    partial: Tensor,
-    full: Tensor,
-    block: int,
-    rule: Rule,
-    lengths: tuple[int, int],
-    device: torch.device | str,
-) -> BlockMask:
-    """The BlockMask of candidate `keys` `(query blocks, candidates)`, of which some are `partial` and some `full`."""
-    blocks = -(-lengths[1] // block)
-    some, some_keys = _block_list(keys, partial, blocks)
-    whole, whole_keys = _block_list(keys, full, blocks)
-    return BlockMask.from_kv_blocks(
-        some.to(device),
-        some_keys.to(device),
-        whole.to(device),
-        whole_keys.to(device),
-        BLOCK_SIZE=(block, block),
-        mask_mod=rule,
-        seq_lengths=lengths,
-        compute_q_blocks=torch.device(device).type != "cpu",
+def cuda_blocks(
+    pattern: Pattern, order: TileOrder, extra: int, *, whole: bool, backward: bool, device: torch.device | str
+) -> Blocks:
+    """The same for CUDA: two tiles of a paired order are one block of queries, and lists are narrow.
+
+    Args:
+        extra: further keys, padded to a multiple of `FURTHER`.
+        whole: are all of them real? Else the rule is asked about the last `FURTHER`, where the padding is.
+        backward: with the lists that gradients need.
+    """
+    touched = touched_blocks(pattern, order)
+    touched = paired(touched) if order.paired else touched
+    further = -(-extra // order.block)
+    touched = with_further(touched, order.tiles, further, 0 if whole else min(further, -(-FURTHER // order.block)))
+    width = int(touched.seen.sum(1).max())  # of both kinds, so that lists of other texts are of the same width
+    size = order.block * (2 if order.paired else 1), order.block
+    by_key = transposed(touched, order.tiles + further) if backward else None
+    return Blocks(
+        TileRule(pattern, order, extra > 0),
+        lists(touched, width).to(device),
+        None if by_key is None else by_key.to(device),
+        size,
+        (order.cells, order.cells + extra),
     )
 
 
-def _block_list(keys: Tensor, flags: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-    """FlexAttention's (count, indices) of the flagged blocks of each row.
-
-    The indices are as wide as there are blocks, which the CPU kernel demands; what is not written is never touched.
-    """
-    place = torch.argsort(~flags, dim=1, stable=True)
-    indices = torch.zeros(1, 1, keys.shape[0], blocks, dtype=torch.int32)
-    indices[0, 0, :, : keys.shape[1]] = keys.gather(1, place)
-    return flags.sum(1, dtype=torch.int32)[None, None], indices
-
-
-def touched_blocks(pattern: Pattern, order: TileOrder) -> tuple[Tensor, Tensor, Tensor]:
-    """For every tile its candidates `(tiles, candidates)`: their index, whether any cell is seen, whether all are."""
+def touched_blocks(pattern: Pattern, order: TileOrder) -> Touched:
+    """For every tile its candidates: the tiles in the box that its span reaches."""
     starts, widths = [], []
     for axis, (size, step, count) in enumerate(zip(order.shape, order.tile, order.counts, strict=True)):
         spans = [pattern.span(axis, low, min(low + step, size), size) for low in range(0, size, step)]
+        spans += spans[-1:] * (count - len(spans))  # a tile of padding counts as its neighbour
         ranges = [(low // step, -(-high // step)) for low, high in spans]
         width = max(high - low for low, high in ranges)
         widths.append(width)
@@ -103,6 +175,7 @@ def touched_blocks(pattern: Pattern, order: TileOrder) -> tuple[Tensor, Tensor, 
     frame, row, column = _spread(near)
     index = ((frame * rows + row) * columns + column).flatten(1)
     whole = _spread([(n + 1) * side <= size for n, side, size in zip(near, order.tile, order.shape, strict=True)])
+    real = _spread([n * side < size for n, side, size in zip(near, order.tile, order.shape, strict=True)])
     if moves_by(pattern, order.tile):
         seen, full = _judge_by_offset(pattern, order, mine, near)
     else:
@@ -110,7 +183,8 @@ def touched_blocks(pattern: Pattern, order: TileOrder) -> tuple[Tensor, Tensor, 
         cuts = range(0, order.tiles, step)
         parts = [_judge(pattern, order, [m[i : i + step] for m in mine], [n[i : i + step] for n in near]) for i in cuts]
         seen, full = (torch.cat(part) for part in zip(*parts, strict=True))
-    return index, seen, full & (whole[0] & whole[1] & whole[2]).flatten(1)
+    seen = seen & (real[0] & real[1] & real[2]).flatten(1)
+    return Touched(index, seen, full & (whole[0] & whole[1] & whole[2]).flatten(1))
 
 
 def _spread(axes: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,36 +237,3 @@ def _speakers(pattern: Pattern, order: TileOrder) -> Shape:
     pairs = zip(tile, order.tile, strict=True)
     frames, rows, columns = (min(pair) if max(pair) % min(pair) == 0 else 1 for pair in pairs)
     return frames, rows, columns
-
-
-@cached(16)
-def row_major_block_mask(
-    pattern: Pattern, grid: TokenGrid, device: torch.device | str = "cpu", block: int = 128
-) -> BlockMask:
-    """The BlockMask in the order the model has, as CLEAR's released code keeps it: the yardstick of `diffattn bench`.
-
-    Its rule divides positions by the width, as theirs does. Time O(tokens^2).
-    """
-    before, cells, rows, columns = grid.before, grid.cells, grid.height, grid.width
-
-    def place(index: Tensor) -> Cells:
-        index = index - before
-        return Cells(index // (rows * columns), index // columns % rows, index % columns)
-
-    def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        allowed = pattern.allowed(place(query), place(key))
-        if grid.others:
-            allowed = allowed | (query < before) | (query >= before + cells) | (key < before) | (key >= before + cells)
-        return allowed
-
-    blocks = -(-grid.tokens // block)
-    key = torch.arange(grid.tokens)
-    seen, full = torch.zeros(blocks, blocks, dtype=torch.bool), torch.zeros(blocks, blocks, dtype=torch.bool)
-    for number in range(blocks):
-        query = torch.arange(number * block, min((number + 1) * block, grid.tokens))[:, None]
-        allowed = rule(key, key, query, key)
-        missing = blocks * block - grid.tokens
-        seen[number] = F.pad(allowed, (0, missing)).unflatten(1, (-1, block)).any(2).any(0)
-        full[number] = F.pad(allowed, (0, missing), value=True).unflatten(1, (-1, block)).all(2).all(0)
-    keys = torch.arange(blocks, dtype=torch.int32).expand(blocks, -1)
-    return _block_mask(keys, seen & ~full, full, block, rule, (grid.tokens, grid.tokens), device)

@@ -1,6 +1,6 @@
 """One request to a kernel: softmax attention under a window pattern."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ class WindowCall:
     q: Tensor
     k: Tensor
     v: Tensor
+    """Keys and values have as many heads as the queries, or a divisor of their number."""
     grid: TokenGrid
     pattern: Pattern
     scale: float
@@ -28,6 +29,19 @@ class WindowCall:
     @property
     def pooled_count(self) -> int:
         return 0 if self.pooled is None else self.pooled[0].shape[-2]
+
+    @property
+    def grouped(self) -> bool:
+        """Do several heads of queries share one of keys?"""
+        return self.q.shape[1] != self.k.shape[1]
+
+    def with_all_heads(self) -> "WindowCall":
+        """The same with keys and values copied for every head of queries."""
+        if not self.grouped:
+            return self
+        k, v = repeat_heads(self.k, self.v, self.q.shape[1])
+        pooled = None if self.pooled is None else repeat_heads(*self.pooled, self.q.shape[1])
+        return replace(self, k=k, v=v, pooled=pooled)
 
     @property
     def extra_keys(self) -> int:
@@ -61,11 +75,18 @@ class WindowCall:
     def attend_others(self) -> Tensor:
         """The queries off the grid: they see all tokens but no pooled keys. `(b, h, others, c)`."""
         queries = self.grid.split(self.q)[1]
-        return F.scaled_dot_product_attention(queries, self.k, self.v, attn_mask=self.mask, scale=self.scale)
+        return F.scaled_dot_product_attention(
+            queries, self.k, self.v, attn_mask=self.mask, scale=self.scale, enable_gqa=self.grouped
+        )
 
     def join(self, cells: Tensor) -> Tensor:
         """The output in the order of the tokens, from that of the cells `(b, h, cells, c)`."""
         return self.grid.join(cells, self.attend_others()) if self.grid.others else cells
+
+
+def repeat_heads(key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Grouped-query attention: repeat the heads of `(b, g, m, d)` keys and values up to `heads`."""
+    return key.repeat_interleave(heads // key.shape[1], 1), value.repeat_interleave(heads // value.shape[1], 1)
 
 
 def window_call(

@@ -3,10 +3,13 @@
 A backend is one file with one function on a `WindowCall` and one row in `BACKENDS`. A backend never changes the result.
 """
 
+import json
 import logging
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from .blocks import block_keys
 from .call import WindowCall
+from .cuda import size_refused
 from .dense import dense_attention
 from .flex import MOST_CELLS, flex_window_attention, has_avx512, missing_compiler
 from .natten import has_library, natten_attention, natten_refuses
@@ -43,8 +47,14 @@ class Backend:
     """Whether it needs torch.compile, hence a compiler."""
     any_pattern: bool = True
     """Whether it serves every pattern."""
+    grouped_heads: bool = False
+    """Whether several heads of queries may share one of keys; else keys and values are copied for it."""
     objects: Callable[[WindowCall], str | None] | None = None
     """What else it has against a call: something not installed, a pattern or a size it does not know."""
+
+    def compute(self, call: WindowCall) -> Tensor:
+        """The output `(b, h, n, c)`."""
+        return self.run(call if self.grouped_heads else call.with_all_heads())
 
     def refuses(self, call: WindowCall) -> str | None:
         """Why this backend can't serve `call`; None where it can."""
@@ -68,10 +78,10 @@ class Backend:
 
 
 def flex_refuses(call: WindowCall) -> str | None:
-    """What FlexAttention has against the size of a grid."""
-    if call.grid.cells <= MOST_CELLS:
-        return None
-    return f"its compiled rule counts up to {MOST_CELLS} cells, and the grid has {call.grid.cells}"
+    """What FlexAttention has against the size of a grid or of the heads."""
+    if call.grid.cells > MOST_CELLS:
+        return f"its compiled rule counts up to {MOST_CELLS} cells, and the grid has {call.grid.cells}"
+    return size_refused(call.q, call.v) if call.q.device.type == "cuda" else None
 
 
 BACKENDS = MappingProxyType(
@@ -87,6 +97,7 @@ BACKENDS = MappingProxyType(
                 dtypes=frozenset({torch.float32, torch.float16, torch.bfloat16}),
                 gradients=frozenset({"cuda"}),
                 compiled=True,
+                grouped_heads=True,
                 objects=flex_refuses,
             ),
             Backend(
@@ -129,20 +140,41 @@ class Choice:
 #   64 x 64    16        228     278    113      1.9
 #   64 x 64    8         384     222     76      4.6
 #   128 x 128  8           -     594    272     18
-DENSE_CELLS = 1024
-"""Up to this many cells `auto` computes the mask densely."""
 TILED_SAVING = 4
 """Times that tiles must shorten the keys of a query to pay."""
 BLOCKS_SAVING = 1.5
 """The same for whole tiles, which have no mask: 1.7 times fewer keys take 0.8 of the dense time at 40 x 40."""
 DENSE_MOST = 4096
 """Cells beyond which `auto` never builds the dense mask for its speed."""
-FLEX_CELLS = 4096
-"""From this many cells on `auto` spends the seconds of a compilation, where the kernel is faster than tiles."""
+THRESHOLDS = Path(__file__).with_name("thresholds.json")
 
-# On 2 cores with AVX2 alone, 128 x 128 tokens, medians of 5 interleaved rounds, in ms; 16 x 32 x 32 tokens are even.
-#   clear radius 8   flex 147, tiled 120      neighborhood 13   flex 160, tiled 112
-#   clear radius 16  flex 382, tiled 328      halo radius 16    flex 101, tiled 115 (whole tiles: no mask)
+
+@dataclass(frozen=True)
+class Thresholds:
+    """From which size on `auto` takes which kernel, on one kind of device."""
+
+    dense_cells: int
+    """Up to this many cells it computes the mask densely."""
+    flex_cells: int
+    """From this many on it spends the seconds of a compilation, where the kernel is faster than tiles."""
+    source: str
+    """How these were found."""
+
+
+def load_thresholds(own: str | None) -> dict[str, Thresholds]:
+    """Those of `thresholds.json` for each kind of device, and in their place those of the file `own`."""
+    found = json.loads(THRESHOLDS.read_text())
+    if own is not None:
+        try:
+            found |= json.loads(Path(own).read_text())
+            return {device: Thresholds(**row) for device, row in found.items()}
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"DIFFATTN_THRESHOLDS must name a JSON file that gpu_check.py wrote: {error}") from None
+    return {device: Thresholds(**row) for device, row in found.items()}
+
+
+LIMITS = MappingProxyType(load_thresholds(os.environ.get("DIFFATTN_THRESHOLDS")))
+"""By kind of device; others are taken for CPUs."""
 
 
 def beats_tiles(call: WindowCall) -> bool:
@@ -169,8 +201,9 @@ def choose(call: WindowCall) -> Choice:
     tiled = BACKENDS["tiled"].refuses(call)
     if tiled is not None:
         return Choice("dense", f"tiles can't serve it: {tiled}")
-    if call.grid.cells <= DENSE_CELLS:
-        return Choice("dense", f"the pattern saves nothing on {call.grid.cells} cells")
+    limits = LIMITS.get(call.q.device.type, LIMITS["cpu"])
+    if call.grid.cells <= limits.dense_cells:
+        return Choice("dense", f"the pattern saves nothing on {call.grid.cells} cells, {limits.source}")
     if torch.compiler.is_compiling():
         return Choice("tiled", "an outer torch.compile traces plain operations")
     if call.pooled is None and covers(call.pattern, call.grid):
@@ -178,12 +211,12 @@ def choose(call: WindowCall) -> Choice:
     if natten_has_kernel(call):
         return Choice("natten", "NATTEN has a kernel for this pattern")
     flex = BACKENDS["flex"].refuses(call)
-    if flex is None and call.grid.cells >= FLEX_CELLS and beats_tiles(call):
-        return Choice("flex", "fewest keys per query")
+    if flex is None and call.grid.cells >= limits.flex_cells and beats_tiles(call):
+        return Choice("flex", f"fewest keys per query, from {limits.flex_cells} cells on, {limits.source}")
     if flex is not None:
         reason = f"flex can't serve it: {flex}"
-    elif call.grid.cells < FLEX_CELLS:
-        reason = f"{call.grid.cells} cells do not repay a compilation"
+    elif call.grid.cells < limits.flex_cells:
+        reason = f"{call.grid.cells} cells do not repay a compilation, {limits.source}"
     else:
         reason = "without AVX-512 tiles are faster than flex"
     keys, saving = block_keys(call.pattern, call.grid), BLOCKS_SAVING
@@ -201,14 +234,14 @@ def run(call: WindowCall, backend: str) -> Tensor:
         choice = choose(call)
         if not torch.compiler.is_compiling():
             _announce(call, choice)
-        return BACKENDS[choice.backend].run(call)
+        return BACKENDS[choice.backend].compute(call)
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
     reason = BACKENDS[backend].refuses(call)
     if reason is not None:
         others = [name for name, other in BACKENDS.items() if other.refuses(call) is None]
         raise ValueError(f"backend={backend!r} can't serve this call: {reason}; can: auto, {', '.join(others)}")
-    return BACKENDS[backend].run(call)
+    return BACKENDS[backend].compute(call)
 
 
 _announced: set[tuple[object, ...]] = set()

@@ -18,58 +18,109 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
-from .block_mask import tile_block_mask
+from .block_mask import FURTHER, Blocks, Rule, block_mask, cuda_blocks, key_coordinates, tile_blocks
 from .call import WindowCall
+from .cuda import cuda_options, cuda_order, cuda_refuses
 from .order import TileOrder, tile_shape, whole_tile
-from .pattern import Pattern, cached
+from .pattern import Pattern, Shape, cached
 
-BLOCK_CELLS = {"cpu": 32, "cuda": 128}
-"""Cells of a block. CPU: 4 x 8 beats 8 x 8 by 7% at radius 8 and equals it at 16. CUDA wants multiples of 128."""
-WHOLE_CELLS = {"cpu": (256, 1), "cuda": (128, 128)}
-"""For a rule on tiles: the most cells of a block, and the number that must divide them. On CPUs 8 x 8 is 1.2 times
-faster than 4 x 8, and 16 x 16 no slower than its parts."""
+BLOCK_CELLS = 32
+"""Cells of a block on a CPU: 4 x 8 beats 8 x 8 by 7% at radius 8 and equals it at 16."""
+WHOLE_CELLS = 256
+"""For a rule on tiles, the most cells of a block on a CPU: 8 x 8 is 1.2 times faster than 4 x 8, and 16 x 16 no slower
+than its parts."""
 MOST_CELLS = 2**23
 """Cells that the compiled rule counts exactly, in float32 and with room for padding."""
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
+class Plan(NamedTuple):
     """What the calls of one model share: the order of the cells and the blocks each of them touches."""
 
     order: TileOrder
-    extra: int
-    """Keys behind the cells that every cell sees."""
-    block_mask: BlockMask
+    further: int
+    """Keys behind the cells, padding included."""
+    blocks: Blocks
+    looks_up: bool = False
+    """Does the rule look coordinates up?"""
+
+
+def plan(pattern: Pattern, shape: Shape, extra: int, device: torch.device, backward: bool = False) -> Plan:
+    """The plan for a grid of `shape` (frames, rows, columns) with `extra` further keys that all cells see.
+
+    On CUDA `backward` asks for the lists that gradients need.
+    """
+    return (
+        cuda_plan(pattern, shape, extra, device, backward) if device.type == "cuda" else cpu_plan(pattern, shape, extra)
+    )
 
 
 @cached(32)
-def plan(
-    pattern: Pattern, shape: tuple[int, int, int], extra: int, device: torch.device, block: int | None = None
-) -> Plan:
-    """The plan for a grid of `shape` (frames, rows, columns) with `extra` further keys."""
-    tile = None if block else whole_tile(pattern, shape, *WHOLE_CELLS.get(device.type, (128, 128)))
+def cpu_plan(pattern: Pattern, shape: Shape, extra: int) -> Plan:
+    """Exactly the keys there are: no kernel is as good on padding."""
+    tile = whole_tile(pattern, shape, WHOLE_CELLS)
     if tile is None:
-        tile = tile_shape(pattern, shape, block or BLOCK_CELLS.get(device.type, 128), blocks=True)
+        tile = tile_shape(pattern, shape, BLOCK_CELLS, blocks=True)
     order = TileOrder(shape, tile)
-    return Plan(order, extra, tile_block_mask(pattern, order, extra, device))
+    return Plan(order, extra, tile_blocks(pattern, order, extra))
 
 
-def _kernel(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float, bias: Tensor | None) -> Tensor:
+def cuda_plan(pattern: Pattern, shape: Shape, extra: int, device: torch.device, backward: bool) -> Plan:
+    """Further keys are padded, so that one kernel serves texts of many lengths."""
+    padded = -(-extra // FURTHER) * FURTHER
+    return _cuda_plan(pattern, shape, padded, padded == extra, device, backward)
+
+
+@cached(32)
+def _cuda_plan(pattern: Pattern, shape: Shape, further: int, whole: bool, device: torch.device, backward: bool) -> Plan:
+    order = cuda_order(pattern, shape, backward)
+    blocks = cuda_blocks(pattern, order, further, whole=whole, backward=backward, device=device)
+    return Plan(order, further, blocks, looks_up=True)
+
+
+class Static(NamedTuple):
+    """What a kernel is made for, beside shapes: all that is in its key and no tensor."""
+
+    rule: Rule
+    size: tuple[int, int]
+    lengths: tuple[int, int]
+    scale: float
+    options: tuple[tuple[str, int], ...]
+
+
+def _kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: tuple[Tensor, ...],
+    coordinates: tuple[Tensor, ...],
+    bias: Tensor | None,
+    static: Static,
+) -> Tensor:
     """FlexAttention, with `bias` `(b, h, keys)` added to the logits."""
-    if bias is None:
-        return flex_attention(q, k, v, block_mask=block_mask, scale=scale)
 
     def add_bias(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        assert bias is not None
         return score + bias[batch, head, key]
 
-    return flex_attention(q, k, v, score_mod=add_bias, block_mask=block_mask, scale=scale)
+    options: Any = dict(static.options) or None
+    mask = block_mask(lists, static.rule.mask_mod(coordinates), static.size, static.lengths)
+    return flex_attention(
+        q,
+        k,
+        v,
+        score_mod=None if bias is None else add_bias,
+        block_mask=mask,
+        scale=static.scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        kernel_options=options,
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -83,22 +134,35 @@ def run_flex(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    block_mask: BlockMask,
+    blocks: Blocks,
     *,
     scale: float,
+    coordinates: tuple[Tensor, ...] = (),
     bias: Tensor | None = None,
     compiled: bool = True,
 ) -> Tensor:
-    """FlexAttention of tensors already in the order of `block_mask`.
+    """FlexAttention of tensors already in the order of `blocks`. Keys and values may have fewer heads than queries.
 
-    `compiled=False` evaluates all scores: for tests. Inside a trace the outer compilation takes it in.
+    Args:
+        coordinates: those of `key_coordinates`, for a rule that looks them up.
+        bias: `(b, h, keys)`, added to the logits.
+        compiled: False evaluates all scores: for tests. Inside a trace the outer compilation takes it in.
     """
+    options = () if q.device.type != "cuda" else cuda_options(q, blocks.size)
+    static = Static(blocks.rule, blocks.size, blocks.lengths, scale, options)
+    tensors = q, k, v, blocks.tensors, coordinates, bias
     if torch.compiler.is_compiling() or not compiled:
-        return _kernel(q, k, v, block_mask, scale, bias)
-    static = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, scale, bias is None)
-    kernel = _compiled(id(block_mask), *static)
+        return _kernel(*tensors, static)
+    layouts = tuple((x.shape, x.stride()) for x in (q, k, v, *blocks.tensors))
+    kernel = _compiled(static, layouts, q.dtype, q.device, len(coordinates), bias is None)
     with tuned(q.device):
-        return kernel(q, k, v, block_mask, scale, bias)
+        return kernel(*tensors, static)
+
+
+@cached(8)
+def _coordinates(order: TileOrder, further: int, real: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Kept for the texts of a few calls: all layers ask for the same."""
+    return key_coordinates(order, further, real, device)
 
 
 @contextlib.contextmanager
@@ -157,7 +221,7 @@ def _flex_template() -> types.ModuleType:
 def missing_compiler(device: torch.device) -> str | None:
     """Why torch.compile can't make FlexAttention's kernel for `device`; None where it can."""
     if device.type == "cuda":
-        return None if importlib.util.find_spec("triton") else "Triton is not installed"
+        return cuda_refuses(device)
     if device.type != "cpu":
         return f"FlexAttention has no kernel for {device.type}"
     if sys.platform != "linux" or torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
@@ -166,32 +230,56 @@ def missing_compiler(device: torch.device) -> str | None:
     return None if any(map(shutil.which, compilers)) else f"no C++ compiler found ({', '.join(compilers)})"
 
 
-def key_bias(call: WindowCall, order: TileOrder) -> Tensor | None:
-    """The model's mask on keys as numbers to add, in the order of the keys: `(b, h, cells + extra)`."""
+def key_bias(call: WindowCall, order: TileOrder, missing: int = 0) -> Tensor | None:
+    """The model's mask on keys as numbers to add, in the order of the keys: `(b, h, cells + extra + missing)`."""
     masks = call.key_mask()
     if masks is None:
         return None
     cells, extra = (mask.transpose(2, 3) for mask in masks)  # b h keys 1
-    bias = order.to_tiles(cells, extra).squeeze(-1)
+    bias = order.to_tiles(cells, extra, missing).squeeze(-1)
     if bias.dtype == torch.bool:
         bias = torch.zeros_like(bias, dtype=call.q.dtype).masked_fill(~bias, -torch.inf)
     return bias.expand(call.q.shape[0], call.q.shape[1], -1)
 
 
-def flex_window_attention(call: WindowCall, *, compiled: bool = True, block: int | None = None) -> Tensor:
-    """Order the tokens by tile, attend, and put them back."""
-    grid = call.grid
-    shared = plan(call.pattern, grid.shape, call.extra_keys, call.q.device, block)
-    order = shared.order
+class Ordered(NamedTuple):
+    """A call whose tokens are in tile order."""
+
+    order: TileOrder
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    blocks: Blocks
+    scale: float
+    coordinates: tuple[Tensor, ...]
+    bias: Tensor | None
+
+    def attend(self, *, compiled: bool = True) -> Tensor:
+        """The output of the cells, in tile order."""
+        _, q, k, v, blocks, scale, coordinates, bias = self
+        return run_flex(q, k, v, blocks, scale=scale, coordinates=coordinates, bias=bias, compiled=compiled)
+
+
+def ordered_call(call: WindowCall) -> Ordered:
+    """Put the tokens in tile order, the keys that every cell sees behind the cells."""
+    grid, device = call.grid, call.q.device
+    shared = plan(call.pattern, grid.shape, call.extra_keys, device, call.needs_grad)
+    order, missing = shared.order, shared.further - call.extra_keys
     q, k, v = (grid.split(tensor)[0] for tensor in (call.q, call.k, call.v))
     extra_k, extra_v = call.extras()
-    cells = run_flex(
+    return Ordered(
+        order,
         order.to_tiles(q),
-        order.to_tiles(k, extra_k),
-        order.to_tiles(v, extra_v),
-        shared.block_mask,
-        scale=call.scale,
-        bias=key_bias(call, order),
-        compiled=compiled,
+        order.to_tiles(k, extra_k, missing),
+        order.to_tiles(v, extra_v, missing),
+        shared.blocks,
+        call.scale,
+        _coordinates(order, shared.further, call.extra_keys, device) if shared.looks_up else (),
+        key_bias(call, order, missing),
     )
-    return call.join(order.from_tiles(cells))
+
+
+def flex_window_attention(call: WindowCall, *, compiled: bool = True) -> Tensor:
+    """Order the tokens by tile, attend, and put them back."""
+    ordered = ordered_call(call)
+    return call.join(ordered.order.from_tiles(ordered.attend(compiled=compiled)))

@@ -54,6 +54,7 @@ def whole_tile(pattern: Pattern, shape: Shape, most: int, multiple: int = 1) -> 
     tile = tile_of(pattern)
     if tile is None:
         return None
+    tile = min(tile[0], shape[0]), *tile[1:]  # no tile of frames that are not there
     divisors = ([part for part in range(1, side + 1) if side % part == 0] for side in tile)
     every = ((frames, rows, columns) for frames, rows, columns in itertools.product(*divisors))
     parts = [part for part in every if LEAST_CELLS <= math.prod(part) <= most and math.prod(part) % multiple == 0]
@@ -71,12 +72,14 @@ class TileOrder:
 
     shape: Shape
     tile: Shape
+    paired: bool = False
+    """Is the number of tiles in a row of tiles even? Then every two that follow each other are neighbours."""
 
     @property
     def counts(self) -> Shape:
         """Tiles along frames, rows and columns."""
         frames, rows, columns = (-(-size // step) for size, step in zip(self.shape, self.tile, strict=True))
-        return frames, rows, columns
+        return frames, rows, columns + columns % 2 if self.paired else columns
 
     @property
     def block(self) -> int:
@@ -101,8 +104,11 @@ class TileOrder:
         """`b h cells d` in tile order -> `b h F Y X tf ty tx d`."""
         return cells.unflatten(2, (*self.counts, *self.tile))
 
-    def to_tiles(self, cells: Tensor, extra: Tensor | None = None) -> Tensor:
-        """Cells `(b, h, cells, d)` from row-major to tile order, padded with zeros, then `extra` `(b, h, e, d)`."""
+    def to_tiles(self, cells: Tensor, extra: Tensor | None = None, missing: int = 0) -> Tensor:
+        """Cells `(b, h, cells, d)` from row-major to tile order, padded with zeros, then `extra` `(b, h, e, d)`.
+
+        `missing` zeros are put behind the extra ones.
+        """
         grid = cells.unflatten(2, self.shape)
         if self.ragged:
             wide = (count * step - size for count, step, size in zip(self.counts, self.tile, self.shape, strict=True))
@@ -112,9 +118,11 @@ class TileOrder:
         source = grid.reshape(*grid.shape[:2], *sizes, grid.shape[-1]).permute(0, 1, 2, 4, 6, 3, 5, 7, 8)
         if extra is None or extra.shape[2] == 0:
             return source.reshape(*cells.shape[:2], self.cells, cells.shape[-1])
-        out = cells.new_empty(*cells.shape[:2], self.cells + extra.shape[2], cells.shape[-1])
+        end = self.cells + extra.shape[2]
+        out = cells.new_empty(*cells.shape[:2], end + missing, cells.shape[-1])
         self._parted(out[:, :, : self.cells]).copy_(source)
-        out[:, :, self.cells :].copy_(extra)
+        out[:, :, self.cells : end].copy_(extra)
+        out[:, :, end:].zero_()
         return out
 
     def from_tiles(self, cells: Tensor) -> Tensor:
@@ -137,7 +145,7 @@ class TileOrder:
         tile, place = _divmod(index.to(torch.float32), self.block)
         line, column = _divmod(tile, columns)
         inner_line, inner_column = _divmod(place, wide)
-        if self.shape[0] == 1:
+        if self.counts[0] * deep == 1:
             return Cells(torch.zeros_like(line), line * high + inner_line, column * wide + inner_column)
         frame, row = _divmod(line, rows)
         inner_frame, inner_row = _divmod(inner_line, high)

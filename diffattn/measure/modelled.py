@@ -11,13 +11,20 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ..grid import TokenGrid
+from ..kernels.block_mask import cuda_blocks
+from ..kernels.cuda import cuda_order
 from ..kernels.order import TileOrder
+from ..kernels.pattern import Pattern
 from ..mechanisms.routing import RoutingAttention
 
 MATMUL = 0.7
 """Share of the peak that flash attention's products are assumed to reach."""
 MEMORY = 0.8
 """Share of the bandwidth that a pass over memory is assumed to reach."""
+MASKED = 0.25
+"""Share of the peak that SDPA under a dense mask, and FlexAttention with a rule, are assumed to reach."""
+LAUNCH = 5e-6
+"""Seconds that a call of a kernel is assumed to take at least."""
 HALF, SINGLE = 2, 4
 """Bytes of a number in bfloat16 and in float32."""
 PASSES = 6
@@ -57,15 +64,46 @@ class Part:
     name: str
     flops: float
     bytes: float
+    reached: float = MATMUL
+    """Share of the peak that its products reach."""
+    launches: int = 0
 
     def seconds(self, card: Card) -> float:
         """Modelled."""
-        return max(self.flops / (MATMUL * card.tflops * 1e12), self.bytes / (MEMORY * card.gigabytes * 1e9))
+        products = self.flops / (self.reached * card.tflops * 1e12)
+        return max(products, self.bytes / (MEMORY * card.gigabytes * 1e9), self.launches * LAUNCH)
 
 
 def full_parts(grid: TokenGrid, heads: int, head_dim: int) -> list[Part]:
     """Full attention by a flash kernel: both products, and q, k, v and the output once each."""
     return [Part("full", 4 * grid.tokens**2 * heads * head_dim, 4 * grid.tokens * heads * head_dim * HALF)]
+
+
+def keys_computed(pattern: Pattern, grid: TokenGrid) -> float:
+    """Keys that FlexAttention computes for a query on CUDA, on average, other tokens not counted."""
+    blocks = cuda_blocks(pattern, cuda_order(pattern, grid.shape, False), 0, whole=True, backward=False, device="cpu")
+    return float((blocks.lists.partial_count + blocks.lists.full_count).float().mean()) * blocks.size[1]
+
+
+def window_parts(pattern: Pattern, grid: TokenGrid, heads: int, head_dim: int) -> list[Part]:
+    """A window by FlexAttention: order, blocks, the queries of the other tokens."""
+    cells, others, row = grid.cells, grid.others, heads * head_dim * HALF
+    keys = keys_computed(pattern, grid) + others
+    rest = [Part("other tokens", 4 * others * grid.tokens * heads * head_dim, 2 * grid.tokens * row, launches=1)]
+    return [
+        Part("order", 0, 2 * 4 * cells * row, launches=8),
+        Part("blocks", 4 * cells * keys * heads * head_dim, 4 * cells * row, MASKED, launches=1),
+        *(rest if others else []),
+    ]
+
+
+def dense_parts(grid: TokenGrid, heads: int, head_dim: int) -> list[Part]:
+    """The same by SDPA under a mask of all pairs, which is kept from call to call and read in numbers."""
+    pairs = grid.tokens**2
+    return [
+        Part("mask", 0, pairs * (1 + HALF), launches=1),
+        Part("all pairs", 4 * pairs * heads * head_dim, pairs * HALF * heads, MASKED, launches=1),
+    ]
 
 
 def routing_parts(mechanism: RoutingAttention, grid: TokenGrid, heads: int, head_dim: int) -> list[Part]:

@@ -86,6 +86,11 @@ class Mechanism:
                 raise ValueError(f"{name}: {field.name} must be at most {LARGEST}, got {options.shown(value)}")
 
     @property
+    def grouped_heads(self) -> bool:
+        """May keys and values have fewer heads than the queries (grouped-query attention)?"""
+        return False
+
+    @property
     def needs(self) -> frozenset[str]:
         """Fields of `Context` this config reads beside `mask` and `weights`; the others are left at their defaults."""
         return frozenset()

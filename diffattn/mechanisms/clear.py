@@ -53,7 +53,7 @@ class Ball:
         frames, rows, columns = query.frame - key.frame, query.row - key.row, query.column - key.column
         distance = rows * rows + columns * columns
         if self.radius_t is None:
-            return distance + frames * frames < self.radius**2
+            return distance < self.radius**2 - frames * frames  # a compiler can fold the right side of a single frame
         return (distance < self.radius**2) & (frames * frames < self.radius_t**2)
 
     def span(self, axis: int, low: int, high: int, size: int) -> tuple[int, int]:

@@ -32,6 +32,8 @@ from typing import Any, Protocol
 import torch.nn.functional
 from torch import Tensor
 
+from ..kernels.call import repeat_heads
+
 DISPATCH, SDPA = "dispatch_attention_fn", "scaled_dot_product_attention"
 
 _serial = itertools.count()
@@ -39,6 +41,11 @@ _serial = itertools.count()
 
 class Layer(Protocol):
     """What an exit hands its call to: `diffattn.swap.layer.SwappedLayer`."""
+
+    @property
+    def grouped_heads(self) -> bool:
+        """May several heads of queries share one of keys, or does each need its own?"""
+        ...
 
     def wants(self, query: Tensor, key: Tensor, parallel_config: Any = None) -> bool:
         """Is this call the mechanism's, or the model's own attention? Both tensors are (b, h, n, d)."""
@@ -113,7 +120,7 @@ class Exit:
                 parallel_config=parallel_config,
             )
         _refuse(dropout_p, is_causal)
-        k, v = repeat_heads(k, v, q.shape[1]) if enable_gqa else (k, v)
+        k, v = repeat_heads(k, v, q.shape[1]) if enable_gqa and not layer.grouped_heads else (k, v)
         self._leave_prompts()
         return layer.attend(q, k, v, attn_mask, scale, parallel_config).transpose(1, 2)
 
@@ -135,7 +142,8 @@ class Exit:
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         _refuse(dropout_p, is_causal)
-        key, value = repeat_heads(key, value, query.shape[1]) if enable_gqa else (key, value)
+        repeats = enable_gqa and not layer.grouped_heads
+        key, value = repeat_heads(key, value, query.shape[1]) if repeats else (key, value)
         self._leave_prompts()
         return layer.attend(query, key, value, attn_mask, scale)
 
@@ -155,11 +163,6 @@ def _refuse(dropout_p: float, is_causal: bool) -> None:
             f"swapped attention has neither dropout nor a causal order, but the model asks for "
             f"dropout_p={dropout_p}, is_causal={is_causal}; leave this layer out with layers="
         )
-
-
-def repeat_heads(key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """Grouped-query attention: repeat the heads of (b, g, m, d) keys and values up to `heads`."""
-    return key.repeat_interleave(heads // key.shape[1], 1), value.repeat_interleave(heads // value.shape[1], 1)
 
 
 def has_exit(processor: object) -> bool:
@@ -296,6 +299,8 @@ def own_attention(
     settings: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
 ) -> Tensor:
     """What the family's processor would compute for (b, h, n, d), by the backend of the swapped one, `settings`."""
+    if query.shape[1] != key.shape[1]:
+        key, value = repeat_heads(key, value, query.shape[1])
     processor = original_of(settings)
     if DISPATCH not in type(processor).__call__.__code__.co_names:
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale)

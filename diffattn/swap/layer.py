@@ -78,6 +78,11 @@ class SwappedLayer:
         """Grid of the last call."""
         return None if self.last is None else self.last.situation.grids[0]
 
+    @property
+    def grouped_heads(self) -> bool:
+        """May several heads of queries share one of keys?"""
+        return self.mechanism.grouped_heads and getattr(self.module.processor, "_parallel_config", None) is None
+
     def wants(self, query: Tensor, key: Tensor, parallel_config: Any = None) -> bool:
         """Is this call the mechanism's, or the model's own attention for now?
 
@@ -127,11 +132,10 @@ class SwappedLayer:
         situation: Situation | None = None,
     ) -> tuple[Tensor, Situation]:
         """As `wants` and `attend`, for the operator; `situation` is what an earlier pass found."""
-        processor: Any = self.module.processor
-        parallel_config = getattr(processor, "_parallel_config", None)
+        parallel_config = getattr(self.module.processor, "_parallel_config", None)
         dense = situation.dense if situation else self._outcome(query, parallel_config) != SWAPPED
         if dense:
-            out = intercept.own_attention(processor, query, key, value, mask, scale)
+            out = intercept.own_attention(self.module.processor, query, key, value, mask, scale)
             return out, situation or Situation(dense=True)
         return self._swapped(query, key, value, mask, features, scale, parallel_config, situation)
 
@@ -148,7 +152,7 @@ class SwappedLayer:
             return PAUSED
         if frame is not None and frame.call.dense:
             return DENSE_STEP
-        if self.min_tokens and self._tokens(query, parallel_config) < self.min_tokens:
+        if self.min_tokens and context_parallel.count_tokens(parallel_config, query) < self.min_tokens:
             return TOO_FEW
         return SWAPPED
 
@@ -172,9 +176,6 @@ class SwappedLayer:
             )
         if frame is not None and not any(layer == id(self) for layer, *_ in frame.call.done):
             self._count(outcome, query, frame)  # what follows a call of the layer's own are image prompts
-
-    def _tokens(self, query: Tensor, parallel_config: Any) -> int:
-        return query.shape[2] if parallel_config is None else context_parallel.count_tokens(parallel_config, query)
 
     def _frame(self, tokens: int) -> Frame | None:
         """The forward that a call with this many tokens belongs to."""
@@ -337,8 +338,7 @@ class SwappedLayer:
         sample: int,
         memory: dict[str, Any] | None,
     ) -> Tensor:
-        grid = situation.grids[sample]
-        context = self._context(situation, mask, features)
+        grid, context = situation.grids[sample], self._context(situation, mask, features)
         if "memory" in self.mechanism.needs:
             context = replace(context, memory=memory)
         if self.mechanism.exact:

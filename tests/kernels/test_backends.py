@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import flex_attention
 
 from diffattn.grid import TokenGrid
-from diffattn.kernels import BACKENDS
+from diffattn.kernels import BACKENDS, window_attention
 from diffattn.kernels.dense import dense_attention
 from diffattn.kernels.flex import flex_window_attention
 from diffattn.kernels.tiled import tiled_attention
@@ -101,3 +101,17 @@ def test_a_mask_that_differs_by_query_is_computed_densely_and_refused_elsewhere(
     for name in ("tiled", "flex"):
         case32 = make_case(TokenGrid(9, 8, before=2), disc(3), mask="query", dtype=torch.float32)
         assert "differs from query to query" in BACKENDS[name].refuses(case32.call)
+
+
+@pytest.mark.parametrize("backend", ["auto", "dense", "tiled", "flex"])
+def test_several_heads_of_queries_may_share_one_of_keys(backend, disc, make_case, monkeypatch):
+    if backend == "flex":
+        monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+        monkeypatch.setattr("diffattn.kernels.choose.missing_compiler", lambda device: None)
+    call = make_case(TokenGrid(9, 11, before=3), disc(3), heads=4, dtype=torch.float32).call
+    k, v = call.k[:, ::2], call.v[:, ::2]
+    options = {"scale": 0.3, "backend": backend, "mask": torch.rand(1, 1, 1, 102) > 0.2}
+    repeated = (x.repeat_interleave(2, 1) for x in (k, v))
+    want = window_attention(call.q, *repeated, call.grid, call.pattern, **options | {"backend": "dense"})
+    got = window_attention(call.q, k, v, call.grid, call.pattern, **options)
+    assert (got - want).abs().max() < 1e-5

@@ -7,9 +7,10 @@ import torch
 
 from diffattn.grid import TokenGrid
 from diffattn.kernels import flex
-from diffattn.kernels.block_mask import mask_rule, row_major_block_mask, tile_block_mask
+from diffattn.kernels.block_mask import TileRule, tile_blocks
 from diffattn.kernels.order import TileOrder, tile_shape, whole_tile
 from diffattn.kernels.pattern import dense_mask
+from diffattn.measure.bench.row_major import row_major_blocks
 
 needs_compiler = pytest.mark.skipif(
     flex.missing_compiler(torch.device("cpu")) is not None, reason="FlexAttention needs a C++ compiler and AVX2"
@@ -60,7 +61,7 @@ def test_blocks_are_those_of_the_dense_mask(name, sizes, shape, cells, extra, re
     pattern = request.getfixturevalue(name)(*sizes)
     tile = whole_tile(pattern, shape, cells) or tile_shape(pattern, shape, cells, True)
     order = TileOrder(shape, tile)
-    mask = tile_block_mask(pattern, order, extra)
+    mask = tile_blocks(pattern, order, extra).mask()
     assert mask.seq_lengths == (order.cells, order.cells + extra)
     partial, full = blocks_of(mask)
 
@@ -70,7 +71,7 @@ def test_blocks_are_those_of_the_dense_mask(name, sizes, shape, cells, extra, re
     real = order.to_tiles(torch.ones(1, 1, math.prod(shape), 1)).flatten().bool()
     carried = torch.nn.functional.pad(carried, (0, extra), value=True)
 
-    rule = mask_rule(pattern, order, extra)
+    rule = TileRule(pattern, order, extra > 0).mask_mod(())
     none = torch.zeros((), dtype=torch.long)
     ruled = rule(none, none, torch.arange(order.cells)[:, None], torch.arange(order.cells + extra)[None])
     assert torch.equal(ruled[real], carried[real])
@@ -88,15 +89,15 @@ def test_blocks_are_those_of_the_dense_mask(name, sizes, shape, cells, extra, re
 def test_all_blocks_of_a_rule_on_tiles_are_full(tile, bricks):
     shared = flex.plan(bricks(tile, 1), (4, 32, 24), 20, torch.device("cpu"))
     assert not shared.order.ragged
-    assert int(shared.block_mask.kv_num_blocks.sum()) == 0
+    assert int(shared.blocks.lists.partial_count.sum()) == 0
     seen = dense_mask(bricks(tile, 1), TokenGrid(32, 24, 4)).sum()
     further = shared.order.tiles * -(-20 // shared.order.block)
-    assert (int(shared.block_mask.full_kv_num_blocks.sum()) - further) * shared.order.block**2 == seen
+    assert (int(shared.blocks.lists.full_count.sum()) - further) * shared.order.block**2 == seen
 
 
 def test_partial_blocks_of_a_rule_on_tiles_hold_padding(bricks):
     shared = flex.plan(bricks((1, 8, 8), 1), (1, 44, 30), 0, torch.device("cpu"))
-    partial, _ = blocks_of(shared.block_mask)
+    partial, _ = blocks_of(shared.blocks.mask())
     last = torch.tensor([tile // 4 == 5 or tile % 4 == 3 for tile in range(24)])
     assert partial.any(0).equal(last)
 
@@ -109,13 +110,13 @@ def test_the_blocks_of_a_rule_on_tiles_take_no_time(bricks, monkeypatch):
         bricks, "allowed", lambda self, query, key: (found := allowed(self, query, key), asked.append(found.numel()))[0]
     )
     order = TileOrder((1, 512, 512), whole_tile(pattern, (1, 512, 512), 256))
-    tile_block_mask(pattern, order, 512)
+    tile_blocks(pattern, order, 512)
     assert sum(asked) < 1e6
 
 
 @pytest.mark.parametrize("grid", [TokenGrid(16, 24), TokenGrid(9, 13, frames=2, before=7, after=3)], ids=str)
 def test_blocks_in_row_major_order_are_those_of_the_dense_mask(grid, disc):
-    partial, full = blocks_of(row_major_block_mask(disc(4), grid, block=32))
+    partial, full = blocks_of(row_major_blocks(disc(4), grid, block=32).mask())
     seen, whole = by_blocks(dense_mask(disc(4), grid), 32)
     assert torch.equal(partial | full, seen)
     assert torch.equal(full, whole)
@@ -124,7 +125,7 @@ def test_blocks_in_row_major_order_are_those_of_the_dense_mask(grid, disc):
 def test_the_blocks_of_an_8k_picture_are_few(disc):
     pattern = disc(8)
     order = TileOrder((1, 512, 512), tile_shape(pattern, (1, 512, 512), 32, True))
-    mask = tile_block_mask(pattern, order, 512)
+    mask = tile_blocks(pattern, order, 512).mask()
     touched = mask.kv_num_blocks + mask.full_kv_num_blocks
     assert int(touched.max()) <= 16 + 25
 
@@ -166,7 +167,7 @@ def test_layers_share_one_compilation_and_the_order_outside_gives_the_same(disc,
 
     shared = flex.plan(pattern, grid.shape, 0, torch.device("cpu"))
     q, k, v = (shared.order.to_tiles(x) for x in (second.call.q, second.call.k, second.call.v))
-    outside = flex.run_flex(q, k, v, shared.block_mask, scale=second.call.scale)
+    outside = flex.run_flex(q, k, v, shared.blocks, scale=second.call.scale)
     assert torch.equal(shared.order.from_tiles(outside), results[1])
 
 
@@ -175,7 +176,7 @@ def test_layers_share_one_compilation_and_the_order_outside_gives_the_same(disc,
 def test_row_major_order_gives_the_same(disc, make_case, tolerance):
     grid = TokenGrid(15, 16, before=9)
     case = make_case(grid, disc(4), dim=16, dtype=torch.float32)
-    mask = row_major_block_mask(disc(4), grid)
+    mask = row_major_blocks(disc(4), grid)
     result = flex.run_flex(case.call.q, case.call.k, case.call.v, mask, scale=case.call.scale)
     assert (result - case.expected).abs().max() <= tolerance[torch.float32]
 

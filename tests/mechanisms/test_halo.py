@@ -104,10 +104,10 @@ def test_every_block_is_full(options) -> None:
     """On a grid that the tile divides nothing is computed in vain, by FlexAttention and by gathered blocks."""
     grid, mechanism = TokenGrid(48, 96, before=30), HaloAttention(**options)
     shared = flex.plan(mechanism.pattern(grid), grid.shape, grid.before, torch.device("cpu"))
-    assert int(shared.block_mask.kv_num_blocks.sum()) == 0
+    assert int(shared.blocks.lists.partial_count.sum()) == 0
     order = shared.order
     further = order.tiles * -(-grid.before // order.block)
-    pairs = (int(shared.block_mask.full_kv_num_blocks.sum()) - further) * order.block**2
+    pairs = (int(shared.blocks.lists.full_count.sum()) - further) * order.block**2
     assert pairs == mechanism.pattern(grid).pairs(TokenGrid(48, 96))
     assert block_order(mechanism.pattern(grid), grid) == order
 

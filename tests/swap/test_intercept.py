@@ -40,6 +40,8 @@ def one_thread() -> Iterator[None]:
 class Recorder:
     """A layer that returns the mean of the values and notes its calls."""
 
+    grouped_heads = False
+
     def __init__(self, wanted: bool = True) -> None:
         self.wanted = wanted
         self.parallel_configs: list[Any] = []
@@ -221,9 +223,24 @@ def test_grouped_queries_are_given_their_keys(made: Any, base: type) -> None:
     swap = (lambda x: x.transpose(1, 2)) if base is DispatchProcessor else (lambda x: x)
     processor(None, swap(q), key=swap(k), value=swap(v))
     _, key, value, _, _ = processor.layer.calls[0]
+    assert key.shape[1] == 4
     assert_close(
         F.scaled_dot_product_attention(q, key, value), F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     )
+
+
+@pytest.mark.parametrize("base", [DispatchProcessor, TorchProcessor], ids=lambda base: base.__name__)
+def test_a_layer_that_takes_grouped_heads_gets_no_copies(made: Any, base: type) -> None:
+    q, k, v = qkv(heads=4, groups=2)
+    processor = made(base)()
+    processor.layer, processor.call = Recorder(), {"enable_gqa": True}
+    processor.layer.grouped_heads = True
+    processor.layer.attend = lambda query, *rest: (processor.layer.calls.append((query, *rest)), query)[1]
+    swap = (lambda x: x.transpose(1, 2)) if base is DispatchProcessor else (lambda x: x)
+    processor(None, swap(q), key=swap(k), value=swap(v))
+    _, key, value, *_ = processor.layer.calls[0]
+    assert key.data_ptr() == k.data_ptr()
+    assert value.data_ptr() == v.data_ptr()
 
 
 @pytest.mark.parametrize("base", [DispatchProcessor, TorchProcessor], ids=lambda base: base.__name__)

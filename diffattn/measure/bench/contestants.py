@@ -7,18 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
 from diffattn.grid import TokenGrid
-from diffattn.kernels import BACKENDS, Cells, Pattern, window_attention
-from diffattn.kernels.block_mask import row_major_block_mask
+from diffattn.kernels import BACKENDS, window_attention
 from diffattn.kernels.call import WindowCall
 from diffattn.kernels.dense import dense_bytes, free_bytes
-from diffattn.kernels.flex import plan, run_flex
-from diffattn.kernels.order import TileOrder
+from diffattn.kernels.flex import ordered_call, run_flex
 from diffattn.mechanisms import ClearAttention, Mechanism
 
 from .results import ROWS
+from .row_major import row_major_blocks
 
 DENSE_SHARE = 0.5
 """Share of the free memory that the dense mask may take."""
@@ -84,52 +83,13 @@ def _functions(row: str, call: WindowCall) -> tuple[Callable[[], Any], Callable[
     if row == "tile-once":
         return _permuted_once(call)
     if row == "official":
-        blocks = row_major(pattern, grid, q.device, released_place(grid))
-        return partial(_released_kernel(), q, k, v, block_mask=blocks, scale=scale), _unchanged
+        blocks = row_major_blocks(pattern, grid, q.device)
+        return partial(_released_kernel(), q, k, v, block_mask=blocks.mask(), scale=scale), _unchanged
     if row == "row-major":
-        blocks = row_major(pattern, grid, q.device, TileOrder(grid.shape, (1, 1, 1)).coordinates)
+        blocks = row_major_blocks(pattern, grid, q.device, released=False)
         return partial(run_flex, q, k, v, blocks, scale=scale), _unchanged
     backend = "flex" if row == "tile" else row
     return partial(window_attention, q, k, v, grid, pattern, scale=scale, backend=backend), _unchanged
-
-
-Place = Callable[[Tensor], Cells]
-"""Number of a cell, row-major -> its coordinates."""
-
-
-def row_major(pattern: Pattern, grid: TokenGrid, device: torch.device, place: Place) -> BlockMask:
-    """The released code's 128 x 128 blocks, with a rule that finds the coordinates by `place`."""
-    blocks = row_major_block_mask(pattern, grid, device)
-    first, end = grid.before, grid.before + grid.cells
-
-    def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        allowed = pattern.allowed(place(query - first), place(key - first))
-        if grid.others:
-            allowed = allowed | (query < first) | (query >= end) | (key < first) | (key >= end)
-        return allowed
-
-    return BlockMask.from_kv_blocks(
-        blocks.kv_num_blocks,
-        blocks.kv_indices,
-        blocks.full_kv_num_blocks,
-        blocks.full_kv_indices,
-        BLOCK_SIZE=blocks.BLOCK_SIZE,
-        mask_mod=rule,
-        seq_lengths=blocks.seq_lengths,
-        compute_q_blocks=device.type != "cpu",
-    )
-
-
-def released_place(grid: TokenGrid) -> Place:
-    """Coordinates by the released code's two integer divisions; frames, which it does not know, take two more."""
-    rows, columns = grid.height, grid.width
-
-    def place(index: Tensor) -> Cells:
-        if grid.frames == 1:
-            return Cells(torch.zeros_like(index), index // columns, index % columns)
-        return Cells(index // (rows * columns), index // columns % rows, index % columns)
-
-    return place
 
 
 def _released_kernel() -> Callable[..., Tensor]:
@@ -147,17 +107,13 @@ def _released_kernel() -> Callable[..., Tensor]:
 def _permuted_once(call: WindowCall) -> tuple[Callable[[], Any], Callable[[Any], Tensor]]:
     """The tile order on tensors that are in it already, as in a model that permutes once for all its layers."""
     grid = call.grid
-    shared = plan(call.pattern, grid.shape, call.extra_keys, call.q.device)
-    extra_k, extra_v = call.extras()
-    q, k, v = (grid.split(tensor)[0] for tensor in (call.q, call.k, call.v))
-    q, k, v = shared.order.to_tiles(q), shared.order.to_tiles(k, extra_k), shared.order.to_tiles(v, extra_v)
+    ordered = ordered_call(call)
 
     def run() -> tuple[Tensor, Tensor | None]:
-        cells = run_flex(q, k, v, shared.block_mask, scale=call.scale)
-        return cells, call.attend_others() if grid.others else None
+        return ordered.attend(), call.attend_others() if grid.others else None
 
     def finish(out: tuple[Tensor, Tensor | None]) -> Tensor:
-        cells, rest = shared.order.from_tiles(out[0]), out[1]
+        cells, rest = ordered.order.from_tiles(out[0]), out[1]
         return cells if rest is None else grid.join(cells, rest)
 
     return run, finish

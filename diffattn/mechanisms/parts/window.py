@@ -32,6 +32,10 @@ class Window(Mechanism):
         return self.pool is not None
 
     @property
+    def grouped_heads(self) -> bool:
+        return self.pool is None
+
+    @property
     def backends(self) -> tuple[str, ...]:
         return self.window_backends if self.pool is None else BACKENDS
 
