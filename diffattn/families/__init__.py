@@ -12,7 +12,7 @@ that come are an error: they would be taken for text.
 from torch import nn
 
 from . import controlnets, image_transformers, unets, video_transformers
-from .layout import Arguments, Family, Layers, Layout, Read, arguments, find_layers, owner_of
+from .layout import Arguments, Family, Layers, Layout, Read, TokenPath, arguments, find_layers, owner_of
 from .readers import feature_map, flux_ids, frames_of, picture, video
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Layers",
     "Layout",
     "Read",
+    "TokenPath",
     "arguments",
     "family_of",
     "feature_map",

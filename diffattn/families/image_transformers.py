@@ -1,6 +1,6 @@
 """Image transformers, and those of their ControlNets that are built alike."""
 
-from .layout import Family, Layers, transformer
+from .layout import Arguments, Family, Layers, TokenPath, transformer
 from .readers import flux_ids, lumina, picture, qwen_shapes, z_image
 
 
@@ -12,24 +12,84 @@ def sd3(argument: str) -> tuple[Layers, ...]:
     )
 
 
+PLAIN_ATTENTION_ARGUMENTS = {"scale", "ip_adapter_image_embeds", "ip_hidden_states", "temb"}
+"""Of `joint_attention_kwargs` and the like: those that treat all tokens of the image alike."""
+
+
+def own_arguments(call: Arguments) -> str | None:
+    """Masks of image prompts, caches of keys, and what else goes to the processors and may tell tokens apart."""
+    for name in ("joint_attention_kwargs", "attention_kwargs"):
+        others = sorted((call.get(name) or {}).keys() - PLAIN_ATTENTION_ARGUMENTS)
+        if others:
+            return f"{name} has {', '.join(others)}, which may tell tokens apart"
+    if call.get("kv_cache_mode") is not None or call.get("kv_cache") is not None:
+        return "keys of references are kept"
+    return None
+
+
+def without_padded_text(call: Arguments) -> str | None:
+    """A mask on text is one on all keys, and row-major."""
+    mask = call.get("encoder_hidden_states_mask")
+    return own_arguments(call) or (None if mask is None or bool(mask.all()) else "the text is padded")
+
+
+FLUX_RESIDUALS = "controlnet_block_samples", "controlnet_single_block_samples"
 ROWS: tuple[Family, ...] = (
     Family(
         "Flux",
         ("FluxTransformer2DModel", "FluxControlNetModel"),
         transformer(r"(single_)?transformer_blocks\.\d+\.attn", flux_ids),
         rope="pos_embed",
+        tokens=TokenPath(
+            ("FluxTransformer2DModel",),
+            "x_embedder",
+            "proj_out",
+            "pos_embed",
+            others_behind=True,
+            residuals=FLUX_RESIDUALS,
+            refuses=own_arguments,
+        ),
     ),
     Family(
         "Flux2",
         ("Flux2Transformer2DModel",),
         transformer(r"(single_)?transformer_blocks\.\d+\.attn", flux_ids),
         rope="pos_embed",
+        tokens=TokenPath(
+            ("Flux2Transformer2DModel",),
+            "x_embedder",
+            "proj_out",
+            "pos_embed",
+            others_behind=True,
+            refuses=own_arguments,
+        ),
     ),
-    Family("SD3", ("SD3Transformer2DModel",), sd3("hidden_states")),
+    Family(
+        "SD3",
+        ("SD3Transformer2DModel",),
+        sd3("hidden_states"),
+        tokens=TokenPath(
+            ("SD3Transformer2DModel",),
+            "pos_embed",
+            "proj_out",
+            residuals=("block_controlnet_hidden_states",),
+            refuses=own_arguments,
+        ),
+    ),
     Family(
         "Qwen-Image",
         ("QwenImageTransformer2DModel", "QwenImageControlNetModel"),
         transformer(r"transformer_blocks\.\d+\.attn", qwen_shapes),
+        tokens=TokenPath(
+            ("QwenImageTransformer2DModel",),
+            "img_in",
+            "proj_out",
+            "pos_embed",
+            first_table=True,
+            others_behind=True,
+            residuals=("controlnet_block_samples",),
+            refuses=without_padded_text,
+        ),
     ),
     Family(
         "Z-Image",

@@ -63,6 +63,33 @@ class Layers:
     """Is the first argument of the block around the layer its input, which some mechanisms compare?"""
 
 
+def nothing_refused(call: Arguments) -> str | None:
+    """Every call of the model treats its tokens alike."""
+    return None
+
+
+@dataclass(frozen=True)
+class TokenPath:
+    """Where the tokens of a model enter its blocks and leave them, so that they may be put in another order there."""
+
+    models: tuple[str, ...]
+    """Class names of the models for which it is so."""
+    enter: str
+    """Module whose output holds the cells, first: (b, tokens, c), or (b, c, frames, rows, columns)."""
+    leave: str
+    """Module whose output holds them when they leave."""
+    positions: str | None = None
+    """Module whose output, a tuple, holds the tables of positions."""
+    first_table: bool = False
+    """Is the first table alone that of the cells?"""
+    others_behind: bool = False
+    """Do references enter with the cells, behind them?"""
+    residuals: tuple[str, ...] = ()
+    """Arguments of the model's forward with lists of tensors (b, tokens, c) that are added in the blocks."""
+    refuses: Callable[[Arguments], str | None] = nothing_refused
+    """What in a call tells one token from another beside all that; None: nothing."""
+
+
 @dataclass(frozen=True)
 class Family:
     """One row."""
@@ -75,6 +102,7 @@ class Family:
     """Argument of the model's forward that carries the timestep."""
     rope: str | None = None
     """Dotted name of a rotary embedding whose `theta` is read at every forward."""
+    tokens: TokenPath | None = None
     latent: str | None = None
     """Argument of the model's forward that holds the latent image (..., height, width), where levels differ."""
 

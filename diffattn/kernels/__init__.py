@@ -5,6 +5,7 @@ from torch import Tensor
 from ..grid import TokenGrid
 from .call import window_call
 from .choose import BACKENDS, Backend, Choice, run
+from .order import TileOrder
 from .pattern import Cells, Pattern, dense_mask
 
 __all__ = ["BACKENDS", "Backend", "Cells", "Choice", "Pattern", "dense_mask", "window_attention"]
@@ -21,6 +22,7 @@ def window_attention(
     backend: str = "auto",
     mask: Tensor | None = None,
     pooled: tuple[Tensor, Tensor] | None = None,
+    order: TileOrder | None = None,
 ) -> Tensor:
     """Softmax attention where cells see the cells that `pattern` allows, all other tokens and the `pooled` keys.
 
@@ -32,5 +34,6 @@ def window_attention(
         mask: the model's own mask, bool (True = may be seen) or additive, broadcastable to (b, h, n, n). One that
             differs from query to query is computed densely: "auto" does so, "tiled" and "flex" refuse.
         pooled: further keys and values, each `(b, h, p, d)`, that the cells alone see.
+        order: in which the cells come and leave; None: row-major. A mask is row-major.
     """
-    return run(window_call(q, k, v, grid, pattern, scale, mask, pooled), backend)
+    return run(window_call(q, k, v, grid, pattern, scale, mask, pooled, order), backend)

@@ -1,5 +1,6 @@
 """One request to a kernel: softmax attention under a window pattern."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..grid import TokenGrid
+from .order import TileOrder
 from .pattern import Pattern
 
 
@@ -25,6 +27,8 @@ class WindowCall:
     """Bool (True = may be seen) or additive, `(b|1, h|1, n|1, tokens)`."""
     pooled: tuple[Tensor, Tensor] | None = None
     """Keys and values `(b, h, p, d)` that the cells see and the other tokens do not."""
+    order: TileOrder | None = None
+    """That of the cells of q, k, v and of the output; None: row-major. A mask is always row-major."""
 
     @property
     def pooled_count(self) -> int:
@@ -42,6 +46,13 @@ class WindowCall:
         k, v = repeat_heads(self.k, self.v, self.q.shape[1])
         pooled = None if self.pooled is None else repeat_heads(*self.pooled, self.q.shape[1])
         return replace(self, k=k, v=v, pooled=pooled)
+
+    def in_rows(self) -> "WindowCall":
+        """The same with the cells in row-major order."""
+        if self.order is None:
+            return self
+        q, k, v = (reordered(x, self.grid, self.order.from_tiles) for x in (self.q, self.k, self.v))
+        return replace(self, q=q, k=k, v=v, order=None)
 
     @property
     def extra_keys(self) -> int:
@@ -84,6 +95,12 @@ class WindowCall:
         return self.grid.join(cells, self.attend_others()) if self.grid.others else cells
 
 
+def reordered(tokens: Tensor, grid: TokenGrid, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """`(b, h, n, d)` with its cells changed."""
+    cells, _ = grid.split(tokens)
+    return grid.join(change(cells), grid.split(tokens)[1]) if grid.others else change(cells)
+
+
 def repeat_heads(key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """Grouped-query attention: repeat the heads of `(b, g, m, d)` keys and values up to `heads`."""
     return key.repeat_interleave(heads // key.shape[1], 1), value.repeat_interleave(heads // value.shape[1], 1)
@@ -98,6 +115,7 @@ def window_call(
     scale: float,
     mask: Tensor | None,
     pooled: tuple[Tensor, Tensor] | None,
+    order: TileOrder | None = None,
 ) -> WindowCall:
     """Check the shapes and bring `mask` to `(b|1, h|1, n|1, tokens)`."""
     grid.check(q, k)
@@ -115,4 +133,4 @@ def window_call(
         raise ValueError(
             f"as many pooled keys as values are needed, got {pooled[0].shape[-2]} and {pooled[1].shape[-2]}"
         )
-    return WindowCall(q, k, v, grid, pattern, scale, mask, pooled)
+    return WindowCall(q, k, v, grid, pattern, scale, mask, pooled, order)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from .blocks import block_keys
-from .call import WindowCall
+from .call import WindowCall, reordered
 from .cuda import size_refused
 from .dense import dense_attention
-from .flex import MOST_CELLS, flex_window_attention, has_avx512, missing_compiler
+from .flex import MOST_CELLS, flex_window_attention, has_avx512, missing_compiler, takes_order
 from .natten import has_library, natten_attention, natten_refuses
 from .pattern import covers
 from .tiled import best_windows, tiled_attention
@@ -54,7 +54,10 @@ class Backend:
 
     def compute(self, call: WindowCall) -> Tensor:
         """The output `(b, h, n, c)`."""
-        return self.run(call if self.grouped_heads else call.with_all_heads())
+        call = call if self.grouped_heads else call.with_all_heads()
+        if call.order is None or (self.name == "flex" and takes_order(call)):
+            return self.run(call)
+        return reordered(self.run(call.in_rows()), call.grid, call.order.to_tiles)
 
     def refuses(self, call: WindowCall) -> str | None:
         """Why this backend can't serve `call`; None where it can."""

@@ -64,11 +64,26 @@ def plan(pattern: Pattern, shape: Shape, extra: int, device: torch.device, backw
 @cached(32)
 def cpu_plan(pattern: Pattern, shape: Shape, extra: int) -> Plan:
     """Exactly the keys there are: no kernel is as good on padding."""
-    tile = whole_tile(pattern, shape, WHOLE_CELLS)
-    if tile is None:
-        tile = tile_shape(pattern, shape, BLOCK_CELLS, blocks=True)
-    order = TileOrder(shape, tile)
+    order = cpu_order(pattern, shape)
     return Plan(order, extra, tile_blocks(pattern, order, extra))
+
+
+def cpu_order(pattern: Pattern, shape: Shape) -> TileOrder:
+    """The order in which a window touches few keys."""
+    tile = whole_tile(pattern, shape, WHOLE_CELLS)
+    return TileOrder(shape, tile or tile_shape(pattern, shape, BLOCK_CELLS, blocks=True))
+
+
+def order_of(call: WindowCall) -> TileOrder:
+    """The order that the kernel puts the cells of a call in."""
+    if call.q.device.type == "cuda":
+        return cuda_order(call.pattern, call.grid.shape, call.needs_grad)
+    return cpu_order(call.pattern, call.grid.shape)
+
+
+def takes_order(call: WindowCall) -> bool:
+    """Are the cells of a call in the kernel's own order?"""
+    return call.mask is None and call.order == order_of(call)
 
 
 def cuda_plan(pattern: Pattern, shape: Shape, extra: int, device: torch.device, backward: bool) -> Plan:
@@ -267,11 +282,12 @@ def ordered_call(call: WindowCall) -> Ordered:
     order, missing = shared.order, shared.further - call.extra_keys
     q, k, v = (grid.split(tensor)[0] for tensor in (call.q, call.k, call.v))
     extra_k, extra_v = call.extras()
+    in_order = order.to_tiles if call.order is None else with_extra
     return Ordered(
         order,
-        order.to_tiles(q),
-        order.to_tiles(k, extra_k, missing),
-        order.to_tiles(v, extra_v, missing),
+        q if call.order is not None else order.to_tiles(q),
+        in_order(k, extra_k, missing),
+        in_order(v, extra_v, missing),
         shared.blocks,
         call.scale,
         _coordinates(order, shared.further, call.extra_keys, device) if shared.looks_up else (),
@@ -279,7 +295,15 @@ def ordered_call(call: WindowCall) -> Ordered:
     )
 
 
+def with_extra(cells: Tensor, extra: Tensor, missing: int) -> Tensor:
+    """`TileOrder.to_tiles` for cells in the order already."""
+    padding = extra.new_zeros(()).expand(*extra.shape[:2], missing, extra.shape[3])
+    return torch.cat([cells, extra, padding], dim=2) if extra.shape[2] + missing else cells
+
+
 def flex_window_attention(call: WindowCall, *, compiled: bool = True) -> Tensor:
-    """Order the tokens by tile, attend, and put them back."""
+    """Order the tokens by tile, attend, and put them back; cells that come in the order stay in it."""
     ordered = ordered_call(call)
+    if call.order is not None:
+        return call.join(ordered.attend(compiled=compiled))
     return call.join(ordered.order.from_tiles(ordered.attend(compiled=compiled)))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import config, options
 from ..grid import TokenGrid
+from ..kernels.order import TileOrder
 from ..kernels.pattern import Pattern
 
 LARGEST = 2**31 - 1
@@ -34,6 +35,9 @@ class Context:
     """How many times coarser this layer's grid is than the latent image, along one side."""
     call_index: int = 0
     """Number of this layer among the swapped ones: lets seeded mechanisms differ from layer to layer."""
+    order: TileOrder | None = None
+    """In which the cells of q, k, v come, and the output is to leave: the one that `Mechanism.cell_order` gave. None:
+    row-major."""
     memory: dict[str, Any] | None = None
     """What this mechanism kept in an earlier step, to read and to fill: its own for each run, layer, sample (prompt and
     guidance branch) and shape, empty at their first call. None outside a pipeline and in training."""
@@ -127,6 +131,10 @@ class Mechanism:
 
     def pattern(self, grid: TokenGrid) -> Pattern | None:
         """The rule that says which cells of `grid` see each other, for mechanisms that are a window."""
+        return None
+
+    def cell_order(self, q: Tensor, grid: TokenGrid, backend: str) -> TileOrder | None:
+        """The order of the cells in which the kernel for a call like `q` computes, without gradients; None: any."""
         return None
 
     def mask(self, grid: TokenGrid) -> Tensor:

@@ -128,6 +128,9 @@ class ClearAttention(Window):
                 "out; give down_factor for the published weights, pool without training"
             )
 
+    def computes_in_order(self, grid: TokenGrid) -> bool:
+        return self.down_factor is None
+
     def pattern(self, grid: TokenGrid) -> Ball:
         return Ball(self.radius, self.radius_t)
 
@@ -167,8 +170,9 @@ class ClearAttention(Window):
     ) -> Tensor:
         pooled = self.pooled_keys(k, v, grid, context)
         return window_attention(
-            q, k, v, grid, self.pattern(grid), scale=scale, backend=backend, mask=context.mask, pooled=pooled
-        )
+            q, k, v, grid, self.pattern(grid), scale=scale, backend=backend, mask=context.mask, pooled=pooled,
+            order=context.order,
+        )  # fmt: skip
 
     def window_call(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, context: Context) -> WindowCall:
         pooled = (k[..., : self.pooled(grid), :], v[..., : self.pooled(grid), :]) if self.down_factor else None

@@ -134,7 +134,9 @@ class HaloAttention(Window):
     def attend_window(
         self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, scale: float, backend: str, context: Context
     ) -> Tensor:
-        return window_attention(q, k, v, grid, self.pattern(grid), scale=scale, backend=backend, mask=context.mask)
+        return window_attention(
+            q, k, v, grid, self.pattern(grid), scale=scale, backend=backend, mask=context.mask, order=context.order
+        )
 
     def window_reference(
         self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, scale: float, context: Context

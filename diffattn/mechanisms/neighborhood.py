@@ -234,6 +234,9 @@ class NeighborhoodAttention(Window):
                     f"frames as well; give (frames, rows, columns), such as {(least, *value)}"
                 )
 
+    def computes_in_order(self, grid: TokenGrid) -> bool:
+        return not self.pattern(grid).dilated
+
     def pattern(self, grid: TokenGrid) -> Neighborhood:
         """The rule on `grid`."""
         options = []
@@ -248,7 +251,7 @@ class NeighborhoodAttention(Window):
         self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, scale: float, backend: str, context: Context
     ) -> Tensor:
         pattern = self.pattern(grid)
-        call = window_call(q, k, v, grid, pattern, scale, context.mask, None)
+        call = window_call(q, k, v, grid, pattern, scale, context.mask, None, context.order)
         if not pattern.dilated or takes_natten(call, backend):
             return run(call, backend)
         order = pattern.group_order(grid, q.device)

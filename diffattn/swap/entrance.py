@@ -85,3 +85,10 @@ class Features:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._layer.keep_features(args[0] if args else kwargs["hidden_states"])
+
+
+def may_skip(model: nn.Module) -> bool:
+    """Does a hook of diffusers skip layers of the model in some forwards: of a cache, or of layer-skip guidance?"""
+    registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
+    hooks = (hook for registry in registries if registry for hook in registry.hooks.values())
+    return any(hook._is_stateful or type(hook).__name__.endswith("SkipHook") for hook in hooks)

@@ -337,3 +337,10 @@ def values_replace_attention() -> bool:
     """
     modes = torch.overrides._get_current_function_mode_stack()
     return any(type(mode).__name__ == "AttentionScoreSkipFunctionMode" for mode in modes)
+
+
+def as_four_axes(mask: Tensor | None) -> Tensor | None:
+    """A mask over keys (b, m), or over queries and keys (b, n, m), as (b, 1, 1 or n, m)."""
+    if mask is None or mask.ndim == 4:
+        return mask
+    return mask[:, None, None] if mask.ndim == 2 else mask[:, None]

@@ -6,7 +6,7 @@ operator (`swap.compiled`), so that a graph knows neither sizes nor steps.
 """
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -198,7 +198,7 @@ class SwappedLayer:
         situation: Situation | None = None,
     ) -> tuple[Tensor, Situation]:
         """The mechanism's output, over all ranks, and what the call was."""
-        mask = as_four_axes(mask)
+        mask = intercept.as_four_axes(mask)
         ids = self._reading(query.shape[2]).ids if torch.compiler.is_exporting() else None
         if ids is not None and parallel_config is None and self.weights is None and not self.mechanism.needs:
             self.traced = self.reached = True
@@ -298,6 +298,7 @@ class SwappedLayer:
             progress=moment.progress if moment and "progress" in needs else None,
             timestep=call.timestep if "timestep" in needs else None,
             sigma=moment.sigma if moment and "sigma" in needs else None,
+            order=None if call.ordered is None else call.ordered.order,
         ), call
 
     def keep_features(self, block_input: Tensor) -> None:
@@ -338,14 +339,14 @@ class SwappedLayer:
         sample: int,
         memory: dict[str, Any] | None,
     ) -> Tensor:
-        grid, context = situation.grids[sample], self._context(situation, mask, features)
-        if "memory" in self.mechanism.needs:
-            context = replace(context, memory=memory)
+        grid, context = situation.grids[sample], self._context(situation, mask, features, memory)
         if self.mechanism.exact:
             return intercept.own_attention(self.module.processor, query, key, value, mask, scale)
         return self.mechanism.attend(query, key, value, grid, scale=scale, backend=self.backend, context=context)
 
-    def _context(self, situation: Situation, mask: Tensor | None, features: Tensor | None) -> Context:
+    def _context(
+        self, situation: Situation, mask: Tensor | None, features: Tensor | None, memory: dict[str, Any] | None = None
+    ) -> Context:
         return Context(
             mask=mask,
             weights=self.weights,
@@ -353,6 +354,8 @@ class SwappedLayer:
             progress=situation.progress,
             timestep=situation.timestep,
             sigma=situation.sigma,
+            order=situation.order,
+            memory=memory if "memory" in self.mechanism.needs else None,
             downsample=situation.downsample,
             call_index=self.index if "call_index" in self.mechanism.needs else 0,
         )
@@ -391,10 +394,3 @@ class SwappedLayer:
 def _opaque() -> bool:
     """Is torch.compile tracing? Not torch.export, whose program must carry the mechanism's own operations."""
     return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-
-
-def as_four_axes(mask: Tensor | None) -> Tensor | None:
-    """A mask over keys (b, m), or over queries and keys (b, n, m), as (b, 1, 1 or n, m)."""
-    if mask is None or mask.ndim == 4:
-        return mask
-    return mask[:, None, None] if mask.ndim == 2 else mask[:, None]

@@ -17,8 +17,9 @@ from ..mechanisms.base import Mechanism
 from . import intercept
 from .calls.frames import Call, KeepsFrames, Ref, Scope
 from .calls.records import REUSED, SWAPPED, Done, add
-from .entrance import Door, Entrance, Features
+from .entrance import Door, Entrance, Features, may_skip
 from .layer import SwappedLayer
+from .ordering import Ordering
 from .state import State
 
 logger = logging.getLogger("diffattn")
@@ -52,6 +53,8 @@ class ModelSwap:
         """Did `diffattn.load` put weights in place with it?"""
         self.done: Done = {}
         """What the layers did in the last run, see `diffattn.swap.calls.records`."""
+        self.ordering: Ordering | None = None
+        """Puts the tokens in the order of the kernel; None where no layer's kernel wants one."""
         self._hooks: list[Any] = []
         self._theta: float | None = None
         self._seen: set[str] = set()
@@ -135,6 +138,8 @@ class ModelSwap:
             module = entrance.ref()
             if module is not None:
                 self._hooks.append(Door(self, module, entrance))
+        self.ordering = Ordering.of(self.family, self.root, self.model, self.layers.values())
+        self._hooks += [] if self.ordering is None else [self.ordering]
         own = dict(self.model.named_modules())
         for name, layer in self.layers.items():
             if "features" in layer.mechanism.needs:
@@ -363,10 +368,3 @@ def fingerprint(given: Mapping[str, Any]) -> tuple[Any, ...]:
 def current(model: nn.Module) -> ModelSwap | None:
     """The swap in place on a model."""
     return getattr(model, _ATTRIBUTE, None)
-
-
-def may_skip(model: nn.Module) -> bool:
-    """Does a hook of diffusers skip layers of the model in some forwards: of a cache, or of layer-skip guidance?"""
-    registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
-    hooks = (hook for registry in registries if registry for hook in registry.hooks.values())
-    return any(hook._is_stateful or type(hook).__name__.endswith("SkipHook") for hook in hooks)

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..grid import TokenGrid
@@ -39,6 +39,8 @@ class Summary:
     """Every attention layer of a model or pipeline; `print` it, or read `rows`."""
 
     rows: tuple[Row, ...]
+    orders: dict[str, str] = field(default_factory=dict)
+    """Class name of a model with windows -> how its tokens came in the order of the kernel in its last call."""
 
     @property
     def share(self) -> float | None:
@@ -74,6 +76,7 @@ class Summary:
         if self.calls:
             told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.calls.items(), key=_swapped_first))
             lines.append(f"last run: calls {told}; {self.computed:.1%} of the attention computed")
+        lines.extend(f"{model}: {told}" for model, told in self.orders.items())
         return "\n".join(lines)
 
 
@@ -86,7 +89,8 @@ def summary(target: Any) -> Summary:
         swap, name = swaps.get(key), type(model).__name__
         for layer in attention_modules(model):
             rows.append(Row(name, layer, False, "not swapped") if swap is None else _row(name, layer, swap))
-    return Summary(tuple(rows))
+    told = {swap.name: swap.ordering.told for swap in swaps.values() if swap.ordering and swap.ordering.told}
+    return Summary(tuple(rows), told)
 
 
 def _row(model: str, name: str, swap: ModelSwap) -> Row:

@@ -8,6 +8,8 @@ from torch import Tensor
 from diffattn.grid import TokenGrid
 from diffattn.kernels.call import WindowCall, window_call
 from diffattn.kernels.choose import choose
+from diffattn.kernels.flex import order_of
+from diffattn.kernels.order import TileOrder
 from diffattn.kernels.pattern import Pattern
 from diffattn.kernels.routed import BACKENDS
 
@@ -81,6 +83,16 @@ class Window(Mechanism):
             return self.attend_window(q, k, v, grid, scale, backend, context)
         self.check_backend(backend)
         return rounded.attend(q, k, v, scale, backend, context)
+
+    def cell_order(self, q: Tensor, grid: TokenGrid, backend: str) -> TileOrder | None:
+        if self.pool is not None or backend not in ("auto", "flex") or not self.computes_in_order(grid):
+            return None
+        call = window_call(q, q, q, grid, self.pattern(grid), 1.0, None, None)
+        return order_of(call) if backend == "flex" or choose(call).backend == "flex" else None
+
+    def computes_in_order(self, grid: TokenGrid) -> bool:
+        """Is the window all that is computed? Else the cells are wanted row by row."""
+        return True
 
     def explain_backend(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, backend: str, context: Context) -> str:
         rounded = self.rounded(grid)

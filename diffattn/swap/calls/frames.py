@@ -104,6 +104,10 @@ class Call:
     """Cells of the latent image, where levels differ."""
     sample: Any = None
     """What tells this call from the others of the same step: its text, and its number among those with it."""
+    ordered: Any = None
+    """The order in which its tokens are, see `diffattn.swap.ordering`; None: row-major."""
+    placed: bool = False
+    """Are the positions in it already?"""
     features: dict[int, Tensor] = field(default_factory=dict)
     """Index of a layer -> its block's input, until the layer has used it."""
     turns: dict[int, int] = field(default_factory=dict)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diffattn.grid import TokenGrid
+from diffattn.kernels.order import TileOrder
 
 COLUMNS = 10
 """Numbers of a situation as a tensor, for each sample."""
@@ -23,6 +24,8 @@ class Situation:
     progress: float | None = None
     timestep: float | None = None
     sigma: float | None = None
+    order: TileOrder | None = None
+    """That of the cells, in a call without gradients; None: row-major."""
 
     def to_tensor(self, samples: int) -> Tensor:
         """`(samples, 10)` float64 on the CPU: what a compiled graph saves for its backward pass."""
