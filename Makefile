@@ -21,7 +21,7 @@ define new_enough
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-lowest cuda-code cuda-code-all check docs format bench build
+.PHONY: help setup demo test test-lowest cuda-code cuda-code-all cuda-figures check docs format bench build
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ cuda-code: $(INSTALLED) $(TRITON) ## interpret and compile the kernels for CUDA,
 
 cuda-code-all: $(INSTALLED) $(TRITON) ## the whole table, half an hour
 	$(CUDA_CODE) $(ARGS)
+
+cuda-figures: $(INSTALLED) $(TRITON) ## count the kernels for CUDA anew, into docs/cuda.md
+	PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 $(BIN)/python scripts/cuda_figures.py docs/cuda.md
 
 $(TRITON): $(INSTALLED)
 	rm -rf $@ $@.part

@@ -6,7 +6,8 @@
 
 It needs torch (with Triton) and the checkout, no other package; what needs diffusers is left out without it. The parts
 run in the order below, each is complete before the next, and everything is in --output after every line: check.json to
-send, check.md to read. Times are CUDA events in interleaved rounds: milliseconds, median (minimum-maximum).
+send, check.md to read. thresholds.json has the sizes from which `auto` takes which kernel, as measured: give its path
+in DIFFATTN_THRESHOLDS. Times are CUDA events in interleaved rounds: milliseconds, median (minimum-maximum).
 """
 
 import argparse
@@ -80,6 +81,9 @@ LARGE = {
 
 
 COMPILED_ON_CPU = ("clear", "routing")
+PAIR = "flex", "dense"
+GAIN = 1.2
+"""Times that FlexAttention must be faster than the dense mask, for `auto` to spend the seconds of its compilation."""
 
 
 class OutOfTimeError(Exception):
@@ -318,26 +322,43 @@ def spread(found: list[float]) -> str:
 
 
 def thresholds(check: Check) -> None:
-    """The side from which each kernel beats SDPA: what `auto` wants to know."""
-    sides = (8, 16) if check.cpu else (16, 24, 32, 48, 64, 96, 128)
+    """The size from which each kernel pays: what `auto` reads from thresholds.json, which is written here."""
+    sides = (8, 16) if check.cpu else (16, 24, 32, 40, 48, 64, 96)
     heads, head_dim = (2, 16) if check.cpu else (24, 128)
     dtype = torch.float32 if check.cpu else torch.bfloat16
+    window = ClearAttention(radius=4)
     kernels: dict[str, tuple[Mechanism, str]] = {
-        "clear radius 4, tiled": (ClearAttention(radius=4), "tiled"),
-        "clear radius 4, flex": (ClearAttention(radius=4), "flex"),
-        "routing, gather": (RoutingAttention(top_k=2, tile=8, pool=8), "gather"),
+        name: (window, name) for name in ("dense", "tiled", "flex") if not (check.cpu and name == "flex")
     }
+    kernels["routing, gather"] = RoutingAttention(top_k=2, tile=8, pool=8), "gather"
     for side in sides:
         grid = TokenGrid(side, side, before=64)
         q, k, v = inputs(check, grid, heads, head_dim, dtype)
         full = partial(scaled_dot_product_attention, q, k, v)
         for name, (mechanism, backend) in kernels.items():
-            if check.cpu and backend == "flex":
-                continue
             with noted(check, cells=grid.cells, kernel=name) as row:
                 own = partial(mechanism.attend, q, k, v, grid, backend=backend)
                 times = interleaved(check, {"full": full, "own": own}, rounds=5)
                 row["over_full"] = round(statistics.median(times["full"]) / statistics.median(times["own"]), 3)
+    found = flex_pays_from(check.found[check.part])
+    if found is not None:
+        name = machine(check.device)["device"]
+        limits = {"dense_cells": found - 1, "flex_cells": found, "source": f"measured on {name}"}
+        text = json.dumps({check.device.type: limits}, indent=1) + "\n"
+        (check.folder / ".thresholds.json").write_text(text)
+        os.replace(check.folder / ".thresholds.json", check.folder / "thresholds.json")
+
+
+def flex_pays_from(rows: list[Row]) -> int | None:
+    """Cells from which on FlexAttention is `GAIN` times faster than the dense mask, there and at all larger sizes."""
+    speeds = {name: {row["cells"]: row.get("over_full") for row in rows if row["kernel"] == name} for name in PAIR}
+    flex, dense = (speeds[name] for name in PAIR)
+    found = None
+    for cells in sorted(flex, reverse=True):
+        if flex[cells] is None or flex[cells] < GAIN * (dense.get(cells) or 0):
+            break
+        found = cells
+    return found
 
 
 def graphs(check: Check) -> None:
@@ -354,12 +375,53 @@ def graphs(check: Check) -> None:
             row |= {f"{kind}_ms": spread(found) for kind, found in times.items()}
 
 
+def a_model(check: Check) -> None:
+    """The bundled Flux, where diffusers is installed: full attention, tokens ordered once, and in every layer."""
+    if importlib.util.find_spec("diffusers") is None:
+        return
+    import diffusers
+
+    import diffattn
+    from diffattn.swap.apply import swaps_of
+
+    pipe = diffusers.FluxPipeline.from_pretrained(
+        diffattn.tiny.path("flux"), torch_dtype=torch.float32 if check.cpu else torch.bfloat16
+    ).to(check.device)
+    pipe.set_progress_bar_config(disable=True)
+    side = 64 if check.cpu else 1024
+
+    def image() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        options = {"height": side, "width": side, "num_inference_steps": 2, "output_type": "latent"}
+        found: Tensor = pipe("a red circle on blue", generator=generator, **options).images
+        return found
+
+    def each_layer() -> Tensor:
+        (swap,) = swaps_of(pipe)
+        assert swap.ordering is not None
+        swap.ordering.remove()
+        return image()
+
+    backend = "tiled" if check.cpu else "flex"
+    results: dict[str, Tensor] = {}
+    for name in ("full attention", "clear, ordered once", "clear, ordered in every layer"):
+        with noted(check, what=name, image=f"{side} x {side}") as row, contextlib.ExitStack() as stack:
+            if name != "full attention":
+                stack.enter_context(diffattn.apply(pipe, ClearAttention(radius=8), backend=backend))
+            run = each_layer if name.endswith("layer") else image
+            results[name] = run()
+            row["ms"] = spread([milliseconds(check, image) for _ in range(3)])
+            if name.endswith("layer"):
+                row["error"] = f"{float((results[name] - results['clear, ordered once']).abs().max()):.1e}"
+
+
 PARTS: dict[str, Callable[[Check], None]] = {
     "bfloat16 forward against float64": forward_is_right,
     "latency": latency,
     "from which size on": thresholds,
     "other dtypes and gradients": other_dtypes_and_gradients,
     "CUDA graphs": graphs,
+    "a model": a_model,
 }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu_check import flex_pays_from
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "gpu_check.py"
@@ -50,6 +51,19 @@ def test_every_part_runs_with_torch_alone(tmp_path: Path) -> None:
     errors = [float(row["error"]) for row in found["parts"]["bfloat16 forward against float64"] if "error" in row]
     assert len(errors) > 20 and max(errors) < 2e-2
     assert "| mechanism | backend |" in (tmp_path / "check.md").read_text()
+
+
+def test_the_size_from_which_the_kernel_pays_holds_for_all_larger_ones() -> None:
+    def rows(flex: dict[int, float | None], dense: dict[int, float]) -> list[dict[str, object]]:
+        found = [{"cells": cells, "kernel": "flex", "over_full": speed} for cells, speed in flex.items()]
+        return found + [{"cells": cells, "kernel": "dense", "over_full": speed} for cells, speed in dense.items()]
+
+    dense = {256: 1.0, 576: 0.5, 1024: 0.5, 4096: 0.3}
+    assert flex_pays_from(rows({256: 2.0, 576: 0.5, 1024: 0.7, 4096: 1.0}, dense)) == 1024
+    assert flex_pays_from(rows({256: 2.0, 576: 1.0, 1024: 0.7, 4096: 1.0}, dense)) == 256
+    assert flex_pays_from(rows({1024: 0.7, 4096: 0.3}, dense)) is None
+    assert flex_pays_from(rows({1024: 0.7, 4096: None}, dense)) is None
+    assert flex_pays_from([]) is None
 
 
 def test_it_stops_in_time_with_what_it_has(tmp_path: Path) -> None:

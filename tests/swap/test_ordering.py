@@ -1,4 +1,4 @@
-"""Tokens ordered once for a forward give what ordering in every layer gives; where it can't be, the summary says why."""
+"""Tokens ordered once give what ordering in every layer gives; where they are not, the summary says why."""
 
 from collections.abc import Callable
 from typing import Any
