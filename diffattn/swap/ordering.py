@@ -9,6 +9,7 @@ Where that can't be, every layer orders its own tokens, and `diffattn.summary` s
 hooks do nothing.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 from ..families import Arguments, Family, TokenPath, arguments
 from ..grid import TokenGrid
 from ..kernels.order import TileOrder
+from ..kernels.pattern import cached
 from ..mechanisms.base import Mechanism
 from .calls.frames import Call, Reading, Scope, find
 from .entrance import may_skip
 
-ANY_GRID = TokenGrid(64, 64)
+ANY_GRID, ANY_HEAD_DIM = TokenGrid(64, 64), 64
 ONCE = "tokens put in tile order once for each call of the model"
 IN_LAYERS = "tokens put in tile order in every layer that wants it"
 
@@ -137,17 +139,20 @@ class Ordering:
         if len(shapes) != 1:
             return "the samples of a call have other grids, or none was read"
         ((frames, height, width),) = shapes
-        tensor = next(model.parameters())
+        like = given["hidden_states"]  # parameters may be quantized, and elsewhere for now
         grid = TokenGrid(height, width, frames)
-        orders = {order_of(layer, grid, tensor) for layer in self._layers}
+        if any(getattr(layer.module.processor, "_parallel_config", None) is not None for layer in self._layers):
+            return "the tokens are split among ranks"
+        q = like.new_empty(()).expand(1, 1, grid.tokens, ANY_HEAD_DIM)
+        kinds = {(layer.mechanism, layer.backend) for layer in self._layers}
+        orders = {mechanism.cell_order(q, grid, backend) for mechanism, backend in kinds}
         order = orders.pop()
         if orders or order is None:
             return "a layer has another order, or a kernel that needs none"
         if order.ragged:
             return f"tiles of {order.tile} don't divide the grid"
-        taken = order.to_tiles(torch.arange(grid.cells)[None, None, :, None]).flatten().to(tensor.device)
         behind = max(place[3] or 0 for place in places) if self._path.others_behind else 0
-        return OrderedCells(order, taken, taken.argsort(), behind)
+        return OrderedCells(order, *numbers(order, like.device), behind)
 
     def _running(self) -> Call | None:
         """The forward under way, where its tokens are to be ordered."""
@@ -176,10 +181,9 @@ class Ordering:
         return tuple(cells.positions(table) for table in output)
 
 
-def order_of(layer: OrderedLayer, grid: TokenGrid, like: Tensor) -> TileOrder | None:
-    """The order that a layer's kernel would put the cells of `grid` in; None where it needs none."""
-    processor: Any = layer.module.processor
-    if getattr(processor, "_parallel_config", None) is not None:
-        return None
-    q = like.new_empty(()).expand(1, 1, grid.tokens, 64)
-    return layer.mechanism.cell_order(q, grid, layer.backend)
+@cached(16)
+def numbers(order: TileOrder, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row-major number of the cell in each place of an order, and place of each cell."""
+    cells = torch.arange(math.prod(order.shape))
+    taken = order.to_tiles(cells[None, None, :, None]).flatten()
+    return taken.to(device), taken.argsort().to(device)

@@ -92,7 +92,7 @@ def test_once_equals_every_layer(make: Callable[[], Tiny], orders: list[int]) ->
     diffattn.apply(tiny.model, HaloAttention(tile=(3, 2, 5), halo=0) if video else STRIPS, backend="flex")
     once = tiny.run()
     assert told(tiny.model) == ONCE
-    assert set(orders) == {1}, "a layer ordered its tokens"
+    assert set(orders) <= {1}, "a layer ordered its tokens"
     want = in_layers(tiny)
     assert max(orders) > 1
     assert (once - want).abs().max() < 1e-5
