@@ -86,6 +86,17 @@ def key_coordinates(order: TileOrder, further: int, real: int, device: torch.dev
     return (frame, row, column) if frames > 1 else (row, column)
 
 
+def check_padding(pattern: Pattern) -> None:
+    """Raise where a rule does not hide padding."""
+    zero = torch.zeros(1)
+    nowhere = torch.full_like(zero, torch.nan)
+    if pattern.allowed(Cells(zero, zero, zero), Cells(nowhere, nowhere, nowhere)).any():
+        raise ValueError(
+            f"{pattern} allows a key whose coordinates are NaN, and on CUDA padding has these: write `allowed` by "
+            f"comparisons that are true for what may be seen, or choose backend='tiled'"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Blocks:
     """What the kernel is told of a pattern, beside the tokens: which blocks to compute, and what hides in them."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from .block_mask import FURTHER, Blocks, Rule, block_mask, cuda_blocks, key_coordinates, tile_blocks
+from .block_mask import FURTHER, Blocks, Rule, block_mask, check_padding, cuda_blocks, key_coordinates, tile_blocks
 from .call import WindowCall
 from .cuda import cuda_options, cuda_order, cuda_refuses
 from .order import TileOrder, tile_shape, whole_tile
@@ -94,6 +94,7 @@ def cuda_plan(pattern: Pattern, shape: Shape, extra: int, device: torch.device, 
 
 @cached(32)
 def _cuda_plan(pattern: Pattern, shape: Shape, further: int, whole: bool, device: torch.device, backward: bool) -> Plan:
+    check_padding(pattern)
     order = cuda_order(pattern, shape, backward)
     blocks = cuda_blocks(pattern, order, further, whole=whole, backward=backward, device=device)
     return Plan(order, further, blocks, looks_up=True)

@@ -60,7 +60,8 @@ class Pattern(Protocol):
     def allowed(self, query: Cells, key: Cells) -> Tensor:
         """May `query` see `key`? Elementwise boolean over the broadcast shape; traceable by torch.compile.
 
-        Coordinates are whole, but float32 in a compiled kernel: divide them by `divide`.
+        Coordinates are whole, but float32 in a compiled kernel: divide them by `divide`. On CUDA padding has keys whose
+        coordinates are NaN: the rule must be false for them, as every comparison is.
         """
         ...
 

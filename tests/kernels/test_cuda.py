@@ -74,6 +74,13 @@ def test_a_key_that_is_nowhere_is_never_seen(mechanism):
     assert not mechanism.pattern(grid).allowed(Cells(*place), nowhere).any()
 
 
+def test_a_rule_that_does_not_hide_padding_is_refused(disc, monkeypatch):
+    pattern = disc(2.125)
+    monkeypatch.setattr(type(pattern), "allowed", lambda self, query, key: ~((query.row - key.row).abs() >= 2))
+    with pytest.raises(ValueError, match="coordinates are NaN, and on CUDA padding has these"):
+        flex.cuda_plan(pattern, (1, 9, 9), 0, CPU, False)
+
+
 def test_a_single_frame_in_deep_tiles_has_the_rows_of_its_frame():
     order = TileOrder((1, 5, 6), (2, 2, 4))
     index = order.to_tiles(torch.arange(1.0, 31)[None, None, :, None]).flatten()

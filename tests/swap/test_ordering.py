@@ -200,3 +200,27 @@ def test_a_copy_orders_its_own_tokens() -> None:
     assert told(other) == ONCE
     diffattn.restore(tiny.model)
     assert torch.equal(tiny.run(other), once)
+
+
+@torch.no_grad()
+def test_a_pipeline_with_guidance_dense_steps_and_reuse() -> None:
+    from diffusers import FluxPipeline
+
+    pipe = FluxPipeline.from_pretrained(diffattn.tiny.path("flux"))
+    pipe.set_progress_bar_config(disable=True)
+
+    def image() -> Tensor:
+        found: Tensor = pipe(
+            "a red circle on blue", negative_prompt="a square", true_cfg_scale=2.0, height=64, width=64,
+            num_inference_steps=4, output_type="pt", generator=torch.Generator().manual_seed(0),
+        ).images  # fmt: skip
+        return found
+
+    diffattn.apply(pipe, ClearAttention(radius=3), backend="flex", steps=slice(1, None), reuse=2)
+    once = image()
+    assert told(pipe) == ONCE
+    assert diffattn.summary(pipe).calls["dense in steps that steps= leaves out"]
+    (swap,) = swaps_of(pipe)
+    assert swap.ordering is not None
+    swap.ordering.remove()
+    assert (image() - once).abs().max() < 1e-5
