@@ -1,6 +1,7 @@
-"""How close two images are.
+"""How close two images are, or two videos.
 
 PSNR(a, b) = 10 log10(1 / mean((a - b)^2)),   a and b in 0-1
+flicker(a, b) = sqrt(mean_t(((a_t+1 - a_t) - (b_t+1 - b_t))^2))
 """
 
 import math
@@ -19,6 +20,31 @@ def psnr(a: Any, b: Any) -> float:
         raise ValueError(f"psnr compares images of one shape, got {first.shape} and {second.shape}")
     error = float(np.mean((first - second) ** 2))
     return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def psnr_of_frames(a: Any, b: Any) -> tuple[float, ...]:
+    """PSNR of every frame of two videos (frames, height, width, channels), in dB."""
+    first, second = _videos(a, b, least=1)
+    return tuple(psnr(one, other) for one, other in zip(first, second, strict=True))
+
+
+def flicker(a: Any, b: Any) -> float:
+    """Error of what changes from frame to frame, in 0-1: 0 where both videos change alike, whatever their colours.
+
+    Root of the mean square over all pixels of two videos (frames, height, width, channels).
+    """
+    first, second = _videos(a, b, least=2)
+    return float(np.sqrt(np.mean((np.diff(first, axis=0) - np.diff(second, axis=0)) ** 2)))
+
+
+def _videos(a: Any, b: Any, least: int) -> tuple[np.ndarray, np.ndarray]:
+    first, second = as_pixels(a), as_pixels(b)
+    if first.shape != second.shape or first.ndim != 4 or len(first) < least:
+        raise ValueError(
+            f"expected two videos of one shape (frames, height, width, channels), {least} or more frames, got "
+            f"{first.shape} and {second.shape}"
+        )
+    return first, second
 
 
 def ssim(a: Any, b: Any) -> float:

@@ -10,7 +10,18 @@ import torch
 from PIL import Image
 
 from diffattn import ClearAttention, SoftmaxAttention, TokenGrid
-from diffattn.measure import Timing, attention_share, hardware, hardware_line, latency, peak_memory, psnr, ssim
+from diffattn.measure import (
+    Timing,
+    attention_share,
+    flicker,
+    hardware,
+    hardware_line,
+    latency,
+    peak_memory,
+    psnr,
+    psnr_of_frames,
+    ssim,
+)
 
 
 class Clock:
@@ -67,6 +78,31 @@ def test_psnr_takes_pictures_arrays_and_tensors_alike() -> None:
     want = psnr(a, b)
     assert psnr(Image.fromarray(a), Image.fromarray(b)) == want
     assert psnr(torch.from_numpy(a), torch.from_numpy(b / 255.0)) == pytest.approx(want)
+
+
+def test_frames_of_a_video_are_compared_each_by_itself() -> None:
+    video = np.random.default_rng(0).random((3, 5, 4, 3))
+    other = video.copy()
+    other[1] -= 0.1
+    assert psnr_of_frames(video, other) == (math.inf, pytest.approx(20.0), math.inf)
+
+
+def test_flicker_is_what_changes_in_time_alone() -> None:
+    video = np.random.default_rng(0).random((4, 5, 7, 3))
+    assert flicker(video, video + 0.2) == pytest.approx(0.0, abs=1e-12)  # another colour, as steady
+    shaken = video.copy()
+    shaken[::2] += 0.1  # every difference of frames is off by 0.1
+    assert flicker(video, shaken) == pytest.approx(0.1)
+    assert flicker(video, video[::-1]) > 0.1
+    eight_bit = np.round(255 * video).astype(np.uint8)
+    assert flicker(eight_bit, torch.from_numpy(eight_bit)) == 0
+
+
+@pytest.mark.parametrize("shapes", [((2, 4, 4, 3), (3, 4, 4, 3)), ((4, 4, 3), (4, 4, 3)), ((1, 4, 4, 3), (1, 4, 4, 3))])
+def test_videos_of_other_shapes_are_refused(shapes: tuple[tuple[int, ...], ...]) -> None:
+    one, other = (np.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError, match="two videos of one shape"):
+        flicker(one, other)
 
 
 def test_psnr_and_ssim_refuse_pictures_of_two_sizes() -> None:
