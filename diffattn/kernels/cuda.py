@@ -49,12 +49,15 @@ def forward_tuning(capability: tuple[int, int], dtype: torch.dtype, head_dim: in
     """For blocks of 128 queries.
 
     With 4 warps 128 x 64 fills all registers and doubles the instructions of a warp. Two stages on Hopper: the next
-    block's keys arrive while one is computed, and what is left of the memory caches the coordinates.
+    block's keys arrive while one is computed, and what is left of the memory caches the coordinates. Two where three
+    leave 2 KB of the shared memory, which the tables of a video and a mask may not find enough.
     """
     if dtype == torch.float32:
         return Tuning(64, 16, 8, 2) if head_dim <= 128 else Tuning(32, 16, 4, 1)
+    if head_dim <= 64:
+        return Tuning(128, 64, 8, 3)
     if head_dim <= 128:
-        return Tuning(128, 64, 8, 2 if capability[0] == 9 and head_dim > 64 else 3)
+        return Tuning(128, 64, 8, 2 if capability[0] == 9 or capability in SMALL_SHARED else 3)
     return Tuning(64, 32 if capability in SMALL_SHARED else 64, 8, 2)
 
 

@@ -96,10 +96,9 @@ class Ordering:
     def of(cls, family: Family, root: Scope, model: nn.Module, layers: Iterable[OrderedLayer]) -> "Ordering | None":
         """For windows in a model whose row says where its tokens go in and out; None for all else."""
         several, path = list(layers), family.tokens
-        if path is None or type(model).__name__ not in path.models:
+        if path is None or type(model).__name__ not in path.models or not wants_order(several):
             return None
-        windows = [layer.mechanism.pattern(ANY_GRID) is not None for layer in several]
-        return cls(path, root, model, several) if windows and all(windows) else None
+        return cls(path, root, model, several)
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -179,6 +178,12 @@ class Ordering:
         if self._path.first_table:
             return (cells.positions(output[0]), *output[1:])
         return tuple(cells.positions(table) for table in output)
+
+
+def wants_order(layers: Iterable[OrderedLayer]) -> bool:
+    """Are all mechanisms windows?"""
+    found = {layer.mechanism for layer in layers}
+    return bool(found) and all(mechanism.pattern(ANY_GRID) is not None for mechanism in found)
 
 
 @cached(16)

@@ -11,6 +11,7 @@ from .apply import swaps_of
 from .calls.records import REUSED, SWAPPED
 from .layer import SwappedLayer
 from .model_swap import ModelSwap
+from .ordering import IN_LAYERS, wants_order
 from .plan import attention_modules, models_of
 
 
@@ -89,8 +90,17 @@ def summary(target: Any) -> Summary:
         swap, name = swaps.get(key), type(model).__name__
         for layer in attention_modules(model):
             rows.append(Row(name, layer, False, "not swapped") if swap is None else _row(name, layer, swap))
-    told = {swap.name: swap.ordering.told for swap in swaps.values() if swap.ordering and swap.ordering.told}
-    return Summary(tuple(rows), told)
+    told = {swap.name: _order(swap) for swap in swaps.values()}
+    return Summary(tuple(rows), {name: order for name, order in told.items() if order})
+
+
+def _order(swap: ModelSwap) -> str:
+    """How the last call's tokens came in the order of a kernel; empty where none wants one, and before the first."""
+    if swap.ordering is not None:
+        return swap.ordering.told
+    ran = any(layer.last is not None for layer in swap.layers.values())
+    known = f"it is not known where tokens enter and leave the blocks of {swap.name}"
+    return f"{IN_LAYERS}: {known}" if ran and wants_order(swap.layers.values()) else ""
 
 
 def _row(model: str, name: str, swap: ModelSwap) -> Row:

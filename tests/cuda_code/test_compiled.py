@@ -72,6 +72,16 @@ def test_the_rule_takes_few_instructions(folder: Path) -> None:
     assert full <= 440
 
 
+def test_the_tables_of_a_video_and_a_mask_fit_too(folder: Path) -> None:
+    video = TokenGrid(24, 40, frames=6, before=512)
+    check = Check("rtx4090", ClearAttention(radius=5), video, head_dim=128, mask=True)
+    with on_cuda():
+        ordered = flex.ordered_call(window(check))
+    (found,) = compiled("rtx4090", write_forward("rtx4090", ordered).source, folder)
+    assert found.shared <= CARDS["rtx4090"].shared
+    assert found.spilled == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("card", CARDS)
 def test_blocks_of_64_queries_fit(card: str, folder: Path) -> None:

@@ -154,6 +154,15 @@ def test_why_layers_order_their_own_tokens(case: str) -> None:
     assert "in every layer" in str(diffattn.summary(tiny.model))
 
 
+@torch.no_grad()
+def test_models_whose_row_does_not_say_how_order_in_their_layers() -> None:
+    tiny = models.pixart()
+    diffattn.apply(tiny.model, ClearAttention(radius=2))
+    assert diffattn.summary(tiny.model).orders == {}
+    tiny.run()
+    assert "it is not known where tokens enter" in told(tiny.model)
+
+
 def test_with_gradients_every_layer_orders_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = models.flux()
     diffattn.apply(tiny.model, STRIPS)
