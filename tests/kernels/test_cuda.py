@@ -48,8 +48,8 @@ def computed(blocks, coordinates):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("text", [0, 5, 128, 200])
-@pytest.mark.parametrize("shape", [(1, 24, 40), (1, 19, 21), (3, 9, 20), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("text", [0, 5, 128])
+@pytest.mark.parametrize("shape", [(1, 19, 21), (3, 9, 20), (1, 1, 1)], ids=str)
 @pytest.mark.parametrize("mechanism", PATTERNS, ids=str)
 def test_the_pairs_are_those_of_the_dense_mask(mechanism, shape, text, backward):
     grid = TokenGrid(shape[1], shape[2], shape[0])
