@@ -103,6 +103,7 @@ class Family:
     rope: str | None = None
     """Dotted name of a rotary embedding whose `theta` is read at every forward."""
     tokens: TokenPath | None = None
+    """Where its tokens may be put in another order; None: nowhere known."""
     latent: str | None = None
     """Argument of the model's forward that holds the latent image (..., height, width), where levels differ."""
 

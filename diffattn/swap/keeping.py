@@ -27,7 +27,7 @@ def memories(layer: Keeps, call: Call, situation: Situation, query: Tensor) -> l
     turn = call.turns[id(layer)] = call.turns.get(id(layer), -1) + 1
     shape = (len(query) // len(situation.grids), *query.shape[1:])
     return [
-        call.run.memory((id(layer), call.sample, turn, number), (grid, shape))
+        call.run.memory((id(layer), call.sample, turn, number), (grid, shape, situation.order))
         for number, grid in enumerate(situation.grids)
     ]
 
