@@ -78,6 +78,29 @@ class TokenGrid:
         before, after = others.split([self.before, self.after], dim=dim)
         return torch.cat([before, cells, after], dim=dim)
 
+    def with_exact_frames(self, first: int, last: int) -> "TokenGrid":
+        """The same tokens, those of the first and last frames no longer on the grid, so that all see them and they all.
+
+        Raises `ValueError` where no frame would be left; the grid of a single frame stays as it is.
+
+        >>> print(TokenGrid(12, 12, frames=9).with_exact_frames(1, 1))
+        144+7x12x12+144
+        """
+        if self.frames == 1 or not first + last:
+            return self
+        if first + last >= self.frames:
+            raise ValueError(
+                f"exact_frames=({first}, {last}) leaves none of the {self.frames} frames of the grid {self}; give fewer"
+            )
+        frame = self.height * self.width
+        return TokenGrid(
+            self.height,
+            self.width,
+            self.frames - first - last,
+            before=self.before + first * frame,
+            after=self.after + last * frame,
+        )
+
     def check(self, query: Tensor, key: Tensor) -> None:
         """Raise `ValueError` where the tokens of a self-attention call are not those of this grid."""
         if query.shape[-2] != self.tokens or key.shape[-2] != self.tokens:

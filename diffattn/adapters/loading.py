@@ -36,6 +36,7 @@ def load(
     components: ComponentChoice = None,
     min_tokens: int = 0,
     reuse: int = 1,
+    exact_frames: tuple[int, int] = (0, 0),
     keep_original: bool = True,
     **options: Any,
 ) -> Handle:
@@ -65,7 +66,7 @@ def load(
     for adapter in opened:
         check_class(adapter, models[0])
     mechanism = opened[0].mechanism(options)
-    [swap] = plan_all(target, mechanism, opened[0].layers, steps, backend, components, min_tokens, reuse)
+    [swap] = plan_all(target, mechanism, opened[0].layers, steps, backend, components, min_tokens, reuse, exact_frames)
     actions = [_check(adapter, swap, target, keep_original) for adapter in opened]
     if all(adapter.is_lora for adapter in opened) and mechanism_weights(swap):
         raise ValueError(

@@ -1,46 +1,26 @@
-"""Make images or videos with a model of any family, by efficient attention or by its own, and write them."""
+"""Make images or videos with a model of any family, by efficient attention or by its own."""
 
-import importlib.util
 import inspect
-import logging
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ..adapters import load
-from ..files.writing import written
 from ..highres import generate_large
 from ..measure import psnr
-from ..media.outputs import (
-    VIDEO_ENDINGS,
-    check_file,
-    check_folder,
-    check_frames,
-    check_picture_ending,
-    check_picture_size,
-    check_video_size,
-    trim_frames,
-)
-from ..media.pixels import as_pixels
-from ..media.video import VideoWriter
+from ..measure.strips import VideoDistance, strips, to_image
 from ..options import Help, at_least, check_fields
-from ..parallel.image import shard
-from ..swap.apply import Handle, apply, restore
-from .arguments import parse_mechanism, parse_options, parse_size
-
-logger = logging.getLogger("diffattn")
+from ..swap.apply import restore
+from .arguments import parse_size
+from .places import Frames
+from .swapping import Swap
 
 MOST_STEPS, MOST_IMAGES = 10_000, 1000
-
-Frames = list[Image.Image]
-"""One result: an image, or the frames of a video."""
 
 
 def check_sides(pipe: Any, height: int | None, width: int | None) -> None:
@@ -101,72 +81,6 @@ class Request:
         check_sides(pipe, self.height, self.width)
         generator = torch.Generator("cpu").manual_seed(self.seed)
         return {**native, **given, "generator": generator}
-
-
-@dataclass(frozen=True)
-class Swap:
-    """What to swap: a mechanism with options, or an adapter that says its own and whose options these override."""
-
-    mechanism: str | None
-    options: Sequence[str] = ()
-    layers: Sequence[str] | None = None
-    steps: slice | None = None
-    backend: str = "auto"
-    adapter: str | None = None
-    weight_name: str | None = None
-    reuse: int = 1
-    parallel: bool = False
-    """Split the rows of the image among the processes of `mesh`."""
-    mesh: Any = None
-
-    def __post_init__(self) -> None:
-        if self.parallel and not self.wanted:
-            raise ValueError("--parallel splits clear's local attention: add --mechanism clear or --adapter")
-        if self.mechanism and self.adapter:
-            raise ValueError("give --mechanism or --adapter, not both: an adapter says its own mechanism")
-        if self.adapter and self.layers:
-            raise ValueError("an adapter says its own layers: leave --layers out")
-        if self.weight_name and not self.adapter:
-            raise ValueError("--weight-name is a file of an adapter: add --adapter")
-        if not self.wanted and (self.options or self.layers or self.steps or self.backend != "auto" or self.reuse > 1):
-            raise ValueError("-o, --layers, --swap-steps, --backend and --reuse need a --mechanism or an --adapter")
-
-    @property
-    def wanted(self) -> bool:
-        return self.mechanism is not None or self.adapter is not None
-
-    def __str__(self) -> str:
-        return self.mechanism or f"adapter {self.adapter}"
-
-    def put(self, pipe: Any) -> Handle | None:
-        """Swap the attention of `pipe`; None where nothing is to be swapped."""
-        handle = self._put_whole(pipe)
-        return shard(pipe, self.mesh) if self.parallel else handle
-
-    def _put_whole(self, pipe: Any) -> Handle | None:
-        if self.adapter is not None:
-            options: dict[str, Any] = {**parse_options(self.options)}
-            foreign = options.keys() & inspect.signature(load).parameters.keys()
-            if foreign:
-                raise ValueError(
-                    f"-o is for options of the adapter's mechanism, and {min(foreign)} is none: leave it out"
-                )
-            places = {name: value for name, value in self._places.items() if name != "layers"}
-            return load(pipe, self.adapter, weight_name=self.weight_name, **places, **options)
-        if self.mechanism is None:
-            return None
-        chosen = parse_mechanism(self.mechanism, self.options)
-        return apply(pipe, chosen, **self._places)
-
-    def for_stages(self) -> dict[str, Any]:
-        """The arguments of `generate_large` that swap the stages alone."""
-        if self.mechanism is None or self.parallel:
-            return {"mechanism": self.put if self.wanted else None}
-        return {"mechanism": parse_mechanism(self.mechanism, self.options), "apply_options": self._places}
-
-    @property
-    def _places(self) -> dict[str, Any]:
-        return {"layers": self.layers, "steps": self.steps, "backend": self.backend, "reuse": self.reuse}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,9 +160,9 @@ def make(pipe: Any, arguments: dict[str, Any]) -> tuple[list[Frames], float]:
     output = pipe(**arguments)
     seconds = time.perf_counter() - start
     if hasattr(output, "images"):
-        return [[_picture(image)] for image in output.images], seconds
+        return [[to_image(image)] for image in output.images], seconds
     if hasattr(output, "frames"):
-        return [[_picture(frame) for frame in video] for video in output.frames], seconds
+        return [[to_image(frame) for frame in video] for video in output.frames], seconds
     raise ValueError(f"{type(pipe).__name__} returns neither images nor frames, but {type(output).__name__}")
 
 
@@ -270,129 +184,39 @@ def make_compared(
         return full, [*(f"own attention, {line}" for line in lines[1:]), f"PSNR between them {distance(results, full)}"]
     restore(pipe)
     full, seconds = make(pipe, request.arguments(pipe, native))
-    return full, [f"own attention: {seconds:.1f} s; PSNR between them {distance(results, full)}"]
+    lines = [f"own attention: {seconds:.1f} s; PSNR between them {distance(results, full)}"]
+    if len(full[0]) > 1:
+        pairs = zip(results, full, strict=True)
+        lines += [f"video {i}: {VideoDistance.between(*map(stacked, pair))}" for i, pair in enumerate(pairs)]
+        lines += judged(results, full) if native else []
+    return full, lines
+
+
+def judged(results: Sequence[Frames], full: Sequence[Frames]) -> list[str]:
+    """What the videos of a bundled pipeline show, where they have its native size."""
+    from ..tiny.evaluate_video import described
+    from ..tiny.moving import SIDE
+
+    if full[0][0].size != (SIDE, SIDE):
+        return []
+    pairs = enumerate(zip(results, full, strict=True))
+    return [f"video {i}: {described(stacked(a))}; by its own: {described(stacked(b))}" for i, (a, b) in pairs]
+
+
+def make_strips(results: Sequence[Frames], full: Sequence[Frames], name: str) -> Image.Image | None:
+    """The first video's frames by the model's own attention and, below, by `name`; None where images were made."""
+    if len(full[0]) == 1:
+        return None
+    return strips(full[0], {name: results[0]}, name="own attention", note="Small maps: error of the frame above.")
 
 
 def distance(results: Sequence[Frames], others: Sequence[Frames]) -> str:
     """PSNR between two runs, over all their images, in words."""
-    first, second = (np.stack([np.asarray(frame) for frames in run for frame in frames]) for run in (results, others))
+    first, second = (stacked([frame for frames in run for frame in frames]) for run in (results, others))
     value = psnr(first, second)
     return "is infinite (identical)" if math.isinf(value) else f"{value:.1f} dB"
 
 
-def _picture(image: Any) -> Image.Image:
-    """An image that the pipeline returns as Pillow or as an array (height, width, channels)."""
-    if isinstance(image, Image.Image):
-        return image
-    return Image.fromarray((as_pixels(image).clip(0, 1) * 255).round().astype(np.uint8))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where the results go, tried before the work."""
-
-    output: Path
-    count: int = 1
-    """Images or videos: several are numbered."""
-    compare: bool = False
-    """Also those by the model's own attention, with `-full` in their names."""
-    overwrite: bool = False
-    """May videos that are there be replaced? Images are."""
-
-    @property
-    def full(self) -> Path:
-        """For those by the model's own attention."""
-        return self.output.with_stem(f"{self.output.stem}-full")
-
-    @property
-    def paths(self) -> list[Path]:
-        """All names, without what `save` changes in them."""
-        return [
-            path
-            for output in ([self.output, self.full] if self.compare else [self.output])
-            for path in numbered(output, self.count)
-        ]
-
-    def check(self) -> None:
-        """Raise for names that are wrong for images and videos alike."""
-        if not self.output.name:
-            raise ValueError(f"expected a name for --output; got {self.output}, a folder that is there; name one in it")
-        if self.output.suffix and self.output.suffix.lower() not in VIDEO_ENDINGS:
-            check_picture_ending(self.output)
-        for path in self.paths:
-            check_folder(path.parent)
-            if path.suffix and path.exists():
-                check_file(path, overwrite=self.overwrite or path.suffix.lower() not in VIDEO_ENDINGS)
-
-    def check_kind(self, pipe: Any, height: int | None, width: int | None) -> None:
-        """Raise for names, and sizes, that are wrong for what the pipeline makes; None is a size of its own."""
-        sides = height or 1, width or 1
-        for path in self.paths:
-            is_video = path.suffix.lower() in VIDEO_ENDINGS
-            if makes_video(pipe) and is_video and can_encode():
-                check_file(path, overwrite=self.overwrite)
-                check_video_size(*sides)
-            elif makes_video(pipe):
-                check_frames(path.with_suffix(""), overwrite=self.overwrite)
-            elif is_video:
-                raise ValueError(
-                    f"{type(pipe).__name__} makes images, and --output {path} is the name of a video: end it in .png"
-                )
-            else:
-                check_file(named_picture(path), overwrite=True)
-                check_picture_size(path, *sides)
-
-
-def makes_video(pipe: Any) -> bool:
-    """Whether a pipeline's call makes frames, by its arguments."""
-    return bool({"num_frames", "video_length"} & inspect.signature(type(pipe).__call__).parameters.keys())
-
-
-def can_encode() -> bool:
-    """Whether PyAV is installed."""
-    return importlib.util.find_spec("av") is not None
-
-
-def named_picture(path: Path) -> Path:
-    """The name with the ending of an image, where it has none or that of a video."""
-    return path.with_suffix(".png") if path.suffix.lower() in ("", *VIDEO_ENDINGS) else path
-
-
-def numbered(output: Path, count: int) -> list[Path]:
-    """The name of each of `count` results."""
-    return [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
-
-
-def save(results: Sequence[Frames], output: Path, fps: int = 8) -> list[Path]:
-    """Write every result to `output`, numbered where there are several; videos as .mp4, or as a folder of frames.
-
-    Frames become a folder where `output` has another ending, or where PyAV (extra `video`) is not installed, said in
-    the log.
-    """
-    paths = numbered(output, len(results))
-    return [save_one(frames, path, fps) for frames, path in zip(results, paths, strict=True)]
-
-
-def save_one(frames: Frames, path: Path, fps: int) -> Path:
-    """Write an image, a video, or a folder of frames; returns what was written.
-
-    One frame under the name of a video becomes an image, for it is not known to be a video.
-    """
-    if len(frames) == 1:
-        path = named_picture(path)
-        with written(path) as temporary:
-            frames[0].save(temporary)
-        return path
-    if path.suffix.lower() in VIDEO_ENDINGS and can_encode():
-        with VideoWriter(path, fps) as video:
-            for frame in frames:
-                video.write(np.asarray(frame.convert("RGB")))
-        return path
-    if path.suffix.lower() in VIDEO_ENDINGS:
-        logger.warning('writing a folder of frames: for %s, pip install "diffattn[video]"', path.suffix)
-    folder = path.with_suffix("")
-    for number, frame in enumerate(frames):
-        with written(folder / f"frame-{number:04d}.png") as temporary:
-            frame.save(temporary)
-    trim_frames(folder, len(frames))
-    return folder
+def stacked(frames: Frames) -> np.ndarray:
+    """uint8 `(frames, height, width, channels)`."""
+    return np.stack([np.asarray(frame) for frame in frames])

@@ -8,7 +8,8 @@ from ..media.drawing import masks
 from ..media.seeing import plot_seen
 from .arguments import parse_cell
 from .checkpoints import native_call
-from .generation import Request, makes_video
+from .generation import Request
+from .places import makes_video
 
 
 def check_seen(mechanism: Mechanism) -> None:

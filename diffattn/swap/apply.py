@@ -112,6 +112,7 @@ def apply(
     components: ComponentChoice = None,
     min_tokens: int = 0,
     reuse: int = 1,
+    exact_frames: tuple[int, int] = (0, 0),
     **options: Any,
 ) -> Handle:
     """Swap the attention of `target` for `mechanism`; a second call replaces the first.
@@ -128,12 +129,14 @@ def apply(
         min_tokens: leave the model's own attention in calls with fewer tokens.
         reuse: compute a layer's attention in one of so many steps, the first and the last included, and use its output
             again between them: one output for each layer and sample is kept. Works with `"softmax"` too.
+        exact_frames: how many of a video's first and of its last latent frames see all tokens and are seen by all,
+            `(1, 1)` for one each, as video VAEs treat them apart. Of n frames each costs about 2/n of full attention.
 
     Raises `ValueError`, with nothing changed, for unknown names and options, values of another type, families that are
     not known, globs that match nothing, and mechanisms that the model cannot carry.
     """
     mechanism = resolve_all(mechanism, layers, **options)
-    return commit(plan_all(target, mechanism, layers, steps, backend, components, min_tokens, reuse))
+    return commit(plan_all(target, mechanism, layers, steps, backend, components, min_tokens, reuse, exact_frames))
 
 
 def commit(swaps: list[ModelSwap], trained: bool = False) -> Handle:

@@ -287,7 +287,7 @@ class SwappedLayer:
         reading, frame = self._reading(tokens), self._frame(tokens)
         assert frame is not None
         try:
-            call, grids = frame.call, reading.grids(tokens)
+            call, grids = frame.call, self.state.grids(reading, tokens)
         except Exception:
             pop(frame.door)  # torch.export does not call the hook of a forward that fails
             raise

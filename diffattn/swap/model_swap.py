@@ -139,6 +139,8 @@ class ModelSwap:
             if module is not None:
                 self._hooks.append(Door(self, module, entrance))
         self.ordering = Ordering.of(self.family, self.root, self.model, self.layers.values())
+        if self.ordering is not None and any(self.state.exact_frames):
+            self.ordering.refuse("exact_frames= takes frames off the grid")
         self._hooks += [] if self.ordering is None else [self.ordering]
         own = dict(self.model.named_modules())
         for name, layer in self.layers.items():

@@ -83,6 +83,7 @@ class Ordering:
         self.told = ""
         """How the last call ordered its tokens, and why, for `summary`; empty before the first."""
         self._path, self._root, self._layers = path, root, tuple(layers)
+        self._refused: str | None = None
         modules = [model.get_submodule(name) for name in (path.enter, path.leave)]
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -99,6 +100,10 @@ class Ordering:
         if path is None or type(model).__name__ not in path.models or not wants_order(several):
             return None
         return cls(path, root, model, several)
+
+    def refuse(self, reason: str) -> None:
+        """Leave the order to the layers in every call."""
+        self._refused = reason
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -129,7 +134,8 @@ class Ordering:
         """The order of a forward, or why each layer orders its own tokens."""
         if torch.is_grad_enabled():
             return "gradients are computed"
-        refused = "a cache of diffusers keeps tokens" if may_skip(model) else self._path.refuses(given)
+        kept = "a cache of diffusers keeps tokens" if may_skip(model) else None
+        refused = self._refused or kept or self._path.refuses(given)
         if refused is not None or call.dense:
             return refused or "the model's own attention computes this step"
         layouts = [layout for reading in readings for layout in reading.layouts]

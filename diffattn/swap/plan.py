@@ -83,6 +83,9 @@ def names_in(choice: str | Iterable[str]) -> list[str]:
     return [choice] if isinstance(choice, str) else list(choice)
 
 
+ExactFrames = tuple[Annotated[int, at_least(0)], Annotated[int, at_least(0)]]
+
+
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Dotted name -> every module that computes by a processor."""
     return {name: module for name, module in model.named_modules() if callable(getattr(module, "processor", None))}
@@ -97,6 +100,7 @@ def plan_all(
     components: ComponentChoice = None,
     min_tokens: int = 0,
     reuse: int = 1,
+    exact_frames: tuple[int, int] = (0, 0),
 ) -> list[ModelSwap]:
     """`plan` for every model of `target`, with a common step counter; changes nothing."""
     check_supported(target)
@@ -115,6 +119,7 @@ def plan_all(
     reuse = read("reuse", reuse, Annotated[int, at_least(1)])
     if reuse > 1 and isinstance(target, nn.Module):
         raise ValueError("reuse= counts the steps of a pipeline; pass the pipeline, not its model")
+    frames = read("exact_frames", exact_frames, ExactFrames, "how many of the first frames and of the last")
     options: dict[str, Any] = {"backend": backend, "min_tokens": min_tokens, "reuse": reuse}
     if isinstance(mechanism, Mapping):
         swaps = [plan_mixed(model, mechanism, **options) for model in models]
@@ -123,7 +128,7 @@ def plan_all(
     _leave_shared_layers(swaps)
     parts = [] if isinstance(target, nn.Module) else target.components.values()
     for swap in swaps:
-        swap.state.runs, swap.state.chosen = runs, chosen
+        swap.state.runs, swap.state.chosen, swap.state.exact_frames = runs, chosen, frames
         for part in single_models(part for part in parts if isinstance(part, nn.Module)):
             if part is not swap.model:
                 swap.entrances += _entrances(swap, part)

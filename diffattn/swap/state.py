@@ -4,7 +4,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from .calls.frames import Recall
+from ..grid import TokenGrid
+from .calls.frames import Reading, Recall
 from .calls.steps import Runs
 
 _paused: ContextVar[frozenset["State"]] = ContextVar("diffattn paused", default=frozenset())
@@ -19,7 +20,13 @@ class State:
     """Predicate on step and number of steps, given by `steps=`; None: every step."""
     needs: frozenset[str] = frozenset()
     """`Mechanism.needs`: what is not needed is not looked up."""
+    exact_frames: tuple[int, int] = (0, 0)
+    """How many of the first and of the last frames see all tokens and are seen by all."""
     recall: Recall = field(default_factory=Recall)
+
+    def grids(self, reading: Reading, tokens: int) -> tuple[TokenGrid, ...]:
+        """What mechanisms are given of a forward: one grid for the whole batch, or one per sample."""
+        return tuple(grid.with_exact_frames(*self.exact_frames) for grid in reading.grids(tokens))
 
     @property
     def counts_steps(self) -> bool:

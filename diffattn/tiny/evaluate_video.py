@@ -15,17 +15,17 @@ from diffattn.tiny.track import Figures, Sighting, figures, follow, majority, mo
 
 
 def generate_videos(
-    pipeline: Any, texts: Sequence[str], *, seed: int = 0, batch: int = 8, **overrides: Any
+    pipeline: Any, texts: Sequence[str], *, name: str = "video", seed: int = 0, batch: int = 8, **overrides: Any
 ) -> list[np.ndarray]:
     """Draw every caption, uint8 RGB (frames, SIDE, SIDE, 3) each; video i starts from noise of `seed` + i.
 
-    `overrides` replace the pipeline's default call arguments.
+    `overrides` replace the default call arguments of the bundled pipeline `name`.
     """
     videos: list[np.ndarray] = []
     for start in range(0, len(texts), batch):
         part = list(texts[start : start + batch])
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-        frames = pipeline(part, generator=generators, output_type="np", **(defaults("video") | overrides)).frames
+        frames = pipeline(part, generator=generators, output_type="np", **(defaults(name) | overrides)).frames
         videos += [np.round(255 * video).astype(np.uint8) for video in frames]
     return videos
 
@@ -64,6 +64,21 @@ def judge_videos(
     seen = [follow(video) for video in videos]
     findings = [check(sightings, scene) for sightings, scene in zip(seen, scenes, strict=True)]
     return findings, [figures(sightings) for sightings in seen]
+
+
+def described(video: np.ndarray) -> str:
+    """What a video shows, in words: "a red circle on blue, the same in 100% of the frames, moving sideways"."""
+    sightings = follow(video)
+    colour, shape, background = (
+        majority([getattr(sighting, part) for sighting in sightings]) for part in ("colour", "shape", "background")
+    )
+    if not colour:
+        return f"nothing on {background}"
+    way = motion(sightings)
+    return (
+        f"a {colour} {shape} on {background}, the same in {figures(sightings).identity:.0%} of the frames, "
+        f"{'still or astray' if way is None else f'moving {way}'}"
+    )
 
 
 def write_strips(videos: Sequence[np.ndarray], file: Path) -> None:

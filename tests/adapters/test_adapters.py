@@ -24,7 +24,7 @@ from diffattn import ClearAttention
 from diffattn.adapters import Adapter, expected_parameters, mechanism_weights
 from diffattn.adapters.files import CONFIG_NAME, FILE_NAME, LORA_NAME
 from diffattn.adapters.saving import base_model_of
-from diffattn.cli.generation import Swap
+from diffattn.cli.swapping import Swap
 from diffattn.options import Text
 from diffattn.swap.plan import plan_all, resolve
 

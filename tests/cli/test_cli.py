@@ -17,7 +17,7 @@ from diffattn import ClearAttention, TokenGrid, tiny
 from diffattn.cli import app
 from diffattn.cli.arguments import parse_cell, parse_grid, parse_mechanism, parse_mechanism_text, parse_steps
 from diffattn.cli.checkpoints import summarize
-from diffattn.cli.generation import save
+from diffattn.cli.places import save
 from diffattn.measure import attention_share
 from diffattn.media.outputs import check_frames
 
@@ -335,6 +335,18 @@ def test_a_large_picture_is_compared_with_the_models_own_attention(model: str, t
     pictures = [np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "a-full.png")]
     assert all(picture.shape == (128, 192, 3) for picture in pictures)
     assert not np.array_equal(*pictures)
+
+
+def test_videos_are_compared_frame_by_frame_and_drawn_as_strips(tmp_path: Path) -> None:
+    call = ["generate", "tiny:video", "--prompt", "a red circle moving sideways on a blue background", "--steps", 2]
+    swap = ["--mechanism", "clear", "-o", "radius=2", "--exact-frames", 0, 0]
+    text = succeed(*call, "--frames", 6, *swap, "--compare", "--output", tmp_path / "clip")
+    assert "video 0: PSNR of the frames " in text and "; flicker 0." in text
+    assert "; by its own: " in text and f"wrote {tmp_path / 'clip-strips.png'}" in text
+    with Image.open(tmp_path / "clip-strips.png") as drawn:
+        assert drawn.width > 6 * 128
+    assert {path.name for path in tmp_path.iterdir()} == {"clip", "clip-full", "clip-strips.png"}
+    assert "--exact-frames need a --mechanism" in refusal(*call, "--exact-frames", 1, 0)
 
 
 def test_a_size_that_was_rounded_is_told(model: str, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from diffattn.tiny import moving
+from diffattn.tiny.evaluate_video import described
 from diffattn.tiny.moving import MOVING_SHAPES, Course, MovingScene, render, render_random
 from diffattn.tiny.shapes import PALETTE
 from diffattn.tiny.track import accelerations, figures, follow, motion, sight
@@ -92,3 +93,10 @@ def test_follow_and_figures_refuse_what_they_cannot_judge():
         follow(np.zeros((2, 48, 48, 3)))
     with pytest.raises(ValueError, match="expected seams from 1 to 15"):
         figures(follow(render(SCENE, course(), 16)), seams=(16,))
+
+
+def test_a_video_is_described_in_words() -> None:
+    assert described(render_random(SCENE, 0, 33)) == (
+        "a red circle on blue, the same in 100% of the frames, moving sideways"
+    )
+    assert described(np.zeros((3, 48, 48, 3), np.uint8) + np.uint8(255)) == "nothing on white"

@@ -55,7 +55,8 @@ def demo(
 
     from .. import demonstration
     from ..checkpoints import locate, native_call
-    from ..generation import check_sides, makes_video
+    from ..generation import check_sides
+    from ..places import makes_video
 
     check_folder(output)
     locate(model)

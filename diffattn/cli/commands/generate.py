@@ -49,12 +49,19 @@ def generate(
         int,
         typer.Option(min=1, help="Compute attention in one of so many steps and the last; use its output between."),
     ] = 1,
+    exact_frames: Annotated[
+        tuple[int, int],
+        typer.Option(metavar="FIRST LAST", help="Latent frames of a video's start and end that all see, and they all."),
+    ] = (0, 0),
     adapter: Annotated[
         str | None, typer.Option(help="Trained adapter: file, folder or hub id; it says its own mechanism.")
     ] = None,
     weight_name: Annotated[str | None, typer.Option(help="File of the adapter, where there are several.")] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Also with the model's own attention; prints PSNR and times.")
+        bool,
+        typer.Option(
+            "--compare", help="Also with the model's own attention; prints PSNR and times, and draws strips of a video."
+        ),
     ] = False,
     fps: Annotated[int, typer.Option(min=1, help="Frames a second in an .mp4 file.")] = 8,
     parallel: Annotated[
@@ -77,14 +84,17 @@ def generate(
     from .. import generation as making
     from ..arguments import parse_steps
     from ..checkpoints import native_call
+    from ..places import Place, save
     from ..ranks import is_first, joined, own_device
+    from ..swapping import Swap
 
     request, enlargement = taken(context, "Request"), taken(context, "Enlargement")
-    place = making.Place(output=output, count=request.images or 1, compare=compare, overwrite=overwrite)
+    place = Place(output=output, count=request.images or 1, compare=compare, overwrite=overwrite)
     place.check()
-    swap = making.Swap(
-        mechanism, option or (), layers, parse_steps(swap_steps), backend, adapter, weight_name, reuse, parallel
-    )
+    swap = Swap(
+        mechanism, option or (), layers, parse_steps(swap_steps), backend, adapter, weight_name, reuse, exact_frames,
+        parallel,
+    )  # fmt: skip
     if compare and not swap.wanted:
         raise ValueError("--compare needs something to compare: add --mechanism or --adapter")
     enlargement.check(request)
@@ -106,5 +116,6 @@ def generate(
         if enlargement.size is not None:
             report = [report[0], *(f"{swap}, {line}" for line in report[1:])]
         report += lines
-        making.save(full, place.full, fps)
-    typer.echo("\n".join([*report, *(f"wrote {path}" for path in making.save(results, output, fps))]))
+        save(full, place.full, fps)
+        report += place.save_strips(making.make_strips(results, full, str(swap)))
+    typer.echo("\n".join([*report, *(f"wrote {path}" for path in save(results, output, fps))]))

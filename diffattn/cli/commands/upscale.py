@@ -67,7 +67,7 @@ def upscale(
 
     from ..arguments import parse_device, parse_dtype, parse_mechanism
     from ..checkpoints import locate
-    from ..generation import Swap
+    from ..swapping import Swap
 
     restoration = taken(context, "Restoration")
     networks = pasd.Networks(
