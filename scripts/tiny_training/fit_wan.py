@@ -2,17 +2,19 @@
 
     x = (1 - sigma) latents + sigma noise        target = noise - latents
 
-Cheaper first: single frames, then the first latent frames of clips, then whole clips. Wan's VAE is causal, so the first
-latent frames of a clip are the latents of its beginning.
+Cheaper first: single frames, then the first latent frames of clips, then some latent frames from all over a clip at
+their own positions, then whole clips. Wan's VAE is causal, so the first latent frames of a clip are the latents of its
+beginning.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -34,12 +36,15 @@ LENGTHS, CHANCES = (MAX_VIDEO_TOKENS, 64, 512), (0.8, 0.15, 0.05)
 class WanPlan(Plan):
     """How long and how fast to train; `batch_size` counts whole clips."""
 
-    steps: int = 11000
+    steps: int = 8200
     picture_steps: int = 2500
     """Steps on single frames, the first of all."""
     short_steps: int = 2500
     """Steps on the first `short_frames` latent frames, after those on single frames."""
     short_frames: int = 3
+    spread_steps: int = 2000
+    """Steps on `spread_frames` of all latent frames, after those on short clips."""
+    spread_frames: int = 4
     batch_size: int = 3
     clips: int = 1536
     """Encoded clips."""
@@ -55,7 +60,13 @@ class WanPlan(Plan):
             return 11 * self.batch_size, 1
         if step < self.picture_steps + self.short_steps:
             return 3 * self.batch_size, self.short_frames
+        if step < self.picture_steps + self.short_steps + self.spread_steps:
+            return 3 * self.batch_size, self.spread_frames
         return self.batch_size, LATENT_FRAMES
+
+    def spreads(self, step: int) -> bool:
+        """Are a step's latent frames from all over a clip?"""
+        return self.picture_steps + self.short_steps <= step
 
 
 class TinyWan(nn.Module):
@@ -77,16 +88,24 @@ class TinyWan(nn.Module):
         return nn.functional.pad(states, (0, 0, 0, length - states.shape[1]))
 
     def loss(
-        self, latents: Tensor, texts: Sequence[str], generator: torch.Generator, object_weight: float, length: int
+        self,
+        latents: Tensor,
+        texts: Sequence[str],
+        generator: torch.Generator,
+        object_weight: float,
+        length: int,
+        places: Tensor | None = None,
     ) -> Tensor:
         """Mean squared error of the velocity for latents (batch, channels, frames, rows, columns).
+
+        `places` are the frames' numbers in their clip; None: it begins with them.
 
         sigma = sigmoid(0.7 + 1.4 normal). The object's cells weigh 1 + (object_weight - 1) (1 - sigma)^2: more, but not
         while noise still hides where it is.
         """
         noise = torch.randn(latents.shape, generator=generator)
         sigma = torch.sigmoid(0.7 + 1.4 * torch.randn(len(latents), generator=generator)).view(-1, 1, 1, 1, 1)
-        with mixed_precision():
+        with mixed_precision(), placed(self.transformer, places):
             predicted = self.transformer(
                 hidden_states=(1.0 - sigma) * latents + sigma * noise,
                 timestep=1000.0 * sigma.flatten(),
@@ -96,6 +115,25 @@ class TinyWan(nn.Module):
         error = (predicted.float() - (noise - latents)).square()
         weight = 1.0 + (object_weight - 1.0) * (1.0 - sigma).square() * object_cells(latents)
         return (weight * error).mean()
+
+
+@contextlib.contextmanager
+def placed(transformer: WanTransformer3DModel, places: Tensor | None) -> Iterator[None]:
+    """Inside the block the frames of a call have the rotary positions of `places`."""
+    if places is None:
+        yield
+        return
+
+    def of_places(rope: nn.Module, args: tuple[Tensor], tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        (latents,) = args
+        whole = rope.forward(latents.new_empty(1, 1, int(places.max()) + 1, *latents.shape[3:]))
+        return tuple(table.unflatten(1, (-1, latents[0, 0, 0].numel()))[:, places].flatten(1, 2) for table in whole)
+
+    hook = transformer.rope.register_forward_hook(of_places)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class WanClips:
@@ -115,12 +153,20 @@ class WanClips:
         self.latents: Tensor = torch.load(file, mmap=True)
         self.rng = np.random.default_rng([plan.seed, step])
 
-    def batch(self, size: int, frames: int) -> tuple[Tensor, list[str], int]:
-        """The first latent frames of random clips, a caption of each, and how many text tokens there are."""
+    def batch(self, size: int, frames: int, spread: bool) -> tuple[Tensor, list[str], int, Tensor]:
+        """Latent frames of random clips, a caption of each, how many text tokens there are, and the frames' numbers.
+
+        They are a clip's first ones or, `spread`, any of them, often the first among them.
+        """
         chosen = self.rng.integers(len(self.scenes), size=size)
-        latents = self.latents[torch.from_numpy(chosen)][:, :, :frames].float()
+        places = np.arange(frames)
+        if spread:
+            first = int(self.rng.random() < 0.7)
+            places = np.sort(self.rng.choice(np.arange(first, LATENT_FRAMES), frames - first, replace=False))
+            places = np.concatenate([np.zeros(first, dtype=int), places])
+        latents = self.latents[torch.from_numpy(chosen)][:, :, places].float()
         length = int(self.rng.choice(LENGTHS, p=CHANCES))
-        return latents, [self._caption(self.scenes[index]) for index in chosen], length
+        return latents, [self._caption(self.scenes[index]) for index in chosen], length, torch.from_numpy(places)
 
     def _caption(self, scene: MovingScene) -> str:
         draw = self.rng.random
@@ -150,8 +196,9 @@ def fit_wan(plan: WanPlan, folder: Path, take_up: Callable[[Trainer], None] | No
     progress = tqdm(range(trainer.step, plan.steps), desc="wan", mininterval=30.0)
     running = 1.0
     for step in progress:
-        latents, texts, length = clips.batch(*plan.shape_at(step))
-        loss = wan.loss(latents, texts, generator, plan.object_weight, length)
+        size, frames = plan.shape_at(step)
+        latents, texts, length, places = clips.batch(size, frames, plan.spreads(step) and frames < LATENT_FRAMES)
+        loss = wan.loss(latents, texts, generator, plan.object_weight, length, places)
         trainer.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         trainer.update()

@@ -210,6 +210,24 @@ def test_wrong_options_are_refused(options: dict[str, Any], words: str) -> None:
         RoutingAttention(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "tile", "block"),
+    [
+        ({}, (1, 8, 8), (1, 4, 4)),
+        ({"pool": 2}, (2, 8, 8), (2, 2, 2)),
+        ({"pool": (3, 2, 4)}, (3, 8, 8), (3, 2, 4)),
+        ({"tile": 4}, (4, 4, 4), (1, 4, 4)),
+        ({"tile": (3, 6, 8)}, (3, 6, 8), (1, 6, 4)),
+        ({"tile": (4, 2)}, (1, 4, 2), (1, 4, 2)),
+    ],
+)
+def test_tiles_and_blocks_left_open_have_the_tokens_of_one_frame(options: Any, tile: Any, block: Any) -> None:
+    sides = RoutingAttention(top_k=1, **options).sides(TokenGrid(24, 32, frames=9))
+    assert (sides.asking, sides.tile, sides.block) == (tile, tile, block)
+    flat = RoutingAttention(top_k=1, **options).sides(TokenGrid(24, 32))
+    assert (flat.tile[1:], flat.block[1:]) == (tile[1:], block[1:]) and flat.tile[0] == flat.block[0] == 1
+
+
 def test_tiles_without_frames_are_refused_on_video() -> None:
     with pytest.raises(ValueError, match=r"tile=\(4, 4\) says nothing of frames.*tile=\(1, 4, 4\)"):
         RoutingAttention(tile=(4, 4), pool=(2, 2), share=0.9).check(TokenGrid(8, 8, frames=3))

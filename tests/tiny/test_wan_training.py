@@ -1,11 +1,13 @@
 """Parts of the video transformer's training: what the pipeline will give the model, and what is set apart."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
 from tiny_training.fit_video import object_cells
-from tiny_training.fit_wan import TinyWan, WanPlan, encode_clip
+from tiny_training.fit_wan import TinyWan, WanClips, WanPlan, encode_clip, placed
 from tiny_training.fit_wan_vae import draw_clips, encode
 from tiny_training.text import MAX_VIDEO_TOKENS
 from tiny_training.wan_parts import FRAMES, LATENT_CHANNELS, LATENT_FRAMES, TEXT_DIM, build_wan_scheduler, build_wan_vae
@@ -69,11 +71,40 @@ def test_a_step_changes_every_parameter(wan: TinyWan) -> None:
 
 
 def test_batches_shrink_as_clips_grow() -> None:
-    plan = WanPlan(steps=30, picture_steps=10, short_steps=10, batch_size=2)
-    assert [plan.shape_at(step) for step in (0, 10, 20)] == [(22, 1), (6, 3), (2, LATENT_FRAMES)]
+    plan = WanPlan(steps=40, picture_steps=10, short_steps=10, spread_steps=10, batch_size=2)
+    assert [plan.shape_at(step) for step in (0, 10, 20, 30)] == [(22, 1), (6, 3), (6, 4), (2, LATENT_FRAMES)]
+    assert [plan.spreads(step) for step in (19, 20)] == [False, True]
+
+
+@torch.no_grad()
+def test_frames_from_all_over_a_clip_have_their_own_positions(wan: TinyWan) -> None:
+    latents, text = torch.randn(1, LATENT_CHANNELS, 5, 12, 12), wan.encode(["a red circle"])
+    call = {"timestep": torch.tensor([500.0]), "encoder_hidden_states": text, "return_dict": False}
+    own = wan.transformer.rope(latents)
+    places = torch.tensor([0, 3, 4])
+    with placed(wan.transformer, places):
+        found = wan.transformer.rope(latents[:, :, places])
+        some = wan.transformer(hidden_states=latents[:, :, places], **call)[0]
+    for got, whole in zip(found, own, strict=True):
+        torch.testing.assert_close(got, whole.unflatten(1, (5, 144))[:, places].flatten(1, 2))
+    without = wan.transformer(hidden_states=latents[:, :, places], **call)[0]
+    assert not torch.allclose(some, without)
 
 
 def test_objects_are_what_departs_from_the_background() -> None:
     latents = torch.zeros(1, LATENT_CHANNELS, 1, 12, 12)
     latents[..., 4:7, 5:8] = 1
     assert object_cells(latents).sum() == 9
+
+
+def test_batches_are_frames_of_clips_and_their_numbers(tmp_path: Path) -> None:
+    plan = WanPlan(clips=3)
+    torch.save(torch.arange(LATENT_FRAMES).view(1, 1, -1, 1, 1).expand(3, 2, -1, 4, 4), tmp_path / "clips_3_0.pt")
+    clips = WanClips(build_wan_vae(), plan, tmp_path, 0)
+    assert clips.batch(2, 3, spread=False)[3].tolist() == [0, 1, 2]
+    several = [clips.batch(2, 4, spread=True) for _ in range(40)]
+    for latents, texts, _, places in several:
+        assert latents.shape == (2, 2, 4, 4, 4) and len(texts) == 2
+        assert latents[0, 0, :, 0, 0].tolist() == places.tolist() == sorted(set(places.tolist()))
+    firsts = [places[0] == 0 for *_, places in several]
+    assert 0.6 < np.mean(firsts) < 1 and max(places[-1] for *_, places in several) == LATENT_FRAMES - 1
