@@ -11,6 +11,8 @@ from tiny_pipelines import TinyPipeline, wan
 from torch import Tensor
 
 import diffattn
+from diffattn import RoutingAttention
+from diffattn.mechanisms.base import Context
 
 STEPS = 5
 LATER_LAYER = "blocks.0.attn1"
@@ -88,3 +90,27 @@ def test_steps_are_counted_across_the_boundary(first: int, end: int) -> None:
         for _ in range(2):
             assert error(case.run(), want) < TOLERANCE
     assert torch.equal(case.run(), own)
+
+
+def test_each_half_of_guidance_keeps_its_own_order_of_keys_and_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four layers in all, two calls a step: as many memories, each of one layer and one prompt."""
+    case, given = wan22(), []
+    own = RoutingAttention.attend
+
+    def noted(self: Any, q: Tensor, *rest: Any, context: Context, **options: Any) -> Tensor:
+        given.append(context.memory)
+        return own(self, q, *rest, context=context, **options)
+
+    monkeypatch.setattr(RoutingAttention, "attend", noted)
+    mechanism = RoutingAttention(top_k=1, tile=(1, 2, 2), pool=(1, 2, 2), order="content", refresh=2)
+    with diffattn.apply(case.pipe, mechanism):
+        case.run()
+    distinct = {id(memory): memory for memory in given}
+    assert len(given) == 2 * 2 * STEPS and len(distinct) == 2 * 2 * 2
+    with diffattn.apply(case.pipe, mechanism, reuse=2):
+        case.run()
+        calls = diffattn.summary(case.pipe).calls
+    assert calls == {
+        "swapped": 2 * 2 * 4,
+        "with the output of an earlier step": 2 * 2,
+    }  # 0, 2, 3 (the first of the other) and 4
