@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
+from tiny_training.export import export_wan_pipeline
+from tiny_training.fit import Trainer, load_averaged
 from tiny_training.fit_video import object_cells
 from tiny_training.fit_wan import TinyWan, WanClips, WanPlan, encode_clip, placed
 from tiny_training.fit_wan_vae import draw_clips, encode
@@ -108,3 +110,21 @@ def test_batches_are_frames_of_clips_and_their_numbers(tmp_path: Path) -> None:
         assert latents[0, 0, :, 0, 0].tolist() == places.tolist() == sorted(set(places.tolist()))
     firsts = [places[0] == 0 for *_, places in several]
     assert 0.6 < np.mean(firsts) < 1 and max(places[-1] for *_, places in several) == LATENT_FRAMES - 1
+
+
+def test_an_exported_pipeline_has_the_averaged_weights(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    build_wan_vae().save_pretrained(tmp_path / "vae")
+    trainer = Trainer(TinyWan(), WanPlan(steps=1, save_every=1), tmp_path / "wan.pt")
+    trainer.averaged = [torch.randn_like(parameter) for parameter in trainer.parameters]
+    trainer.step = 1
+    trainer.save()
+    pipe = export_wan_pipeline(tmp_path, tmp_path / "pipeline")
+    load_averaged(trainer.model, tmp_path / "wan.pt")
+    for part, want in (("text_encoder", trainer.model.text), ("transformer", trainer.model.transformer)):
+        got, own = getattr(pipe, part).state_dict(), want.state_dict()
+        assert got.keys() == own.keys()
+        for name, value in got.items():
+            torch.testing.assert_close(value, own[name], atol=5e-3, rtol=0)
+    assert pipe.scheduler.config.shift == 3.0
+    assert not any(str(tmp_path) in file.read_text() for file in (tmp_path / "pipeline").rglob("*.json"))
