@@ -1,4 +1,4 @@
-"""Train, export and evaluate the tiny pipelines that ship in `diffattn/tiny/flux` and `diffattn/tiny/video`.
+"""Train, export and evaluate the tiny pipelines that ship in `diffattn/tiny`: `flux`, `video` and `wan`.
 
     python scripts/train_tiny.py vae
     python scripts/train_tiny.py decoder
@@ -12,7 +12,10 @@
     python scripts/train_tiny.py video-evaluate
 
     python scripts/train_tiny.py wan-vae
+    python scripts/train_tiny.py wan-decoder
     python scripts/train_tiny.py wan-flow
+    python scripts/train_tiny.py wan-export
+    python scripts/train_tiny.py wan-evaluate
 
 Every step works on `--work-dir`; with `--resume` `flow`, `video-flow` and `wan-flow` go on from the last checkpoint.
 `decoder`, `flow` and `export` may run side by side: a checkpoint is replaced in one rename.
@@ -28,16 +31,14 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from diffusers import AutoencoderKL, AutoencoderKLWan, FluxPipeline, TextToVideoSDPipeline
-from tiny_training import progress
+from diffusers import AutoencoderKL, AutoencoderKLWan, FluxPipeline, TextToVideoSDPipeline, WanPipeline
 from tiny_training.components import build_vae
-from tiny_training.export import export_pipeline, export_video_pipeline, folder_size
-from tiny_training.fit import Trainer
+from tiny_training.export import export_pipeline, export_video_pipeline, export_wan_pipeline, folder_size
 from tiny_training.fit_flow import FlowPlan, fit_flow
 from tiny_training.fit_vae import fit_vae, refine_decoder
 from tiny_training.fit_video import VideoPlan, draw_frames, fit_video
 from tiny_training.fit_wan import WanPlan, fit_wan
-from tiny_training.fit_wan_vae import fit_wan_vae
+from tiny_training.fit_wan_vae import fit_wan_vae, refine_wan_decoder
 from tiny_training.wan_parts import build_wan_vae
 
 from diffattn import tiny
@@ -55,6 +56,7 @@ VIDEO_WORK_DIR = Path(tempfile.gettempdir()) / "diffattn-video"
 WAN_WORK_DIR = Path(tempfile.gettempdir()) / "diffattn-wan"
 FOLDER = tiny.path("flux")
 VIDEO_FOLDER = tiny.path("video")
+WAN_FOLDER = tiny.path("wan")
 PLAN = FlowPlan()
 VIDEO_PLAN = VideoPlan()
 WAN_PLAN = WanPlan()
@@ -253,47 +255,90 @@ def wan_vae(
 
 
 @app.command()
+def wan_decoder(
+    work_dir: WorkDir = WAN_WORK_DIR, steps: int = 600, seed: int = 0, threads: Threads = 1, nice: Nice = 5
+) -> None:
+    """Train the decoder of WORK_DIR/vae on, on whole clips; `wan-flow` may run beside it, for latents stay valid."""
+    settle(threads, nice)
+    torch.manual_seed(seed)
+    model = AutoencoderKLWan.from_pretrained(work_dir / "vae")
+    refine_wan_decoder(model, steps=steps, batch_size=2, rate=1e-3, seed=seed)
+    model.save_pretrained(work_dir / "vae")
+
+
+@app.command()
 def wan_flow(
     work_dir: WorkDir = WAN_WORK_DIR,
     steps: Annotated[int, typer.Option(help="Steps in all.")] = WAN_PLAN.steps,
     picture_steps: Annotated[int, typer.Option(help="Steps on single frames.")] = WAN_PLAN.picture_steps,
     short_steps: Annotated[int, typer.Option(help="Steps on the first latent frames.")] = WAN_PLAN.short_steps,
+    spread_steps: Annotated[int, typer.Option(help="Steps on frames from all over clips.")] = WAN_PLAN.spread_steps,
     batch_size: Annotated[int, typer.Option(help="Clips a step.")] = WAN_PLAN.batch_size,
     clips: Annotated[int, typer.Option(help="Encoded clips.")] = WAN_PLAN.clips,
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = WAN_PLAN.rate,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = WAN_PLAN.save_every,
     seed: int = WAN_PLAN.seed,
+    start: Annotated[
+        Path | None, typer.Option(help="Pipeline folder whose weights to train on, on whole clips.")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint.")] = False,
     threads: Threads = 1,
     nice: Nice = 5,
 ) -> None:
-    """Train the video transformer and its text encoder, after `wan-vae`; checkpoints go to WORK_DIR/wan.pt.
-
-    Where WORK_DIR has no checkpoint, `--resume` takes up what `wan-keep` has kept.
-    """
+    """Train the video transformer and its text encoder, after `wan-vae`; checkpoints go to WORK_DIR/wan.pt."""
     settle(threads, nice)
     plan = WanPlan(
         steps=steps,
         picture_steps=picture_steps,
         short_steps=short_steps,
+        spread_steps=spread_steps,
         batch_size=batch_size,
         clips=clips,
         rate=rate,
         save_every=save_every,
         seed=seed,
     )
-    kept = resume and not (work_dir / "wan.pt").exists() and (progress.PLACE / "wan.safetensors").exists()
-    if kept:
-        AutoencoderKLWan.from_pretrained(progress.PLACE / "vae", torch_dtype=torch.float32).save_pretrained(
-            work_dir / "vae"
-        )
-    fit_wan(plan, work_dir, progress.take_up if kept else Trainer.resume if resume else None)
+    if start is not None:
+        AutoencoderKLWan.from_pretrained(start / "vae", torch_dtype=torch.float32).save_pretrained(work_dir / "vae")
+    fit_wan(plan, work_dir, resume=resume, start=start)
 
 
 @app.command()
-def wan_keep(work_dir: WorkDir = WAN_WORK_DIR) -> None:
-    """Keep the averaged weights of the last checkpoint and the VAE in the repository, for `wan-flow --resume`."""
-    typer.echo(f"{progress.PLACE}: step {progress.keep(work_dir)}, {folder_size(progress.PLACE) / 1e6:.2f} MB")
+def wan_export(
+    work_dir: WorkDir = WAN_WORK_DIR,
+    folder: Annotated[Path, typer.Option(help="Where the pipeline goes.")] = WAN_FOLDER,
+) -> None:
+    """Write the averaged weights of the last checkpoint as a WanPipeline folder."""
+    export_wan_pipeline(work_dir, folder)
+    typer.echo(f"{folder}: {folder_size(folder) / 1e6:.2f} MB")
+
+
+@app.command()
+def wan_evaluate(
+    folder: Annotated[Path, typer.Option(help="A WanPipeline folder.")] = WAN_FOLDER,
+    strips: Annotated[Path, typer.Option(help="PNG to write.")] = WAN_WORK_DIR / "strips.png",
+    count: Annotated[int, typer.Option(help="Captions set apart, in random order; 64 are all.")] = 64,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = tiny.NATIVE["wan"]["num_inference_steps"],
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = tiny.NATIVE["wan"]["guidance_scale"],
+    seed: int = 0,
+    threads: Threads = 1,
+    nice: Nice = 5,
+) -> None:
+    """Draw captions that training never saw, and print what the judge finds kept."""
+    settle(threads, nice)
+    pipeline = WanPipeline.from_pretrained(folder)
+    apart = moving.set_apart_scenes()
+    chosen = [apart[index] for index in np.random.default_rng(seed).permutation(len(apart))[:count]]
+    options = {"name": "wan", "seed": seed, "num_inference_steps": steps, "guidance_scale": guidance}
+    videos = generate_videos(pipeline, [moving.caption(scene) for scene in chosen], **options)
+    strips.parent.mkdir(parents=True, exist_ok=True)
+    write_strips([video[::4] for video in videos], strips)
+    findings, measured = judge_videos(videos, chosen)
+    for part in ("colour_kept", "shape_kept", "background_kept", "motion_kept", "kept"):
+        typer.echo(f"{part}: {sum(getattr(finding, part) for finding in findings)} of {count}")
+    for figure in ("identity", "clean", "acceleration"):
+        values = [getattr(figures, figure) for figures in measured]
+        typer.echo(f"{figure}: mean {np.nanmean(values):.3f}, worst {worst(figure)(values):.3f}")
 
 
 def worst(figure: str) -> Callable[[Sequence[float]], float]:

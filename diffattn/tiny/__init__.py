@@ -7,6 +7,9 @@
 >>> from diffusers import TextToVideoSDPipeline
 >>> pipe = TextToVideoSDPipeline.from_pretrained(tiny.path("video"))
 >>> frames = pipe("a red circle moving sideways on a blue background", **tiny.defaults("video")).frames[0]
+>>> from diffusers import WanPipeline
+>>> pipe = WanPipeline.from_pretrained(tiny.path("wan"))
+>>> frames = pipe("a red circle moving sideways on a blue background", **tiny.defaults("wan")).frames[0]
 """
 
 from pathlib import Path
@@ -26,6 +29,14 @@ NATIVE: dict[str, dict[str, Any]] = {
         "num_frames": 16,
         "num_inference_steps": 20,
         "guidance_scale": 2.0,
+    },
+    "wan": {
+        "height": 48,
+        "width": 48,
+        "num_frames": 33,
+        "max_sequence_length": 16,
+        "num_inference_steps": 20,
+        "guidance_scale": 3.0,
     },
 }
 """Call arguments of each pipeline at the size it was trained for; `height` and `width` are in pixels."""

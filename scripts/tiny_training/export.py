@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, TextToVideoSDPipeline
+from diffusers import AutoencoderKL, AutoencoderKLWan, FluxPipeline, TextToVideoSDPipeline, WanPipeline
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
 
 from tiny_training.components import build_scheduler, build_transformer, build_unet, build_video_scheduler
 from tiny_training.fit import load_averaged
 from tiny_training.fit_flow import TinyFlow
 from tiny_training.fit_video import TinyVideo
+from tiny_training.fit_wan import TinyWan
+from tiny_training.wan_parts import build_wan_scheduler
 
 
 def export_pipeline(work_dir: Path, folder: Path) -> FluxPipeline:
@@ -60,6 +63,24 @@ def export_video_pipeline(work_dir: Path, folder: Path) -> TextToVideoSDPipeline
     return TextToVideoSDPipeline.from_pretrained(folder)
 
 
+def export_wan_pipeline(work_dir: Path, folder: Path) -> WanPipeline:
+    """Write the averaged weights of `work_dir`/wan.pt and the VAE of `work_dir`/vae as a pipeline in `folder`.
+
+    Transformer and VAE are stored in float16, as those of the image pipeline are.
+    """
+    wan = TinyWan()
+    load_averaged(wan, work_dir / "wan.pt")
+    pipeline = WanPipeline(
+        tokenizer=wan.tokenizer,
+        text_encoder=wan.text,
+        vae=AutoencoderKLWan.from_pretrained(work_dir / "vae").half(),
+        scheduler=build_wan_scheduler(),
+        transformer=wan.transformer.half(),
+    )
+    replace_folder(pipeline, folder)
+    return WanPipeline.from_pretrained(folder)
+
+
 @torch.no_grad()
 def fold_shift(vae: AutoencoderKL) -> None:
     """Make latents of mean zero by the weights themselves, for pipelines that know a scale but no shift.
@@ -89,7 +110,8 @@ def replace_folder(pipeline: Any, folder: Path) -> None:
     pipeline.save_pretrained(fresh)
     for file in fresh.rglob("*.safetensors"):
         file.chmod(0o644)
-    name_as_the_hub_does(fresh / "text_encoder" / "model.safetensors")
+    if isinstance(pipeline.text_encoder, CLIPTextModel):
+        name_as_the_hub_does(fresh / "text_encoder" / "model.safetensors")
     forget_origin(fresh / "vae" / "config.json")
     if folder.exists():
         folder.rename(stale)

@@ -8,13 +8,14 @@ beginning.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -60,9 +61,14 @@ class WanPlan(Plan):
             return 11 * self.batch_size, 1
         if step < self.picture_steps + self.short_steps:
             return 3 * self.batch_size, self.short_frames
-        if step < self.picture_steps + self.short_steps + self.spread_steps:
+        if step < self.first_whole_step:
             return 3 * self.batch_size, self.spread_frames
         return self.batch_size, LATENT_FRAMES
+
+    @property
+    def first_whole_step(self) -> int:
+        """The first step on whole clips."""
+        return self.picture_steps + self.short_steps + self.spread_steps
 
     def spreads(self, step: int) -> bool:
         """Are a step's latent frames from all over a clip?"""
@@ -181,16 +187,29 @@ def encode_clip(vae: AutoencoderKLWan, scene: MovingScene, rng: np.random.Genera
     return encode(vae, clip[None]).half()
 
 
-def fit_wan(plan: WanPlan, folder: Path, take_up: Callable[[Trainer], None] | None) -> None:
+def take_up(trainer: Trainer, pipeline: Path) -> None:
+    """Start a trainer with the weights of a pipeline's folder, at its first step on whole clips."""
+    for part, own in (("text_encoder", trainer.model.text), ("transformer", trainer.model.transformer)):
+        [file] = (pipeline / part).glob("*.safetensors")
+        own.load_state_dict(
+            {name: weight.float() for name, weight in load_file(file).items()}, strict=part != "text_encoder"
+        )
+    trainer.averaged = [parameter.detach().clone() for parameter in trainer.parameters]
+    trainer.step = trainer.plan.first_whole_step
+
+
+def fit_wan(plan: WanPlan, folder: Path, *, resume: bool = False, start: Path | None = None) -> None:
     """Train after the VAE of `folder`/vae; checkpoints, with averaged weights under "ema", go to `folder`/wan.pt.
 
-    `take_up` brings the trainer to where an earlier run ended.
+    `resume` goes on from the last checkpoint; `start` on whole clips from the weights of a pipeline's folder.
     """
     torch.manual_seed(plan.seed)
     wan = TinyWan()
     trainer = Trainer(wan, plan, folder / "wan.pt")
-    if take_up is not None:
-        take_up(trainer)
+    if start is not None:
+        take_up(trainer, start)
+    if resume:
+        trainer.resume()
     clips = WanClips(AutoencoderKLWan.from_pretrained(folder / "vae").eval(), plan, folder, trainer.step)
     generator = torch.Generator().manual_seed(1000 * plan.seed + 100_000 * trainer.step)
     progress = tqdm(range(trainer.step, plan.steps), desc="wan", mininterval=30.0)

@@ -10,10 +10,13 @@ from tqdm import trange
 from diffattn.tiny import moving
 from diffattn.tiny.shapes import to_tensor
 from tiny_training.fit_vae import KL_WEIGHT, mixed_precision
+from tiny_training.wan_parts import FRAMES
 
 WORLD = tuple(moving.scenes())
 CLIP = 9
 """Frames of most training clips; 5 and 1 are mixed in."""
+DECODED_NOISE = 0.1
+"""Deviation of the noise that the decoder learns to bear, since sampled latents are not quite those of videos."""
 
 
 def draw_clips(count: int, frames: int, rng: np.random.Generator) -> Tensor:
@@ -56,10 +59,35 @@ def fit_wan_vae(vae: AutoencoderKLWan, *, steps: int, batch_size: int, rate: flo
     measure_latents(vae, rng)
 
 
+def refine_wan_decoder(vae: AutoencoderKLWan, *, steps: int, batch_size: int, rate: float, seed: int) -> None:
+    """Train the decoder of `vae` on in place, on whole clips of 33 frames; latents stay as they are.
+
+    After the first `CLIP` frames its convolutions over time are where the first training never was.
+    """
+    rng = np.random.default_rng([seed, 1])
+    parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps, pct_start=0.1)
+    progress = trange(steps, desc="decoder", mininterval=15.0)
+    for _ in progress:
+        target = draw_clips(batch_size, FRAMES, rng)
+        with mixed_precision():
+            with torch.no_grad():
+                latents = vae.encode(target).latent_dist.mean
+            decoded = vae.decode(latents + DECODED_NOISE * torch.randn_like(latents)).sample.float()
+        error = functional.l1_loss(decoded, target)
+        optimizer.zero_grad(set_to_none=True)
+        (error + 2.0 * functional.mse_loss(decoded, target)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix(error=f"{error.item():.4f}", refresh=False)
+
+
 @torch.no_grad()
 def measure_latents(vae: AutoencoderKLWan, rng: np.random.Generator, count: int = 64) -> None:
     """Set `latents_mean` and `latents_std` to those of the latents of `count` clips of 33 frames."""
-    means = torch.cat([vae.encode(draw_clips(4, 33, rng)).latent_dist.mean for _ in range(count // 4)])
+    means = torch.cat([vae.encode(draw_clips(4, FRAMES, rng)).latent_dist.mean for _ in range(count // 4)])
     channels = means.transpose(0, 1).flatten(1)
     vae.register_to_config(latents_mean=channels.mean(1).tolist(), latents_std=channels.std(1).tolist())
 

@@ -9,11 +9,12 @@ from diffusers import WanPipeline
 from tiny_training.export import export_wan_pipeline
 from tiny_training.fit import Trainer, load_averaged
 from tiny_training.fit_video import object_cells
-from tiny_training.fit_wan import TinyWan, WanClips, WanPlan, encode_clip, placed
-from tiny_training.fit_wan_vae import draw_clips, encode
+from tiny_training.fit_wan import TinyWan, WanClips, WanPlan, encode_clip, placed, take_up
+from tiny_training.fit_wan_vae import draw_clips, encode, refine_wan_decoder
 from tiny_training.text import MAX_VIDEO_TOKENS
 from tiny_training.wan_parts import FRAMES, LATENT_CHANNELS, LATENT_FRAMES, TEXT_DIM, build_wan_scheduler, build_wan_vae
 
+from diffattn import tiny
 from diffattn.tiny import moving
 
 
@@ -128,3 +129,25 @@ def test_an_exported_pipeline_has_the_averaged_weights(tmp_path: Path) -> None:
             torch.testing.assert_close(value, own[name], atol=5e-3, rtol=0)
     assert pipe.scheduler.config.shift == 3.0
     assert not any(str(tmp_path) in file.read_text() for file in (tmp_path / "pipeline").rglob("*.json"))
+
+
+def test_a_decoder_that_is_trained_on_leaves_latents_as_they_are() -> None:
+    torch.manual_seed(0)
+    vae, clip = build_wan_vae(), draw_clips(1, 5, np.random.default_rng(0))
+    with torch.no_grad():
+        latents, decoded = encode(vae, clip), vae.decode(torch.zeros(1, LATENT_CHANNELS, 2, 12, 12)).sample
+    refine_wan_decoder(vae, steps=2, batch_size=1, rate=1e-3, seed=0)
+    with torch.no_grad():
+        assert torch.equal(encode(vae, clip), latents)
+        assert not torch.equal(vae.decode(torch.zeros(1, LATENT_CHANNELS, 2, 12, 12)).sample, decoded)
+
+
+def test_a_training_is_taken_up_from_a_pipeline() -> None:
+    plan = WanPlan(steps=9000)
+    trainer = Trainer(TinyWan(), plan, Path("unused"))
+    take_up(trainer, tiny.path("wan"))
+    pipe = WanPipeline.from_pretrained(tiny.path("wan"))
+    assert trainer.step == plan.first_whole_step and plan.shape_at(trainer.step)[1] == LATENT_FRAMES
+    for own, want in ((trainer.model.text, pipe.text_encoder), (trainer.model.transformer, pipe.transformer)):
+        assert all(torch.equal(value, want.state_dict()[name]) for name, value in own.state_dict().items())
+    assert all(torch.equal(a, b) for a, b in zip(trainer.averaged, trainer.parameters, strict=True))

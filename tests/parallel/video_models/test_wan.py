@@ -129,6 +129,29 @@ def test_turned_keys_are_those_that_the_model_would_have_made_there() -> None:
     torch.testing.assert_close(mechanism._turned(at(2), 3.0), at(5), atol=1e-5, rtol=0)
 
 
+BUNDLED = 9, (1, 8, 12, 12)
+"""Latent frames of the bundled pipeline's clips, and the shape of their latents without them."""
+
+
+def run_bundled(mesh: DeviceMesh | None, lengths: tuple[int, ...], mechanism: DualScopeAttention) -> Tensor:
+    """This rank's latent frames of the trained pipeline, after three steps."""
+    plan = FramePlan(lengths) if mesh is None else plan_of(mesh, lengths)
+    model = diffusers.WanTransformer3DModel.from_pretrained(diffattn.tiny.path("wan") / "transformer").eval()
+    text = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(1))
+    with apply_on_clips(model, plan, mechanism):
+        return denoise(lambda x, t: model(x, t.expand(1), text, return_dict=False)[0], scheduler(), plan, BUNDLED[1], 2)
+
+
+@pytest.mark.dist
+def test_no_split_of_the_bundled_pipeline_changes_a_run() -> None:
+    want = run_bundled(None, (9,), DUAL)
+    for lengths in [(5, 4), (2, 6, 1)]:
+        parts = on_ranks(len(lengths), run_bundled, lengths, DUAL)
+        torch.testing.assert_close(torch.cat(parts, dim=2), want, atol=TOLERANCE, rtol=0)
+    everything = DualScopeAttention(padding=9, top_k=0, **FREE)
+    assert float((run_bundled(None, (9,), everything) - want).abs().max()) > 100 * TOLERANCE
+
+
 def refusal(mesh: DeviceMesh, lengths: tuple[int, ...], settings: dict[str, Any]) -> str:
     tiny = models.wan()
     before = state_of(tiny.model)
