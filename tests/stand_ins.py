@@ -18,6 +18,8 @@ from models import _make
 import diffattn
 
 SHRINK = 16
+SHRINK_VIDEO = 3
+"""Frames are few: a grid must have room for shares of its pairs."""
 MULTIPLE = 16
 """What the sides of an image must divide by, in pixels."""
 MOST_FRAMES = 9
@@ -144,7 +146,7 @@ def hub(files: dict[str, Path]) -> Iterator[None]:
             return shrunk(found(cls, name, torch_dtype=torch_dtype, **options), shrink=1)
         pipe = HUB[name](**{key: options[key] for key in {"motion_adapter"} & set(options)})
         assert isinstance(pipe, cls), f"{name} is a {type(pipe).__name__}"
-        return shrunk(pipe)
+        return shrunk(pipe, SHRINK_VIDEO if hasattr(pipe, "vae_scale_factor_temporal") else SHRINK)
 
     def adapter_file(repo: str, filename: str, **options: Any) -> str:
         return str(files[f"{repo}/{filename}"])

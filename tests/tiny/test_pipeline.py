@@ -100,5 +100,5 @@ def test_defaults_are_a_fresh_copy():
 
 @pytest.mark.parametrize("ask", [tiny.path, tiny.defaults])
 def test_unknown_name_lists_the_known_ones(ask):
-    with pytest.raises(ValueError, match="one of 'flux', 'video'; got 'sdxl'"):
+    with pytest.raises(ValueError, match="one of 'flux', 'video', 'wan'; got 'sdxl'"):
         ask("sdxl")
