@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from safetensors.torch import load_file
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -187,15 +186,13 @@ def encode_clip(vae: AutoencoderKLWan, scene: MovingScene, rng: np.random.Genera
     return encode(vae, clip[None]).half()
 
 
-def take_up(trainer: Trainer, pipeline: Path) -> None:
-    """Start a trainer with the weights of a pipeline's folder, at its first step on whole clips."""
-    for part, own in (("text_encoder", trainer.model.text), ("transformer", trainer.model.transformer)):
-        [file] = (pipeline / part).glob("*.safetensors")
-        own.load_state_dict(
-            {name: weight.float() for name, weight in load_file(file).items()}, strict=part != "text_encoder"
-        )
+def take_up(trainer: Trainer, wan: TinyWan, plan: WanPlan, pipeline: Path) -> None:
+    """Start the trainer of `wan` with the weights of a pipeline's folder, at its first step on whole clips."""
+    own = WanPipeline.from_pretrained(pipeline)
+    wan.text.load_state_dict(own.text_encoder.state_dict())
+    wan.transformer.load_state_dict(own.transformer.state_dict())
     trainer.averaged = [parameter.detach().clone() for parameter in trainer.parameters]
-    trainer.step = trainer.plan.first_whole_step
+    trainer.step = plan.first_whole_step
 
 
 def fit_wan(plan: WanPlan, folder: Path, *, resume: bool = False, start: Path | None = None) -> None:
@@ -207,7 +204,7 @@ def fit_wan(plan: WanPlan, folder: Path, *, resume: bool = False, start: Path | 
     wan = TinyWan()
     trainer = Trainer(wan, plan, folder / "wan.pt")
     if start is not None:
-        take_up(trainer, start)
+        take_up(trainer, wan, plan, start)
     if resume:
         trainer.resume()
     clips = WanClips(AutoencoderKLWan.from_pretrained(folder / "vae").eval(), plan, folder, trainer.step)

@@ -144,10 +144,10 @@ def test_a_decoder_that_is_trained_on_leaves_latents_as_they_are() -> None:
 
 def test_a_training_is_taken_up_from_a_pipeline() -> None:
     plan = WanPlan(steps=9000)
-    trainer = Trainer(TinyWan(), plan, Path("unused"))
-    take_up(trainer, tiny.path("wan"))
+    trainer = Trainer(own := TinyWan(), plan, Path("unused"))
+    take_up(trainer, own, plan, tiny.path("wan"))
     pipe = WanPipeline.from_pretrained(tiny.path("wan"))
     assert trainer.step == plan.first_whole_step and plan.shape_at(trainer.step)[1] == LATENT_FRAMES
-    for own, want in ((trainer.model.text, pipe.text_encoder), (trainer.model.transformer, pipe.transformer)):
-        assert all(torch.equal(value, want.state_dict()[name]) for name, value in own.state_dict().items())
+    for part, want in ((own.text, pipe.text_encoder), (own.transformer, pipe.transformer)):
+        assert all(torch.equal(value, want.state_dict()[name]) for name, value in part.state_dict().items())
     assert all(torch.equal(a, b) for a, b in zip(trainer.averaged, trainer.parameters, strict=True))
