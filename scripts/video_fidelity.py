@@ -47,7 +47,7 @@ def halo_of(share: float, grid: TokenGrid, **options: Any) -> HaloAttention:
         HaloAttention(tile=tile, halo=(along, across, across), **options)
         for along, across in reaches
         for tile in TILES
-        if (grid.height % tile[1], along * tile[0] < grid.frames + tile[0]) == (0, True)
+        if not any(side % part for side, part in zip(tile, options.get("pool", (1, 1, 1)), strict=True))
     )
     fitting = [mechanism for mechanism in several if share_of(mechanism, grid) <= share]
     return max(fitting, key=lambda mechanism: share_of(mechanism, grid))
