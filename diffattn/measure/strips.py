@@ -32,7 +32,7 @@ class VideoDistance:
 
     @property
     def mean(self) -> float:
-        """Mean PSNR of the frames in dB."""
+        """Mean PSNR of the frames in dB; infinite where one of them is identical."""
         return float(np.mean(self.psnr))
 
     @property

@@ -27,6 +27,8 @@ Mechanisms = Mechanism | Mapping[str, Mechanism]
 LayerChoice = str | Iterable[str] | Callable[[str], bool] | None
 StepChoice = slice | Callable[[int], bool] | None
 ComponentChoice = str | Iterable[str] | None
+ExactFrames = tuple[Annotated[int, at_least(0)], Annotated[int, at_least(0)]]
+"""How many of the first frames, and how many of the last."""
 
 
 def resolve_all(mechanism: Mechanisms | str, layers: LayerChoice, **options: Any) -> Mechanisms:
@@ -83,9 +85,6 @@ def names_in(choice: str | Iterable[str]) -> list[str]:
     return [choice] if isinstance(choice, str) else list(choice)
 
 
-ExactFrames = tuple[Annotated[int, at_least(0)], Annotated[int, at_least(0)]]
-
-
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Dotted name -> every module that computes by a processor."""
     return {name: module for name, module in model.named_modules() if callable(getattr(module, "processor", None))}
@@ -119,7 +118,9 @@ def plan_all(
     reuse = read("reuse", reuse, Annotated[int, at_least(1)])
     if reuse > 1 and isinstance(target, nn.Module):
         raise ValueError("reuse= counts the steps of a pipeline; pass the pipeline, not its model")
-    frames = read("exact_frames", exact_frames, ExactFrames, "how many of the first frames and of the last")
+    frames = read(
+        "exact_frames", exact_frames, ExactFrames, "two ints of at least 0, for the first frames and the last"
+    )
     options: dict[str, Any] = {"backend": backend, "min_tokens": min_tokens, "reuse": reuse}
     if isinstance(mechanism, Mapping):
         swaps = [plan_mixed(model, mechanism, **options) for model in models]
