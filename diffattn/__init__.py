@@ -2,9 +2,11 @@
 
 from . import tiny
 from .adapters import load, save
+from .calibration import calibrate
 from .config import register
 from .grid import TokenGrid
 from .highres import generate_large
+from .measure.estimate import estimate
 from .mechanisms import (
     AgentAttention,
     ClearAttention,
@@ -17,6 +19,7 @@ from .mechanisms import (
     SoftmaxAttention,
     TokenMergeAttention,
 )
+from .recipe import Recipe
 from .swap.apply import Handle, apply, attn_processors, restore
 from .swap.report import summary
 
@@ -29,12 +32,15 @@ __all__ = [
     "LinearAttention",
     "Mechanism",
     "NeighborhoodAttention",
+    "Recipe",
     "RoutingAttention",
     "SoftmaxAttention",
     "TokenGrid",
     "TokenMergeAttention",
     "apply",
     "attn_processors",
+    "calibrate",
+    "estimate",
     "generate_large",
     "load",
     "register",

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from diffattn.kernels.choose import BACKENDS
 from diffattn.mechanisms import Mechanism
 from diffattn.swap.apply import Handle, commit
-from diffattn.swap.plan import LayerChoice, plan_all
+from diffattn.swap.placement import LayerChoice, Placement
+from diffattn.swap.plan import plan_all
 
 Trainable = Literal["projections", "lora", "mechanism"]
 
@@ -81,7 +82,7 @@ def make_student(
 
     Raises `ValueError` where nothing would be trained, or the backend has no gradients on the model's device.
     """
-    swaps = plan_all(model, mechanism, layers, backend=backend)
+    swaps = plan_all(model, mechanism, Placement(layers=layers, backend=backend))
     check_gradients(backend, next(model.parameters()).device.type)
     handle = commit(swaps, trained=True)
     try:

@@ -83,7 +83,13 @@ def save(verdicts: Sequence[Verdict], name: str, title: str, text: Sequence[str]
 
 
 @app.command()
-def native(count: Count = 12, seed: Seed = 1, share: Share = 0.25, output: Output = FOLDER) -> None:
+def native(
+    count: Count = 12,
+    seed: Seed = 1,
+    share: Share = 0.25,
+    shown: Annotated[int, typer.Option(min=0, help="Of these captions, the one whose videos are drawn.")] = 0,
+    output: Output = FOLDER,
+) -> None:
     """33 frames of 48 px: 9 x 12 x 12 tokens, 20 steps."""
     filmer = Filmer(count, seed)
     fine: dict[str, Any] = {"tile": (2, 2, 2), "pool": (2, 2, 2)}
@@ -103,28 +109,42 @@ def native(count: Count = 12, seed: Seed = 1, share: Share = 0.25, output: Outpu
     text = [*HEAD, *(verdict.line for verdict in verdicts), "", *gains(verdicts[1:], "clear (ball)")]
     text += ["", *(f"- {method.name}: {method.mechanism}" for method in methods)]
     save(verdicts, "native", f"33 frames of 48 px, 20 steps, {count} captions never seen", text, output)
-    shown = {"full": None, **{method.name: method for method in methods if "reuse" not in method.name}}
-    first = {name: film(filmer, method, 1)[0] for name, method in shown.items()}
+    drawn = [methods[number] for number in (0, 3, 5, 6)]
+    draw_strips(filmer, full[shown], drawn, shown, output / "native.png")
+
+
+def draw_strips(filmer: Filmer, full: np.ndarray, methods: Sequence[Method], number: int, path: Path) -> None:
+    """A sheet of one caption's video by full attention, and below it by each method."""
+    found = {}
+    for method in methods:
+        with method.on(filmer.pipe):
+            found[method.name] = filmer.film(number)
     note = "Small maps: largest difference of a channel to full attention."
-    with written(output / "native.png") as path:
-        strips(first.pop("full"), first, name="full attention", note=note).save(path)
+    with written(path) as place:
+        strips(full, found, name="full attention", note=note).save(place)
 
 
 @app.command()
 def settings(count: Count = 6, seed: Seed = 1, share: Share = 0.25, output: Output = FOLDER) -> None:
     """Routing with other tiles, blocks, orders and choices, at one share."""
     filmer = Filmer(count, seed)
+    block: dict[str, Any] = {"tile": (3, 2, 2), "pool": (3, 2, 2)}
     several: dict[str, dict[str, Any]] = {
-        "tile 3x2x2, pool 3x2x2": {"tile": (3, 2, 2), "pool": (3, 2, 2)},
-        "tile 1x4x4, pool 1x4x4": {"tile": (1, 4, 4), "pool": (1, 4, 4)},
-        "tile 1x4x4, pool 1x2x2": {"tile": (1, 4, 4), "pool": (1, 2, 2)},
+        "tile 1x8x8, pool 1x4x4 (default)": {},
+        "tile 1x4x4": {"tile": (1, 4, 4), "pool": (1, 4, 4)},
+        "tile 1x3x3": {"tile": (1, 3, 3), "pool": (1, 3, 3)},
         "tile 3x4x4, pool 3x2x2": {"tile": (3, 4, 4), "pool": (3, 2, 2)},
-        "tile 9x2x2, pool 3x2x2": {"tile": (9, 2, 2), "pool": (3, 2, 2)},
-        "tile 1x2x2, pool 1x2x2": {"tile": (1, 2, 2), "pool": (1, 2, 2)},
-        "tile 3x2x2, order=content": {"tile": (3, 2, 2), "pool": (3, 2, 2), "order": "content"},
-        "tile 3x2x2, chosen_by=mean": {"tile": (3, 2, 2), "pool": (3, 2, 2), "chosen_by": "mean"},
+        "tile 9x2x2": {"tile": (9, 2, 2), "pool": (9, 2, 2)},
+        "tile 3x2x2": block,
+        "tile 3x2x2, chosen_by=mean": {**block, "chosen_by": "mean"},
+        "tile 3x2x2, query_tile 1x2x2": {**block, "query_tile": (1, 2, 2)},
+        "tile 3x2x2, order=content": {**block, "order": "content"},
+        "tile 3x2x2, order=content, query_tile 1x2x2": {**block, "order": "content", "query_tile": (1, 2, 2)},
     }
     methods = [Method(name, RoutingAttention(share=share, **options)) for name, options in several.items()]
+    most = RoutingAttention(share=1.8 * share, **block)
+    methods.append(Method("tile 3x2x2, reuse 2", most, 2))
+    methods.append(Method("tile 3x2x2, reuse 2, first frame exact", most, 2, exact_frames=(1, 0)))
     methods.insert(0, Method("clear (ball)", clear_of(share, NATIVE)))
     full = film(filmer, None, count)
     verdicts = compare(filmer, methods, full)
@@ -144,11 +164,15 @@ def enlarged(
     filmer = Filmer(count, seed)
     filmer.spread(2)
     size = {"height": 96, "width": 96}
-    routing = RoutingAttention(share=share, tile=(3, 4, 4), pool=(3, 2, 2))
+    near, fast = RoutingAttention(share=share), RoutingAttention(share=share, pool=(1, 8, 8))
+    content = RoutingAttention(share=0.25, order="content", refresh=5, chosen_by="mean")
     methods: dict[str, Method | None] = {
         "full attention": None,
-        "routing": Method("routing", routing),
-        "routing, reuse 2": Method("routing, reuse 2", routing, 2),
+        "routing": Method("routing", near),
+        "routing, reuse 2": Method("routing, reuse 2", near, 2),
+        "routing, pool 1x8x8": Method("routing, pool 1x8x8", fast),
+        "routing, pool 1x8x8, reuse 2": Method("routing, pool 1x8x8, reuse 2", fast, 2),
+        "routing, order=content, reuse 3": Method("routing, order=content, reuse 3", content, 3),
     }
     for method in methods.values():  # compiles
         film(filmer, method, 1, **size, num_inference_steps=2)
@@ -169,7 +193,7 @@ def enlarged(
     for name, values in seconds.items():
         middle = statistics.median(values)
         text.append(f"| {name} | {middle:.1f} ({min(values):.1f}-{max(values):.1f}) | {base / middle:.2f}x |")
-    text += ["", *HEAD, *(verdict.line for verdict in verdicts), "", f"routing: {routing}"]
+    text += ["", *HEAD, *(verdict.line for verdict in verdicts), "", f"routing: {near}; by content: {content}"]
     save(verdicts, "enlarged", f"33 frames of 96 px, 20 steps, {rounds} rounds, {count} captions", text, output)
 
 

@@ -1,6 +1,7 @@
 """The README speaks of things that exist: names, commands, files."""
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def test_python_blocks_use_public_names_and_real_options(page: str) -> None:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "diffattn":
                 assert node.attr in diffattn.__all__, f"{page}: diffattn.{node.attr}"
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "diffattn.apply" and len(node.args) == 2:
-                mechanism, known = node.args[1], {"layers", "steps", "backend", "components", "min_tokens", "reuse"}
+                mechanism, known = node.args[1], set(inspect.signature(diffattn.apply).parameters)
                 if isinstance(mechanism, ast.Constant):
                     options = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords if k.arg not in known}
                     diffattn.config.create(mechanism.value, **options)

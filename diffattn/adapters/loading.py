@@ -13,7 +13,8 @@ from ..options import read, shown
 from ..swap.apply import Handle, commit
 from ..swap.calls.frames import Ref
 from ..swap.model_swap import ModelSwap
-from ..swap.plan import ComponentChoice, StepChoice, models_of, plan_all
+from ..swap.placement import ComponentChoice, Placement, StepChoice
+from ..swap.plan import models_of, plan_all
 from . import lora
 from .checks import check_class, check_names, check_writable, expected_parameters, mechanism_weights
 from .files import FILE_NAME, Adapter, open_all
@@ -32,6 +33,8 @@ def load(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     steps: StepChoice = None,
+    start: float = 0.0,
+    end: float = 1.0,
     backend: str = "auto",
     components: ComponentChoice = None,
     min_tokens: int = 0,
@@ -66,7 +69,18 @@ def load(
     for adapter in opened:
         check_class(adapter, models[0])
     mechanism = opened[0].mechanism(options)
-    [swap] = plan_all(target, mechanism, opened[0].layers, steps, backend, components, min_tokens, reuse, exact_frames)
+    placement = Placement(
+        layers=opened[0].layers,
+        steps=steps,
+        start=start,
+        end=end,
+        backend=backend,
+        components=components,
+        min_tokens=min_tokens,
+        reuse=reuse,
+        exact_frames=exact_frames,
+    )
+    [swap] = plan_all(target, mechanism, placement)
     actions = [_check(adapter, swap, target, keep_original) for adapter in opened]
     if all(adapter.is_lora for adapter in opened) and mechanism_weights(swap):
         raise ValueError(

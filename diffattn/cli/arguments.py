@@ -4,6 +4,7 @@ import dataclasses
 import re
 import typing
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,6 +114,18 @@ def parse_mechanism_text(text: str) -> Mechanism:
         raise ValueError("--mechanism must be a short name, such as agent, got nothing")
     name, *options = text.split()
     return parse_mechanism(name, options)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file, without empty ones and those that begin with #."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected a text file with a prompt on each line; cannot read {path}: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not prompts:
+        raise ValueError(f"expected a prompt on each line of {path}; it has none")
+    return prompts
 
 
 def parse_options(options: Iterable[str]) -> dict[str, Text]:

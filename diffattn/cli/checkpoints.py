@@ -1,19 +1,21 @@
 """Find and open what the command line calls a model: a bundled pipeline, a local folder or a hub id."""
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..grid import TokenGrid
+from ..measure.estimate import Estimate, estimate
+from ..measure.estimate.sizes import assume_grid, pixels_per_token
 from ..mechanisms.base import Mechanism
-from ..swap.apply import Handle, apply
+from ..swap.apply import apply
 from ..swap.plan import COMPONENTS
 from ..swap.report import Summary, summary
 
@@ -109,25 +111,49 @@ def _model_configs(folder: str, source: str) -> dict[str, tuple[str, dict[str, A
     return found
 
 
-def pixels_per_token(source: str, model: nn.Module) -> int:
-    """Pixels of the image that one token of the model's finest grid stands for, along a side.
+@dataclass(frozen=True)
+class Skeleton:
+    """A pipeline without weights, for what reads its configs alone."""
 
-    The VAE's reduction times the side of a patch, which is `patch_size`, or what the pipeline packs into the channels.
-    """
-    config: Any = model.config
-    size = config.get("patch_size") or 1
-    patch = size[-1] if isinstance(size, (tuple, list)) else size
-    vae = _vae_config(locate(source))
-    latent = vae.get("latent_channels") or config.get("in_channels") or 1
-    packed = math.isqrt(max(1, (config.get("in_channels") or 1) // latent))
-    levels = (
-        2 ** (len(vae["block_out_channels"]) - 1) if isinstance(vae.get("block_out_channels"), (list, tuple)) else 8
-    )
-    reduction = vae.get("spatial_compression_ratio") or vae.get("scale_factor_spatial") or levels
-    return int(reduction * max(patch, packed))
+    components: dict[str, nn.Module]
+    vae: Any
+    pipeline: type | None
+    """Its class; None for the folder of a single model."""
+
+    @classmethod
+    def of(cls, source: str) -> "Skeleton":
+        """Of a checkpoint."""
+        import diffusers
+        from diffusers import DiffusionPipeline
+
+        folder, models = locate(source), skeletons(source)
+        if "model" in models:
+            return cls({"transformer": models["model"]}, SimpleNamespace(config={}), None)
+        name = DiffusionPipeline.load_config(folder)["_class_name"]
+        return cls(models, SimpleNamespace(config=vae_config(folder)), getattr(diffusers, name, None))
 
 
-def _vae_config(folder: str) -> dict[str, Any]:
+def estimates(
+    source: str,
+    *,
+    mechanism: Mechanism | str,
+    device: torch.device,
+    dtype: torch.dtype,
+    height: int | None,
+    width: int | None,
+    card: str | None,
+    **options: Any,
+) -> list[Estimate]:
+    """`diffattn.estimate` for a checkpoint: with its weights on this machine, without them for a `card`."""
+    native = native_call(source)
+    size = {"height": height or native.get("height", 1024), "width": width or native.get("width", 1024)}
+    if options.get("text_tokens") is None:
+        options["text_tokens"] = native.get("max_sequence_length")
+    target = Skeleton.of(source) if card is not None else open_pipeline(source, device=device, dtype=dtype)
+    return estimate(target, mechanism, card=card, **size, **options)
+
+
+def vae_config(folder: str) -> dict[str, Any]:
     from diffusers import AutoModel
 
     if Path(folder).is_dir() and not (Path(folder) / "vae").is_dir():
@@ -171,9 +197,9 @@ def summarize(
     """
     native = native_call(source)
     height, width = height or native.get("height", 1024), width or native.get("width", 1024)
-    parts = []
+    parts, vae = [], vae_config(locate(source))
     for name, model in skeletons(source).items():
-        pixels = pixels_per_token(source, model)
+        pixels = pixels_per_token(model, vae)
         if height % pixels or width % pixels:
             raise ValueError(
                 f"a token of {name} is {pixels} x {pixels} pixels, which does not divide {height} x {width}"
@@ -183,34 +209,6 @@ def summarize(
             assume_grid(model, handle, grid, torch.empty(0) if like is None else like)
             parts.append(Part(name, grid, summary(model)))
     return parts
-
-
-def assume_grid(model: nn.Module, handle: Handle, grid: TokenGrid, like: torch.Tensor) -> None:
-    """Tell the swapped layers of `model` what a forward would: a UNet halves the grid from level to level.
-
-    `like` has the device and dtype of the queries.
-    """
-    for layer in handle.layers:
-        factor = 2 ** _level(model, layer.name)
-        rows, columns = -(-grid.height // factor), -(-grid.width // factor)
-        if layer.kind == "temporal":
-            own = TokenGrid(1, 1, grid.frames)
-        else:
-            frames = 1 if hasattr(model, "down_blocks") else grid.frames
-            own = TokenGrid(rows, columns, frames, grid.before, grid.after)
-        module: Any = layer.module
-        shape = (1, module.heads, own.tokens, module.inner_dim // module.heads)
-        layer.assume(own, like.new_empty(()).expand(shape))
-
-
-def _level(model: nn.Module, name: str) -> int:
-    """How many times a UNet has halved its image before this layer; 0 for transformers."""
-    blocks = getattr(model, "down_blocks", None)
-    place = re.match(r"(down|up)_blocks\.(\d+)|(mid)_block", name)
-    if blocks is None or place is None:
-        return 0
-    bottom = len(blocks) - 1
-    return bottom if place[3] else int(place[2]) if place[1] == "down" else bottom - int(place[2])
 
 
 def _first_line(error: Exception) -> str:

@@ -90,6 +90,11 @@ class Mechanism:
                 raise ValueError(f"{name}: {field.name} must be at most {LARGEST}, got {options.shown(value)}")
 
     @property
+    def scales(self) -> bool:
+        """Does it take about the same share of all pairs at every size? Then a recipe carries over to other sizes."""
+        return False
+
+    @property
     def grouped_heads(self) -> bool:
         """May keys and values have fewer heads than the queries (grouped-query attention)?"""
         return False

@@ -63,6 +63,8 @@ class RoutingAttention(Mechanism):
     """Of all pairs of tokens, at most: those with other tokens, with keys of chosen tiles, and with blocks. 1: all."""
     top_k: Annotated[int | None, at_least(1)] = None
     """Tiles that each tile of queries has exactly; then `share` is not looked at."""
+    top_share: Annotated[float | None, SHARE] = None
+    """The same as a share of all tiles, and at least the tiles that it lies on: fits every size and text."""
     tile: Annotated[PerAxis | None, sizes(1)] = None
     """Sides of a tile of keys in tokens: (rows, columns), (frames, rows, columns), or one int for all of them. None:
     8 x 8 of one frame, or of as many frames as a block has."""
@@ -81,12 +83,18 @@ class RoutingAttention(Mechanism):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.top_k is not None and self.top_share is not None:
+            raise ValueError(f"routing: give top_k={self.top_k} or top_share={self.top_share}, not both")
         tile, pool = self._tile_and_block
         check_divides(self.type, tile if self.tile is None else self.tile, pool if self.pool is None else self.pool)
 
     @property
     def approximates(self) -> bool:
         return True
+
+    @property
+    def scales(self) -> bool:
+        return self.top_k is None
 
     @property
     def needs(self) -> frozenset[str]:
@@ -127,10 +135,12 @@ class RoutingAttention(Mechanism):
         count = self.tiles_in(grid)
         if self.top_k is not None:
             return min(self.top_k, count)
+        least = _most_own(grid.shape, asking, tile)
+        if self.top_share is not None:
+            return min(max(round(self.top_share * count), least), count)
         if self.share == 1:
             return count
         rest, tile_pairs = self._pairs_beside_tiles(grid), grid.cells * math.prod(tile)
-        least = _most_own(grid.shape, asking, tile)
         floor = (rest + least * tile_pairs) / grid.tokens**2
         if floor >= 1:  # a grid so small that nothing could be saved
             return count

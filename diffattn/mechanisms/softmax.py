@@ -80,6 +80,10 @@ class SoftmaxAttention(Mechanism):
     def exact(self) -> bool:
         return not self.proportional and self.ntk_factor == 1.0
 
+    @property
+    def scales(self) -> bool:
+        return True
+
     def scale(self, q: Tensor, grid: TokenGrid, scale: float | None) -> float:
         """`scale` (default 1/sqrt(d)), times sqrt(log_L0 L) if `proportional`."""
         scale = default_scale(q) if scale is None else scale

@@ -69,7 +69,7 @@ def check_whole_picture(swap: ModelSwap) -> None:
     """Raise where some attention would see a patch in the picture's place."""
     if any(isinstance(layer.mechanism, PatchAttention) for layer in swap.layers.values()):
         raise ValueError("the model is sharded already: call diffattn.restore and apply anew")
-    if any(layer.reuse > 1 for layer in swap.layers.values()):
+    if any(layer.schedule.reuse > 1 for layer in swap.layers.values()):
         raise ValueError("reuse= keeps whole outputs, and each rank has some rows of them: leave it out")
     if swap.state.chosen is not None or any(layer.min_tokens for layer in swap.layers.values()):
         raise ValueError("steps= and min_tokens= leave some attention full, which no rank can compute: leave them out")

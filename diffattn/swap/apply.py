@@ -9,26 +9,18 @@ changed; `restore` undoes it bit for bit.
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from ..mechanisms.base import Mechanism
+from ..quality import with_level
 from .calls.steps import single_models
 from .layer import SwappedLayer
 from .model_swap import ModelSwap, current
-from .plan import (
-    ComponentChoice,
-    LayerChoice,
-    Mechanisms,
-    StepChoice,
-    attention_modules,
-    plan,
-    plan_all,
-    resolve,
-    resolve_all,
-)
+from .placement import ComponentChoice, LayerChoice, Placement, StepChoice
+from .plan import Mechanisms, attention_modules, plan, plan_all, resolve, resolve_all
 
 logger = logging.getLogger("diffattn")
 
@@ -107,11 +99,15 @@ def apply(
     mechanism: Mechanisms | str,
     *,
     layers: LayerChoice = None,
+    quality: str | None = None,
     steps: StepChoice = None,
+    start: float = 0.0,
+    end: float = 1.0,
+    shares: Sequence[float] = (),
     backend: str = "auto",
     components: ComponentChoice = None,
     min_tokens: int = 0,
-    reuse: int = 1,
+    reuse: int | None = None,
     exact_frames: tuple[int, int] = (0, 0),
     **options: Any,
 ) -> Handle:
@@ -120,23 +116,44 @@ def apply(
     Args:
         target: a `DiffusionPipeline`, a `ModularPipeline` or a model.
         mechanism: a config like `ClearAttention(radius=16)`, or its short name with the config's fields as `options`;
-            or one config for each of several globs, `{"*.attentions.*": .., "*temp_attentions*": ..}`.
+            or one config for each of several globs, `{"*.attentions.*": .., "*temp_attentions*": ..}`; or a `Recipe`,
+            which has a schedule for every layer.
         layers: glob or globs on dotted layer names (`"single_transformer_blocks.*"`), or a predicate. None: every
             layer that the mechanism is meant for. Cross-attention to text is never swapped.
+        quality: of `"routing"`: "high", "balanced" or "fast", measured settings of its options and of `reuse`; what is
+            given beside it counts.
         steps: a slice of the denoising steps, or a predicate on a step's number; the others stay dense.
+        start, end: the same as shares of the run: step i of n is swapped where `start <= i / n < end`, so that
+            `start=0.2` leaves the first of 4 steps dense and the first ten of 50.
+        shares: of `routing`: its `share`, in equal parts of the run from `start` to `end`, one after the other.
         backend: kernel by name, see `diffattn.kernels`; "auto" chooses and logs its choice.
         components: name or names of the pipeline's parts to swap. None: unet, transformer and transformer_2.
         min_tokens: leave the model's own attention in calls with fewer tokens.
         reuse: compute a layer's attention in one of so many steps, the first and the last included, and use its output
-            again between them: one output for each layer and sample is kept. Works with `"softmax"` too.
+            again between them: one output for each layer and sample is kept. Works with `"softmax"` too. None: 1, or
+            what `quality` says.
         exact_frames: how many of a video's first and of its last latent frames see all tokens and are seen by all,
             `(1, 1)` for one each, as video VAEs treat them apart. Of n frames each costs about 2/n of full attention.
 
     Raises `ValueError`, with nothing changed, for unknown names and options, values of another type, families that are
     not known, globs that match nothing, and mechanisms that the model cannot carry.
     """
-    mechanism = resolve_all(mechanism, layers, **options)
-    return commit(plan_all(target, mechanism, layers, steps, backend, components, min_tokens, reuse, exact_frames))
+    where: dict[str, Any] = {
+        "layers": layers,
+        "steps": steps,
+        "start": start,
+        "end": end,
+        "shares": shares,
+        "backend": backend,
+        "components": components,
+        "min_tokens": min_tokens,
+        "reuse": reuse,
+        "exact_frames": exact_frames,
+    }
+    if quality is not None:
+        with_level(mechanism, quality, options, where)
+    placement = Placement(**{**where, "reuse": 1 if where["reuse"] is None else where["reuse"]})
+    return commit(plan_all(target, resolve_all(mechanism, layers, **options), placement))
 
 
 def commit(swaps: list[ModelSwap], trained: bool = False) -> Handle:
@@ -148,7 +165,7 @@ def commit(swaps: list[ModelSwap], trained: bool = False) -> Handle:
                 _say_untrained(mechanism.type)
         swap.put_in_place(swap.install())
         for mechanism in swap.mechanisms:
-            count = sum(layer.mechanism is mechanism for layer in swap.layers.values())
+            count = sum(mechanism in layer.schedule.mechanisms for layer in swap.layers.values())
             logger.info("%s on %d layers of %s", mechanism, count, swap.name)
     return Handle(swaps, former)
 
@@ -179,7 +196,8 @@ def attn_processors(
     own = getattr(model, "attn_processors", None)
     if own is None:
         raise ValueError(f"{type(model).__name__} has no set_attn_processor in diffusers: use diffattn.apply")
-    swap = plan(model, resolve(mechanism, **options), layers=layers, backend=backend, min_tokens=min_tokens)
+    placement = Placement(layers=layers, backend=backend, min_tokens=min_tokens)
+    swap = plan(model, placement.schedule(resolve(mechanism, **options)), placement)
     modules = attention_modules(model)
     # some models of diffusers (HunyuanDiT's ControlNet) give None for their own
     kept = {

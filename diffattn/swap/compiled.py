@@ -60,6 +60,11 @@ def enter(layer: Any) -> Tensor:
         return torch.tensor(number, device="cpu")
 
 
+def opaque() -> bool:
+    """Is torch.compile tracing? Not torch.export, whose program must carry the mechanism's own operations."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 def attend(
     query: Tensor,
     key: Tensor,

@@ -27,7 +27,7 @@ import sys
 import types
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch.nn.functional
 from torch import Tensor
@@ -210,6 +210,15 @@ def processor_class(base: type, prefix: str) -> type:
         "mechanism": property(lambda self: None if self.layer is None else self.layer.mechanism),
     }
     return _PassesForBase(f"{prefix}{base.__name__}", (base,), attributes)
+
+
+def refuse_other_keys(name: str, queries: int, keys: int, mechanism: object) -> NoReturn:
+    """For a call with other keys than the queries' own tokens."""
+    raise ValueError(
+        f"{name} attends from {queries} queries to {keys} keys, as with a cache of keys or a reference among them: "
+        f"{mechanism} takes calls with as many keys as queries alone; leave this layer out by layers=, or call "
+        f"diffattn.restore first"
+    )
 
 
 class _PassesForBase(type):

@@ -1,33 +1,28 @@
 """What a layer keeps from one step of a run to the next: its mechanism's own, and outputs that `reuse=` gives again."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..mechanisms.base import Mechanism
 from .calls.frames import Call
 from .calls.situation import Situation
+from .schedule import Part
 
 OUTPUT, STEP = "output", "step of output"
 
 
-class Keeps(Protocol):
-    """What is asked of a `SwappedLayer`."""
-
-    mechanism: Mechanism
-    reuse: int
-
-
-def memories(layer: Keeps, call: Call, situation: Situation, query: Tensor) -> list[dict[str, Any]]:
-    """What was kept in the run for this call, one dict for each grid; none outside a pipeline and in training."""
-    wanted = layer.reuse > 1 or "memory" in layer.mechanism.needs
+def memories(layer: int, part: Part, call: Call, situation: Situation, query: Tensor) -> list[dict[str, Any]]:
+    """What a part of a layer's schedule kept in the run for this call, one dict for each grid; none outside a pipeline
+    and in training.
+    """
+    wanted = part.reuse > 1 or "memory" in part.mechanism.needs
     if not wanted or call.run is None or torch.is_grad_enabled():
         return []
-    turn = call.turns[id(layer)] = call.turns.get(id(layer), -1) + 1
+    turn = call.turns[layer] = call.turns.get(layer, -1) + 1
     shape = (len(query) // len(situation.grids), *query.shape[1:])
     return [
-        call.run.memory((id(layer), call.sample, turn, number), (grid, shape, situation.order))
+        call.run.memory((layer, situation.part, call.sample, turn, number), (grid, shape, situation.order))
         for number, grid in enumerate(situation.grids)
     ]
 

@@ -16,8 +16,9 @@ from ..grid import TokenGrid
 from ..mechanisms.base import Context, Mechanism
 from . import compiled, context_parallel, intercept, keeping
 from .calls.frames import Call, Frame, Reading, Ref, Scope, find, in_backward, pop
-from .calls.records import DENSE_STEP, EXACT, PAUSED, PERTURBED, REUSED, SWAPPED, TOO_FEW, Record, note, without_data
+from .calls.records import DENSE_PART, EXACT, PAUSED, PERTURBED, REUSED, SWAPPED, TOO_FEW, Record, note, without_data
 from .calls.situation import Situation, downsample
+from .schedule import Part, Schedule
 from .state import State
 
 
@@ -28,14 +29,12 @@ class SwappedLayer:
     name: str
     ref: Ref[nn.Module]
     kind: str
-    mechanism: Mechanism
+    schedule: Schedule
     backend: str
     scope: Scope
     state: State
     index: int
     min_tokens: int = 0
-    reuse: int = 1
-    """Compute in one of so many steps, and in the last; between them the output of the last computed one is given."""
     weights: nn.Module | None = None
     active: bool = True
     """False after `restore`: diffusers may set the processor again, which is then the model's own attention."""
@@ -69,6 +68,15 @@ class SwappedLayer:
         return module
 
     @property
+    def mechanism(self) -> Mechanism:
+        """That of the main part of the schedule."""
+        return self.schedule.main.mechanism
+
+    @mechanism.setter
+    def mechanism(self, mechanism: Mechanism) -> None:
+        self.schedule = Schedule.always(mechanism, self.schedule.reuse)
+
+    @property
     def original(self) -> Any:
         """The family's own processor."""
         return intercept.original_of(self.module.processor)
@@ -81,7 +89,8 @@ class SwappedLayer:
     @property
     def grouped_heads(self) -> bool:
         """May several heads of queries share one of keys?"""
-        return self.mechanism.grouped_heads and getattr(self.module.processor, "_parallel_config", None) is None
+        whole = getattr(self.module.processor, "_parallel_config", None) is None
+        return whole and all(mechanism.grouped_heads for mechanism in self.schedule.mechanisms)
 
     def wants(self, query: Tensor, key: Tensor, parallel_config: Any = None) -> bool:
         """Is this call the mechanism's, or the model's own attention for now?
@@ -95,7 +104,7 @@ class SwappedLayer:
         if query.shape[2] != key.shape[2]:
             self._refuse_other_keys(query, key, parallel_config)
             return False
-        if self.mechanism.exact and self.reuse == 1:
+        if self.schedule.own:
             if torch.compiler.is_compiling():
                 self.traced = self.reached = True
             else:
@@ -105,7 +114,7 @@ class SwappedLayer:
             if not torch.compiler.is_compiling():
                 self._count(PERTURBED, query, find(self.scope))
             return False
-        return _opaque() or self._outcome(query, parallel_config) == SWAPPED
+        return compiled.opaque() or self._outcome(query, parallel_config) == SWAPPED
 
     def attend(
         self,
@@ -117,7 +126,7 @@ class SwappedLayer:
         parallel_config: Any = None,
     ) -> Tensor:
         """The layer's output for (b, h, n, d), where the tokens may be those of one rank among several."""
-        if _opaque():
+        if compiled.opaque():
             return compiled.attend(query, key, value, mask, self._take_traced_features(query), scale, self)
         return self._swapped(query, key, value, mask, None, scale, parallel_config)[0]
 
@@ -151,7 +160,9 @@ class SwappedLayer:
         if self.state.paused:
             return PAUSED
         if frame is not None and frame.call.dense:
-            return DENSE_STEP
+            return self.state.left_out
+        if frame is not None and self._part(frame.call)[1].own:
+            return DENSE_PART
         if self.min_tokens and context_parallel.count_tokens(parallel_config, query) < self.min_tokens:
             return TOO_FEW
         return SWAPPED
@@ -161,19 +172,15 @@ class SwappedLayer:
         if torch.compiler.is_compiling() and (self.mechanism.exact or intercept.values_replace_attention()):
             self.traced = self.reached = True
             return
-        frame = None if _opaque() else self._frame(query.shape[2])
+        frame = None if compiled.opaque() else self._frame(query.shape[2])
         if self.mechanism.exact:
             outcome = EXACT
         elif intercept.values_replace_attention():
             outcome = PERTURBED
         else:
-            outcome = SWAPPED if _opaque() else self._outcome_in(frame, query, parallel_config)
+            outcome = SWAPPED if compiled.opaque() else self._outcome_in(frame, query, parallel_config)
         if outcome == SWAPPED:
-            raise ValueError(
-                f"{self.name} attends from {query.shape[2]} queries to {key.shape[2]} keys, as with a cache of keys or "
-                f"a reference among them: {self.mechanism} takes calls with as many keys as queries alone; leave this "
-                f"layer out by layers=, or call diffattn.restore first"
-            )
+            intercept.refuse_other_keys(self.name, query.shape[2], key.shape[2], self.mechanism)
         if frame is not None and not any(layer == id(self) for layer, *_ in frame.call.done):
             self._count(outcome, query, frame)  # what follows a call of the layer's own are image prompts
 
@@ -200,7 +207,7 @@ class SwappedLayer:
         """The mechanism's output, over all ranks, and what the call was."""
         mask = intercept.as_four_axes(mask)
         ids = self._reading(query.shape[2]).ids if torch.compiler.is_exporting() else None
-        if ids is not None and parallel_config is None and self.weights is None and not self.mechanism.needs:
+        if ids is not None and parallel_config is None and self.weights is None and not self.schedule.needs:
             self.traced = self.reached = True
             out = compiled.attend_at(query, key, value, mask, ids, scale, self.mechanism, self.backend)
             return out, Situation()
@@ -212,7 +219,8 @@ class SwappedLayer:
                 "without torch.compile"
             )
         shards = context_parallel.shards(parallel_config, query, self._reading)
-        context_parallel.check_mechanism(self.mechanism, self.weights, query, shards.heads[shards.rank])
+        for mechanism in self.schedule.mechanisms:
+            context_parallel.check_mechanism(mechanism, self.weights, query, shards.heads[shards.rank])
         mask = shards.gather_mask(mask)
         q, k, v = (shards.gather(tensor) for tensor in (query, key, value))
         out, found = self._attend_all(q, k, v, mask, features, scale, situation)
@@ -241,10 +249,11 @@ class SwappedLayer:
         call, found_now = Call(), situation is None
         if situation is None:
             situation, call = self._look_up(query)
-            features = self._take_features(call, len(query)) if features is None else features
+            features = call.take_features(self.index, len(query)) if features is None else features
         record = Record(situation, without_data(query), None if mask is None else without_data(mask))
-        memories = keeping.memories(self, call, situation, query)
-        kept = keeping.output(self.reuse, call, memories)
+        part = self.schedule.parts[situation.part]
+        memories = keeping.memories(id(self), part, call, situation, query)
+        kept = keeping.output(part.reuse, call, memories)
         if found_now:
             self.last = record
         if found_now and not in_backward():
@@ -253,7 +262,7 @@ class SwappedLayer:
         if kept is not None:
             return kept, situation
         out = self._attend_samples(query, key, value, mask, features, scale, situation, memories)
-        if self.reuse > 1:
+        if part.reuse > 1:
             keeping.keep(call, memories, out)
         return out, situation
 
@@ -274,16 +283,15 @@ class SwappedLayer:
             return self._attend(query, key, value, mask, features, scale, situation, 0, several[0])
         samples = []
         for i in range(len(situation.grids)):
-            one = slice(i, i + 1)
-            own_mask = mask if mask is None or mask.shape[0] == 1 else mask[one]
-            own_features = None if features is None else features[one]
-            q, k, v = query[one], key[one], value[one]
+            q, k, v = (x[i : i + 1] for x in (query, key, value))
+            own_features = None if features is None else features[i : i + 1]
+            own_mask = mask if mask is None or mask.shape[0] == 1 else mask[i : i + 1]
             samples.append(self._attend(q, k, v, own_mask, own_features, scale, situation, i, several[i]))
         return torch.cat(samples)
 
     def _look_up(self, query: Tensor) -> tuple[Situation, Call]:
         """The situation of a call of this thread, and its forward."""
-        tokens, needs = query.shape[2], self.mechanism.needs
+        tokens = query.shape[2]
         reading, frame = self._reading(tokens), self._frame(tokens)
         assert frame is not None
         try:
@@ -291,9 +299,11 @@ class SwappedLayer:
         except Exception:
             pop(frame.door)  # torch.export does not call the hook of a forward that fails
             raise
-        moment = call.moment
+        moment, (number, part) = call.moment, self._part(call)
+        needs = part.mechanism.needs
         return Situation(
             grids,
+            part=number,
             downsample=downsample(call.pixels, grids[0]) if call.pixels and "downsample" in needs else 1,
             progress=moment.progress if moment and "progress" in needs else None,
             timestep=call.timestep if "timestep" in needs else None,
@@ -301,9 +311,14 @@ class SwappedLayer:
             order=None if call.ordered is None else call.ordered.order,
         ), call
 
+    def _part(self, call: Call) -> tuple[int, Part]:
+        """The part of the schedule that a call belongs to, with its number."""
+        number = self.schedule.number(None if call.moment is None else call.moment.progress)
+        return number, self.schedule.parts[number]
+
     def keep_features(self, block_input: Tensor) -> None:
         """Note the block's input until the layer has used it; dense steps need none."""
-        if _opaque():
+        if compiled.opaque():
             self.traced_features = block_input
             return
         frame = find(self.scope)
@@ -316,15 +331,6 @@ class SwappedLayer:
             return None
         samples = query.shape[0]
         self.traced_features = features[samples:] if features.shape[0] > samples else None
-        return features[:samples]
-
-    def _take_features(self, call: Call, samples: int) -> Tensor | None:
-        """The block's input for the next samples of the batch; some families (Mochi) call sample by sample."""
-        features = call.features.pop(self.index, None)
-        if features is None:
-            return None
-        if len(features) > samples:
-            call.features[self.index] = features[samples:]
         return features[:samples]
 
     def _attend(
@@ -340,13 +346,15 @@ class SwappedLayer:
         memory: dict[str, Any] | None,
     ) -> Tensor:
         grid, context = situation.grids[sample], self._context(situation, mask, features, memory)
-        if self.mechanism.exact:
+        mechanism = self.schedule.parts[situation.part].mechanism
+        if mechanism.exact:
             return intercept.own_attention(self.module.processor, query, key, value, mask, scale)
-        return self.mechanism.attend(query, key, value, grid, scale=scale, backend=self.backend, context=context)
+        return mechanism.attend(query, key, value, grid, scale=scale, backend=self.backend, context=context)
 
     def _context(
         self, situation: Situation, mask: Tensor | None, features: Tensor | None, memory: dict[str, Any] | None = None
     ) -> Context:
+        needs = self.schedule.parts[situation.part].mechanism.needs
         return Context(
             mask=mask,
             weights=self.weights,
@@ -355,9 +363,9 @@ class SwappedLayer:
             timestep=situation.timestep,
             sigma=situation.sigma,
             order=situation.order,
-            memory=memory if "memory" in self.mechanism.needs else None,
+            memory=memory if "memory" in needs else None,
             downsample=situation.downsample,
-            call_index=self.index if "call_index" in self.mechanism.needs else 0,
+            call_index=self.index if "call_index" in needs else 0,
         )
 
     def _count(self, outcome: str, query: Tensor, frame: Frame | None) -> None:
@@ -369,28 +377,24 @@ class SwappedLayer:
         """Take this for the last call, for a table of costs without any."""
         self.last = Record(Situation((grid,)), query, None)
 
-    def flops(self, mechanism: Mechanism) -> int:
-        """What `mechanism` would compute in the last call, for one sample."""
+    def flops(self, mechanism: Mechanism | None = None) -> int:
+        """What `mechanism`, or the layer's own, would compute in the last call, for one sample."""
         assert self.last is not None
         return self.flops_of(self.last, mechanism)
 
-    def flops_of(self, record: "Record", mechanism: Mechanism) -> int:
-        """What `mechanism` would compute in a call, for one sample."""
-        query = record.query
-        if record.situation.dense:
+    def flops_of(self, record: "Record", mechanism: Mechanism | None = None) -> int:
+        """What `mechanism`, or the one that computed it, would compute in a call, for one sample."""
+        query, situation = record.query, record.situation
+        if situation.dense:
             return 4 * query.shape[2] ** 2 * query.shape[1] * query.shape[3]
-        context = self._context(record.situation, record.mask, None)
-        return mechanism.flops(record.situation.grids[0], query.shape[1], query.shape[3], context=context)
+        context = self._context(situation, record.mask, None)
+        own = mechanism or self.schedule.parts[situation.part].mechanism
+        return own.flops(situation.grids[0], query.shape[1], query.shape[3], context=context)
 
     def explain_backend(self) -> str:
         """The kernel of the last call, and why "auto" chose it."""
         if self.last is None:
             return self.backend
         query, situation = self.last.query, self.last.situation
-        context = self._context(situation, self.last.mask, None)
-        return self.mechanism.explain_backend(query, query, query, situation.grids[0], self.backend, context)
-
-
-def _opaque() -> bool:
-    """Is torch.compile tracing? Not torch.export, whose program must carry the mechanism's own operations."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        context, own = self._context(situation, self.last.mask, None), self.schedule.parts[situation.part].mechanism
+        return own.explain_backend(query, query, query, situation.grids[0], self.backend, context)

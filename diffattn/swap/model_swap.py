@@ -16,11 +16,12 @@ from ..families import Family, arguments
 from ..mechanisms.base import Mechanism
 from . import intercept
 from .calls.frames import Call, KeepsFrames, Ref, Scope
-from .calls.records import REUSED, SWAPPED, Done, add
+from .calls.records import DENSE_STEP, REUSED, SWAPPED, Done, add
 from .entrance import Door, Entrance, Features, may_skip
 from .layer import SwappedLayer
 from .ordering import Ordering
 from .state import State
+from .worth import LEAST, Worth, worth_of
 
 logger = logging.getLogger("diffattn")
 
@@ -55,6 +56,8 @@ class ModelSwap:
         """What the layers did in the last run, see `diffattn.swap.calls.records`."""
         self.ordering: Ordering | None = None
         """Puts the tokens in the order of the kernel; None where no layer's kernel wants one."""
+        self.worth: Worth | None = None
+        """What the last forward could gain."""
         self._hooks: list[Any] = []
         self._theta: float | None = None
         self._seen: set[str] = set()
@@ -72,7 +75,8 @@ class ModelSwap:
     @property
     def mechanisms(self) -> list[Mechanism]:
         """Those of the layers, each once."""
-        return list({id(layer.mechanism): layer.mechanism for layer in self.layers.values()}.values())
+        found = (mechanism for layer in self.layers.values() for mechanism in layer.schedule.mechanisms)
+        return list({id(mechanism): mechanism for mechanism in found}.values())
 
     def join(self, other: "ModelSwap") -> None:
         """Take the layers of another swap of the same model, which is not in place either."""
@@ -144,7 +148,7 @@ class ModelSwap:
         self._hooks += [] if self.ordering is None else [self.ordering]
         own = dict(self.model.named_modules())
         for name, layer in self.layers.items():
-            if "features" in layer.mechanism.needs:
+            if "features" in layer.schedule.needs:
                 block = own[name.rpartition(".")[0]]
                 self._hooks.append(block.register_forward_pre_hook(Features(layer), with_kwargs=True))
 
@@ -193,8 +197,9 @@ class ModelSwap:
         self._told = {("steps", run.number)} | {told for told in self._told if told[0] != "steps"}
         if not any(self.state.chosen(step, moment.total) for step in range(moment.total)):
             logger.warning(
-                "steps= picks none of the %d steps of this run, and the attention of %s stays the model's own: choose "
-                "among steps 0 to %d",
+                "%s none of the %d steps of this run, and the attention of %s stays the model's own: choose among "
+                "steps 0 to %d",
+                "steps= picks" if self.state.left_out == DENSE_STEP else "start= and end= pick",
                 moment.total,
                 self.name,
                 moment.total - 1,
@@ -210,6 +215,7 @@ class ModelSwap:
                 add(self.done, call.done)
         if module is self.ref():
             self._prove(module, call)
+            self._warn_of_no_gain(module, call)
 
     def _prove(self, module: nn.Module, call: Call) -> None:
         """The probe: in every forward each swapped layer in place must have come by its exit."""
@@ -241,6 +247,28 @@ class ModelSwap:
                 ("small",),
                 "no attention of %s was swapped in this call: all of its layers have fewer tokens than min_tokens",
                 self.name,
+            )
+
+    def _warn_of_no_gain(self, module: nn.Module, call: Call) -> None:
+        """Say once for each size that its attention is too little of the work for the swap to pay."""
+        if self.family.latent or ("worth",) in self._told:
+            return
+        layers = {id(layer): layer for layer in self.layers.values()}
+        found = worth_of(
+            module, [(layers[k], o, n, record) for (k, o, _), (n, record) in call.done.items() if k in layers]
+        )
+        if found is None:
+            return
+        self.worth = found
+        if found.bound < LEAST:
+            self._once(
+                ("worth",),
+                "at %d tokens attention is %.0f%% of the work of %s: this swap makes it at most %.2f times faster; "
+                "diffattn.estimate tells from which size on it pays",
+                found.tokens,
+                100 * found.attention,
+                self.name,
+                found.bound,
             )
 
     def _once(self, key: Any, message: str, *values: Any) -> None:

@@ -20,9 +20,9 @@ from ..families import Arguments, Family, TokenPath, arguments
 from ..grid import TokenGrid
 from ..kernels.order import TileOrder
 from ..kernels.pattern import cached
-from ..mechanisms.base import Mechanism
 from .calls.frames import Call, Reading, Scope, find
 from .entrance import may_skip
+from .schedule import Schedule
 
 ANY_GRID, ANY_HEAD_DIM = TokenGrid(64, 64), 64
 ONCE = "tokens put in tile order once for each call of the model"
@@ -67,7 +67,7 @@ class OrderedCells(NamedTuple):
 class OrderedLayer(Protocol):
     """What is asked of a `SwappedLayer`."""
 
-    mechanism: Mechanism
+    schedule: Schedule
     backend: str
 
     @property
@@ -149,7 +149,11 @@ class Ordering:
         if any(getattr(layer.module.processor, "_parallel_config", None) is not None for layer in self._layers):
             return "the tokens are split among ranks"
         q = like.new_empty(()).expand(1, 1, grid.tokens, ANY_HEAD_DIM)
-        kinds = {(layer.mechanism, layer.backend) for layer in self._layers}
+        progress = None if call.moment is None else call.moment.progress
+        parts = [(layer.schedule.at(progress), layer.backend) for layer in self._layers]
+        kinds = {(part.mechanism, backend) for part, backend in parts if not part.own}
+        if not kinds:
+            return "the model's own attention computes this step"
         orders = {mechanism.cell_order(q, grid, backend) for mechanism, backend in kinds}
         order = orders.pop()
         if orders or order is None:
@@ -188,7 +192,7 @@ class Ordering:
 
 def wants_order(layers: Iterable[OrderedLayer]) -> bool:
     """Are all mechanisms windows?"""
-    found = {layer.mechanism for layer in layers}
+    found = {mechanism for layer in layers for mechanism in layer.schedule.mechanisms}
     return bool(found) and all(mechanism.pattern(ANY_GRID) is not None for mechanism in found)
 
 

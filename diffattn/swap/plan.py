@@ -1,8 +1,9 @@
 """What a swap would do, decided and checked before anything is changed."""
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,37 +11,42 @@ from torch import nn
 from .. import config
 from ..families import Layers, Read, family_of, find_layers, owner_of
 from ..mechanisms.base import Mechanism
-from ..options import at_least, check_fields, read, shown
+from ..options import check_fields, read
+from ..recipe import ModelRecipe, Recipe
 from . import intercept
 from .calls.frames import Ref, Scope
 from .calls.steps import Runs, single_models
 from .entrance import Entrance
 from .layer import SwappedLayer
 from .model_swap import ModelSwap
+from .placement import ComponentChoice, LayerChoice, Placement
+from .schedule import Schedule
 from .unsupported import check_processor, check_supported
 
 COMPONENTS = ("unet", "transformer", "transformer_2")
 """Parts of a pipeline that `apply` takes unless told otherwise."""
 
-Mechanisms = Mechanism | Mapping[str, Mechanism]
-"""One for all layers, or one for each glob on dotted layer names."""
-LayerChoice = str | Iterable[str] | Callable[[str], bool] | None
-StepChoice = slice | Callable[[int], bool] | None
-ComponentChoice = str | Iterable[str] | None
-ExactFrames = tuple[Annotated[int, at_least(0)], Annotated[int, at_least(0)]]
-"""How many of the first frames, and how many of the last."""
+EVERY = "*"
+Mechanisms = Mechanism | Schedule | Recipe | Mapping[str, Mechanism | Schedule]
+"""One for all layers, one for each glob on dotted layer names, or a recipe, which names every layer."""
 
 
 def resolve_all(mechanism: Mechanisms | str, layers: LayerChoice, **options: Any) -> Mechanisms:
     """As `resolve`, for a mapping of globs as well, whose configs carry everything."""
     if not isinstance(mechanism, Mapping):
-        return resolve(mechanism, **options)
+        if not isinstance(mechanism, (Schedule, Recipe)):
+            return resolve(mechanism, **options)
+        if options:
+            raise ValueError(
+                f"options {sorted(options)} go with a short name; a {type(mechanism).__name__} has its own"
+            )
+        return mechanism
     if layers is not None or options or not mechanism:
         raise ValueError(
             f"expected globs of layers with a config each and neither layers= nor options; got {dict(mechanism)}, "
             f"layers={layers} and options {sorted(options)}; put them into the mapping"
         )
-    return {glob: resolve(own) for glob, own in mechanism.items()}
+    return {glob: own if isinstance(own, Schedule) else resolve(own) for glob, own in mechanism.items()}
 
 
 def resolve(mechanism: Mechanism | str, **options: Any) -> Mechanism:
@@ -90,50 +96,81 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if callable(getattr(module, "processor", None))}
 
 
-def plan_all(
-    target: Any,
-    mechanism: Mechanisms,
-    layers: LayerChoice = None,
-    steps: StepChoice = None,
-    backend: str = "auto",
-    components: ComponentChoice = None,
-    min_tokens: int = 0,
-    reuse: int = 1,
-    exact_frames: tuple[int, int] = (0, 0),
-) -> list[ModelSwap]:
+def plan_all(target: Any, mechanism: Mechanisms, placement: Placement | None = None) -> list[ModelSwap]:
     """`plan` for every model of `target`, with a common step counter; changes nothing."""
     check_supported(target)
-    layers = read_layers(layers)
-    models = models_of(target, components)
-    if steps is not None and isinstance(target, nn.Module):
-        raise ValueError("steps= counts the steps of a pipeline; pass the pipeline, not its model")
-    for own in mechanism.values() if isinstance(mechanism, Mapping) else [mechanism]:
-        if "sigma" in own.needs and isinstance(target, nn.Module):
-            raise ValueError(
-                f"{own} needs sigma, the share of noise, which the scheduler of a pipeline tells; pass the pipeline, "
-                f"not its model"
-            )
-    runs = Runs(None if isinstance(target, nn.Module) else target)
-    chosen = step_predicate(steps)
-    reuse = read("reuse", reuse, Annotated[int, at_least(1)])
-    if reuse > 1 and isinstance(target, nn.Module):
-        raise ValueError("reuse= counts the steps of a pipeline; pass the pipeline, not its model")
-    frames = read(
-        "exact_frames", exact_frames, ExactFrames, "two ints of at least 0, for the first frames and the last"
-    )
-    options: dict[str, Any] = {"backend": backend, "min_tokens": min_tokens, "reuse": reuse}
-    if isinstance(mechanism, Mapping):
-        swaps = [plan_mixed(model, mechanism, **options) for model in models]
+    placement = placement or Placement()
+    placement.check(target)
+    models = [] if isinstance(mechanism, Recipe) else models_of(target, placement.components)
+    if isinstance(mechanism, Recipe):
+        swaps = plan_recipe(target, mechanism, placement)
     else:
-        swaps = [plan(model, mechanism, layers=layers, **options) for model in models]
+        rules = {glob: placement.schedule(own) for glob, own in _by_glob(mechanism).items()}
+        mixed = isinstance(mechanism, Mapping)
+        swaps = [
+            plan_mixed(model, rules, placement) if mixed else plan(model, rules[EVERY], placement) for model in models
+        ]
+    for swap in swaps:
+        _check_sigma(target, swap)
     _leave_shared_layers(swaps)
+    runs = Runs(None if isinstance(target, nn.Module) else target)
     parts = [] if isinstance(target, nn.Module) else target.components.values()
     for swap in swaps:
-        swap.state.runs, swap.state.chosen, swap.state.exact_frames = runs, chosen, frames
+        swap.state.runs, swap.state.exact_frames = runs, placement.exact_frames
+        swap.state.chosen, swap.state.left_out = placement.chosen, placement.left_out
         for part in single_models(part for part in parts if isinstance(part, nn.Module)):
             if part is not swap.model:
                 swap.entrances += _entrances(swap, part)
     return swaps
+
+
+def plan_recipe(target: Any, recipe: Recipe, placement: Placement) -> list[ModelSwap]:
+    """`plan` of every model that a recipe names, each layer by its own schedule."""
+    if placement.layers is not None or placement.components is not None or placement.shares or placement.reuse > 1:
+        raise ValueError(
+            "a recipe says layers, shares and reuse itself: leave layers=, components=, shares=, reuse= out"
+        )
+    schedules = [schedule for own in recipe.models.values() for schedule in own.layers.values()]
+    if isinstance(target, nn.Module) and any(schedule.needs & {"progress", "memory"} for schedule in schedules):
+        raise ValueError(
+            "a recipe with parts or reuse counts the steps of a pipeline; pass the pipeline, not its model"
+        )
+    swaps = []
+    for name, own in recipe.models.items():
+        model = _named(target, name, own)
+        groups: dict[Schedule, list[str]] = {}
+        for layer, schedule in own.layers.items():
+            groups.setdefault(schedule, []).append(layer)
+        swaps.append(_joined(model, [(names, schedule) for schedule, names in groups.items()], placement))
+        swaps[-1].state.made_for = own
+    return swaps
+
+
+def _named(target: Any, name: str, own: ModelRecipe) -> nn.Module:
+    """The model that a recipe names; raises `ValueError` where there is none of its class with its layers."""
+    model = target if isinstance(target, nn.Module) else target.components.get(name)
+    if not isinstance(model, nn.Module) or type(model).__name__ != own.name:
+        raise ValueError(
+            f"this recipe is for the {name} {own.name}, and {type(target).__name__} has {type(model).__name__} there"
+        )
+    unknown = sorted(own.layers.keys() - attention_modules(model).keys())
+    if unknown:
+        raise ValueError(f"this recipe has {len(unknown)} layers that this {own.name} lacks, such as {unknown[0]}")
+    return model
+
+
+def _check_sigma(target: Any, swap: ModelSwap) -> None:
+    if "sigma" in swap.state.needs and isinstance(target, nn.Module):
+        raise ValueError(
+            f"{swap.mechanism} needs sigma, the share of noise, which the scheduler of a pipeline tells; pass the "
+            f"pipeline, not its model"
+        )
+
+
+def _by_glob(
+    mechanism: Mechanism | Schedule | Mapping[str, Mechanism | Schedule],
+) -> Mapping[str, Mechanism | Schedule]:
+    return mechanism if isinstance(mechanism, Mapping) else {EVERY: mechanism}
 
 
 def _leave_shared_layers(swaps: list[ModelSwap]) -> None:
@@ -172,47 +209,46 @@ def _entrances(swap: ModelSwap, owner: nn.Module) -> list[Entrance]:
     return list(found.values())
 
 
-def plan_mixed(
-    model: nn.Module, mechanisms: Mapping[str, Mechanism], *, backend: str, min_tokens: int, reuse: int
-) -> ModelSwap:
-    """`plan` with a mechanism for each glob of layers, no layer by two of them."""
-    scaling = [own for own in mechanisms.values() if getattr(own, "ntk_factor", 1.0) != 1.0]
-    if scaling and len(mechanisms) > 1:
+def plan_mixed(model: nn.Module, schedules: Mapping[str, Schedule], placement: Placement) -> ModelSwap:
+    """`plan` with a schedule for each glob of layers, no layer by two of them."""
+    scaling = [own for schedule in schedules.values() for own in schedule.mechanisms if _scales_rope(own)]
+    if scaling and len(schedules) > 1:
         raise ValueError(
             f"expected mechanisms that leave the model's rotary embedding alone; got {scaling[0]}; put it on alone"
         )
-    options: dict[str, Any] = {"backend": backend, "min_tokens": min_tokens, "reuse": reuse}
-    first, *others = (plan(model, own, layers=glob, **options) for glob, own in mechanisms.items())
+    return _joined(model, list(schedules.items()), placement)
+
+
+def _joined(model: nn.Module, schedules: Sequence[tuple[str | list[str], Schedule]], placement: Placement) -> ModelSwap:
+    """One swap with a schedule for each choice of layers."""
+    first, *others = (plan(model, own, replace(placement, layers=layers)) for layers, own in schedules)
     for other in others:
         twice = sorted(first.layers.keys() & other.layers.keys())
         if twice:
             raise ValueError(
-                f"expected globs that pick no layer twice; got {list(mechanisms)}, {len(twice)} layers such as "
-                f"{twice[0]} by two; make them narrower"
+                f"expected globs that pick no layer twice; got {[layers for layers, _ in schedules]}, {len(twice)} "
+                f"layers such as {twice[0]} by two; make them narrower"
             )
         first.join(other)
     first.entrances = _entrances(first, model)
     return first
 
 
-def plan(
-    model: nn.Module,
-    mechanism: Mechanism,
-    *,
-    layers: LayerChoice,
-    backend: str,
-    min_tokens: int,
-    reuse: int = 1,
-) -> ModelSwap:
+def plan(model: nn.Module, schedule: Schedule, placement: Placement) -> ModelSwap:
     """Decide which layers are swapped, raising for whatever cannot be; changes nothing."""
     check_supported(model)
-    family = family_of(model)
-    layers, min_tokens = read_layers(layers), read("min_tokens", min_tokens, Annotated[int, at_least(0)])
-    mechanism.check_backend(read("backend", backend, str, "the name of a kernel or 'auto'"))
-    if getattr(mechanism, "ntk_factor", 1.0) != 1.0 and family.rope is None:
-        raise ValueError(f"ntk_factor scales a rotary embedding read at every call, which {family.name} does not have")
+    family, layers = family_of(model), placement.layers
+    for own in schedule.mechanisms:
+        own.check_backend(placement.backend)
+        if _scales_rope(own) and family.rope is None:
+            raise ValueError(
+                f"ntk_factor scales a rotary embedding read at every call, which {family.name} does not have"
+            )
+        if _scales_rope(own) and len(schedule.parts) > 1:
+            raise ValueError(f"ntk_factor scales a rotary embedding for a whole run: leave it out of {schedule}")
+    mechanism = schedule.main.mechanism
     swap = ModelSwap(model, family, mechanism)
-    swap.state.needs = mechanism.needs | ({"memory"} if reuse > 1 else set())
+    swap.state.needs = schedule.needs
     modules = attention_modules(model)
     entries = find_layers(family, [name for name in modules if not _in_cross_block(model, name)])
     chosen = _choose(entries, layers)
@@ -228,20 +264,23 @@ def plan(
             name=name,
             ref=Ref(module),
             kind=entry.kind,
-            mechanism=mechanism,
-            backend=backend,
+            schedule=schedule,
+            backend=placement.backend,
             scope=scopes.setdefault((owner, entry.read), Scope()),
             state=swap.state,
             index=len(swap.layers),
-            min_tokens=min_tokens,
-            reuse=reuse,
-            weights=_weights(mechanism, name, module),
+            min_tokens=placement.min_tokens,
+            weights=_weights(schedule, name, module),
         )
     if not swap.layers:
         reasons = "; ".join(sorted(set(swap.kept.values()))) or "it has no attention layers"
         raise ValueError(f"no layer of {type(model).__name__} can carry {mechanism}: {reasons}")
     swap.entrances = _entrances(swap, model)
     return swap
+
+
+def _scales_rope(mechanism: Mechanism) -> bool:
+    return bool(getattr(mechanism, "ntk_factor", 1.0) != 1.0)
 
 
 def _in_cross_block(model: nn.Module, name: str) -> bool:
@@ -269,14 +308,6 @@ def _reason_to_keep(
     return None
 
 
-def read_layers(layers: Any) -> LayerChoice:
-    """`layers=`, which a generator may give."""
-    choice: LayerChoice = read(
-        "layers", layers, LayerChoice, "a glob such as 'transformer_blocks.*', several, or a function of a layer's name"
-    )
-    return choice
-
-
 def _choose(names: Iterable[str], layers: LayerChoice) -> set[str]:
     """The layers that a glob, globs or a predicate pick."""
     names = list(names)
@@ -301,8 +332,13 @@ _ANY_SIZE = 8, 64
 """Heads and their size, to ask a mechanism whether it has weights at all."""
 
 
-def _weights(mechanism: Mechanism, name: str, module: nn.Module) -> nn.Module | None:
-    size = _heads(module)
+def _weights(schedule: Schedule, name: str, module: nn.Module) -> nn.Module | None:
+    """Fresh weights of the layer's mechanism, which its parts share where they differ in options alone."""
+    mechanism, size = schedule.main.mechanism, _heads(module)
+    if len({type(own) for own in schedule.mechanisms}) > 1:
+        owning = [own for own in schedule.mechanisms if own.weights(*_ANY_SIZE) is not None]
+        if owning:
+            raise ValueError(f"{owning[0]} has weights of its own, which parts of other kinds cannot share: {schedule}")
     if size is not None:
         return mechanism.weights(*size)
     with torch.device("meta"):  # leaves the random numbers alone
@@ -330,15 +366,3 @@ def _first_number(module: nn.Module, *names: str) -> int | None:
     """The first of these attributes that is a number."""
     values = (getattr(module, name, None) for name in names)
     return next((value for value in values if isinstance(value, int)), None)
-
-
-def step_predicate(steps: StepChoice) -> Callable[[int, int], bool] | None:
-    """`steps=` as a predicate on the step and the number of steps."""
-    if steps is None:
-        return None
-    if isinstance(steps, slice):
-        part: slice = read("steps", steps, slice, "a slice of whole numbers, such as slice(4, None)")
-        return lambda step, total: step in range(*part.indices(total))
-    if callable(steps):
-        return lambda step, total: bool(steps(step))
-    raise TypeError(f"steps must be a slice or a predicate on the step number, got {shown(steps)}")

@@ -13,6 +13,7 @@ from .layer import SwappedLayer
 from .model_swap import ModelSwap
 from .ordering import IN_LAYERS, wants_order
 from .plan import attention_modules, models_of
+from .worth import Worth
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Summary:
     rows: tuple[Row, ...]
     orders: dict[str, str] = field(default_factory=dict)
     """Class name of a model with windows -> how its tokens came in the order of the kernel in its last call."""
+    worth: dict[str, Worth] = field(default_factory=dict)
+    """Class name of a transformer -> what its last forward could gain, by counted operations."""
 
     @property
     def share(self) -> float | None:
@@ -78,6 +81,11 @@ class Summary:
             told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.calls.items(), key=_swapped_first))
             lines.append(f"last run: calls {told}; {self.computed:.1%} of the attention computed")
         lines.extend(f"{model}: {told}" for model, told in self.orders.items())
+        lines.extend(
+            f"{model}: attention was {own.attention:.0%} of the work at {own.tokens} tokens; at most {own.bound:.2f}x "
+            f"faster"
+            for model, own in self.worth.items()
+        )
         return "\n".join(lines)
 
 
@@ -91,7 +99,8 @@ def summary(target: Any) -> Summary:
         for layer in attention_modules(model):
             rows.append(Row(name, layer, False, "not swapped") if swap is None else _row(name, layer, swap))
     told = {swap.name: _order(swap) for swap in swaps.values()}
-    return Summary(tuple(rows), {name: order for name, order in told.items() if order})
+    worth = {swap.name: swap.worth for swap in swaps.values() if swap.worth is not None}
+    return Summary(tuple(rows), {name: order for name, order in told.items() if order}, worth)
 
 
 def _order(swap: ModelSwap) -> str:
@@ -109,11 +118,11 @@ def _row(model: str, name: str, swap: ModelSwap) -> Row:
     layer = swap.layers[name]
     if not swap.in_place(name):
         return Row(model, name, False, f"replaced by {type(layer.module.processor).__name__} since")
-    note = f"{layer.mechanism} [{layer.explain_backend()}]"
+    note = f"{layer.schedule} [{layer.explain_backend()}]"
     calls, computed = _done(swap, layer)
     if layer.grid is None:
         return Row(model, name, True, note, calls=calls, computed=computed)
-    before, after = layer.flops(SoftmaxAttention()), layer.flops(layer.mechanism)
+    before, after = layer.flops(SoftmaxAttention()), layer.flops()
     return Row(model, name, True, note, layer.grid, before, after, calls, computed)
 
 
@@ -126,7 +135,7 @@ def _done(swap: ModelSwap, layer: SwappedLayer) -> tuple[dict[str, int] | None, 
             calls[outcome] = calls.get(outcome, 0) + count
             samples = count * len(record.query)
             before += samples * layer.flops_of(record, SoftmaxAttention())
-            after += 0 if outcome == REUSED else samples * layer.flops_of(record, layer.mechanism)
+            after += 0 if outcome == REUSED else samples * layer.flops_of(record)
     return calls or None, (after, before)
 
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..grid import TokenGrid
+from ..recipe import ModelRecipe
 from .calls.frames import Reading, Recall
+from .calls.records import DENSE_STEP
 from .calls.steps import Runs
 
 _paused: ContextVar[frozenset["State"]] = ContextVar("diffattn paused", default=frozenset())
@@ -17,16 +19,24 @@ class State:
 
     runs: Runs = field(default_factory=Runs)
     chosen: Any = None
-    """Predicate on step and number of steps, given by `steps=`; None: every step."""
+    """Predicate on step and number of steps, given by `steps=`, `start=` and `end=`; None: every step."""
+    left_out: str = DENSE_STEP
+    """Why the others stay dense."""
     needs: frozenset[str] = frozenset()
     """`Mechanism.needs`: what is not needed is not looked up."""
     exact_frames: tuple[int, int] = (0, 0)
     """How many of the first and of the last frames see all tokens and are seen by all."""
+    made_for: ModelRecipe | None = None
+    """The recipe that the layers follow, which is not for all sizes."""
     recall: Recall = field(default_factory=Recall)
 
     def grids(self, reading: Reading, tokens: int) -> tuple[TokenGrid, ...]:
         """What mechanisms are given of a forward: one grid for the whole batch, or one per sample."""
-        return tuple(grid.with_exact_frames(*self.exact_frames) for grid in reading.grids(tokens))
+        grids = reading.grids(tokens)
+        if self.made_for is not None:
+            for grid in grids:
+                self.made_for.check(grid)
+        return tuple(grid.with_exact_frames(*self.exact_frames) for grid in grids)
 
     @property
     def counts_steps(self) -> bool:

@@ -216,7 +216,7 @@ def layer_figures(
             name=layer.name,
             grid=str(layer.grid),
             error=float((own - wanted).square().mean() / wanted.square().mean()),
-            operations=layer.flops(layer.mechanism),
+            operations=layer.flops(),
             full=layer.flops(SoftmaxAttention()),
         )
         for layer, wanted, own in zip(layers, *outputs, strict=True)

@@ -64,8 +64,8 @@ class Verdict:
     flicker: tuple[float, ...]
     kept: dict[str, int]
     """Of how many the judge finds colour, shape and motion as the caption has them."""
-    identity: float
-    """Mean share of frames whose object stays the same."""
+    identity: float | None
+    """Mean share of frames whose object stays the same; None where the judge was not asked."""
 
     @classmethod
     def of(
@@ -79,18 +79,18 @@ class Verdict:
         """Compare videos with those by full attention, and with their captions where they have the native size."""
         distances = [VideoDistance.between(a, b) for a, b in zip(videos, full, strict=True)]
         psnr = tuple(float(np.mean(np.minimum(distance.psnr, BEST_SEEN))) for distance in distances)
-        kept, identity = (
-            judged(videos, scenes) if videos[0].shape[1] == tiny.defaults("wan")["height"] else ({}, np.nan)
-        )
+        native = videos[0].shape[1] == tiny.defaults("wan")["height"]
+        kept, identity = judged(videos, scenes) if native else ({}, None)
         return cls(name, share, psnr, tuple(distance.flicker for distance in distances), kept, identity)
 
     @property
     def line(self) -> str:
         """A row of the table."""
         kept = " | ".join(str(count) for count in self.kept.values()) if self.kept else "- | - | -"
+        identity = "-" if self.identity is None else f"{self.identity:.2f}"
         return (
             f"| {self.name} | {self.share:.3f} | {np.mean(self.psnr):.1f} | {np.median(self.psnr):.1f} | "
-            f"{min(self.psnr):.1f}-{max(self.psnr):.1f} | {np.mean(self.flicker):.4f} | {kept} | {self.identity:.2f} |"
+            f"{min(self.psnr):.1f}-{max(self.psnr):.1f} | {np.mean(self.flicker):.4f} | {kept} | {identity} |"
         )
 
 

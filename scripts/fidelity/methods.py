@@ -34,18 +34,19 @@ class Method:
     reuse: int = 1
     last: bool = True
     """Is the last step computed, whatever its number?"""
+    exact_frames: tuple[int, int] = (0, 0)
 
     @contextlib.contextmanager
     def on(self, pipe: Any) -> Iterator[None]:
         """The pipeline under this method."""
-        with diffattn.apply(pipe, self.mechanism, reuse=self.reuse):
+        with diffattn.apply(pipe, self.mechanism, reuse=self.reuse, exact_frames=self.exact_frames):
             yield
 
     def share(self, grid: TokenGrid, steps: range) -> float:
         """Pairs that are computed over all, in a run through `steps`."""
         first, last = steps[0], steps[-1]
         computed = [(step - first) % self.reuse == 0 or (self.last and step == last) for step in steps]
-        return share_of(self.mechanism, grid) * sum(computed) / len(computed)
+        return share_of(self.mechanism, grid.with_exact_frames(*self.exact_frames)) * sum(computed) / len(computed)
 
 
 @dataclass(frozen=True)

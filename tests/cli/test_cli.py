@@ -108,6 +108,10 @@ def test_the_module_runs_as_a_program() -> None:
         (["generate", "tiny", "--prompt", "x", "--output", "a.xyz"], "cannot write '.xyz'"),
         (["generate", "tiny", "--prompt", "x", "--compare"], "--compare needs something to compare"),
         (["generate", "tiny", "--prompt", "x", "--swap-steps", "4"], "--swap-steps must be a slice"),
+        (["generate", "tiny", "--prompt", "x", "--start", "0.9", "--end", "0.2"], "start= before end="),
+        (["generate", "tiny", "--prompt", "x", "--start", "20"], "a share of the run from 0 to 1"),
+        (["generate", "tiny", "--prompt", "x", "--start", "0.2"], "need a --mechanism"),
+        (["generate", "tiny", "--prompt", "x", "--adapter", "a", "--shares", "0.5,0.2"], "--mechanism routing"),
         (["generate", "tiny", "--prompt", "x", "-o", "radius=3"], "need a --mechanism"),
         (["generate", "tiny", "--prompt", "x", "--mechanism", "clear", "--adapter", "a"], "not both"),
         (["summary", "./no-such-folder", "-o", "radius=3"], "no folder './no-such-folder'"),
@@ -339,14 +343,14 @@ def test_a_large_picture_is_compared_with_the_models_own_attention(model: str, t
 
 def test_videos_are_compared_frame_by_frame_and_drawn_as_strips(tmp_path: Path) -> None:
     call = ["generate", "tiny:video", "--prompt", "a red circle moving sideways on a blue background", "--steps", 2]
-    swap = ["--mechanism", "clear", "-o", "radius=2", "--exact-frames", 0, 0]
+    swap = ["--mechanism", "clear", "-o", "radius=2", "--exact-frames", "0,0"]
     text = succeed(*call, "--frames", 6, *swap, "--compare", "--output", tmp_path / "clip")
     assert "video 0: PSNR of the frames " in text and "; flicker 0." in text
     assert "; by its own: " in text and f"wrote {tmp_path / 'clip-strips.png'}" in text
     with Image.open(tmp_path / "clip-strips.png") as drawn:
         assert drawn.width > 6 * 128
     assert {path.name for path in tmp_path.iterdir()} == {"clip", "clip-full", "clip-strips.png"}
-    assert "--exact-frames need a --mechanism" in refusal(*call, "--exact-frames", 1, 0)
+    assert "--exact-frames need a --mechanism" in refusal(*call, "--exact-frames", "1,0")
 
 
 def test_a_size_that_was_rounded_is_told(model: str, tmp_path: Path) -> None:

@@ -182,6 +182,17 @@ def test_no_more_than_the_share_is_computed(grid: TokenGrid, share: float) -> No
     assert mechanism.share_on(grid) < own < 1.2 * share
 
 
+@pytest.mark.parametrize(("share", "tiles"), [(0.01, 1), (0.2, 3), (0.5, 8), (1.0, 16)])
+def test_a_share_of_the_tiles_fits_every_text_and_size(share: float, tiles: int) -> None:
+    mechanism = RoutingAttention(top_share=share, tile=4, pool=2)
+    for text in (0, 16, 500):  # with so much text no small `share` is possible
+        assert mechanism.exact_tiles(TokenGrid(16, 16, before=text)) == tiles
+    assert mechanism.exact_tiles(TokenGrid(32, 32)) == max(1, round(64 * share))
+    assert mechanism.scales and not RoutingAttention(top_k=3).scales
+    with pytest.raises(ValueError, match="not both"):
+        RoutingAttention(top_k=3, top_share=0.5)
+
+
 def test_a_share_below_the_floor_is_refused_with_the_floor() -> None:
     grid = TokenGrid(16, 16, before=32)
     mechanism = RoutingAttention(share=0.3, tile=4, pool=2)

@@ -3,8 +3,10 @@
 from . import (
     animate,
     bench,
+    calibrate,
     demo,
     distill,
+    estimate,
     generate,
     inspect_star,
     list_,
@@ -18,8 +20,10 @@ from . import (
 __all__ = [
     "animate",
     "bench",
+    "calibrate",
     "demo",
     "distill",
+    "estimate",
     "generate",
     "inspect_star",
     "list_",

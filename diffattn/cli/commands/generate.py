@@ -26,12 +26,16 @@ from ..groups import Group, taken
         "diffattn generate black-forest-labs/FLUX.1-dev --prompt 'a lake' --mechanism clear -o radius=16",
         "diffattn generate black-forest-labs/FLUX.1-dev --prompt 'a lake' --adapter ./my-adapter --height 2048",
         "diffattn generate tiny --prompt 'a red circle' --mechanism routing -o share=0.5 -o tile=2 -o pool=2 --reuse 2",
-        "diffattn generate ./video-model --prompt waves --mechanism clear --swap-steps 4: --output waves.mp4",
+        "diffattn generate ./video-model --prompt waves --mechanism clear --start 0.2 --output waves.mp4",
         "diffattn generate tiny --prompt 'a red circle' --mechanism clear -o radius=8 --size 512x512 --compare",
         "torchrun --nproc-per-node 2 -m diffattn generate tiny --prompt 'a red circle' --mechanism clear -o radius=4 "
         "--parallel",
     ),
-    groups=[Group("diffattn.cli.generation:Request", also=["seed"]), Group("diffattn.cli.generation:Enlargement")],
+    groups=[
+        Group("diffattn.cli.generation:Request", also=["seed"]),
+        Group("diffattn.cli.generation:Enlargement"),
+        Group("diffattn.cli.swapping:Timing"),
+    ],
 )
 def generate(
     context: typer.Context,
@@ -41,22 +45,14 @@ def generate(
     ] = None,
     option: Options = None,
     layers: Layers = None,
-    swap_steps: Annotated[
-        str | None, typer.Option(metavar="SLICE", help="Denoising steps to swap, such as 4: or :10.")
-    ] = None,
     backend: Annotated[str, typer.Option(help="Kernel, see `diffattn list`.")] = "auto",
-    reuse: Annotated[
-        int,
-        typer.Option(min=1, help="Compute attention in one of so many steps and the last; use its output between."),
-    ] = 1,
-    exact_frames: Annotated[
-        tuple[int, int],
-        typer.Option(metavar="FIRST LAST", help="Latent frames of a video's start and end that all see, and they all."),
-    ] = (0, 0),
     adapter: Annotated[
         str | None, typer.Option(help="Trained adapter: file, folder or hub id; it says its own mechanism.")
     ] = None,
     weight_name: Annotated[str | None, typer.Option(help="File of the adapter, where there are several.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe of `diffattn calibrate`: a JSON file; it says its own mechanisms.")
+    ] = None,
     compare: Annotated[
         bool,
         typer.Option(
@@ -82,7 +78,6 @@ def generate(
 ) -> None:
     """Make images or a video with any model, by efficient attention or by its own."""
     from .. import generation as making
-    from ..arguments import parse_steps
     from ..checkpoints import native_call
     from ..places import Place, save
     from ..ranks import is_first, joined, own_device
@@ -91,12 +86,10 @@ def generate(
     request, enlargement = taken(context, "Request"), taken(context, "Enlargement")
     place = Place(output=output, count=request.images or 1, compare=compare, overwrite=overwrite)
     place.check()
-    swap = Swap(
-        mechanism, option or (), layers, parse_steps(swap_steps), backend, adapter, weight_name, reuse, exact_frames,
-        parallel,
-    )  # fmt: skip
+    timing = taken(context, "Timing")
+    swap = Swap(mechanism, option or (), layers, timing, backend, adapter, weight_name, recipe, parallel)
     if compare and not swap.wanted:
-        raise ValueError("--compare needs something to compare: add --mechanism or --adapter")
+        raise ValueError("--compare needs something to compare: add --mechanism, --adapter or --recipe")
     enlargement.check(request)
     if compare and parallel:
         raise ValueError("--compare makes the image twice, and --parallel splits one: leave one of them out")

@@ -115,6 +115,15 @@ class Call:
     done: dict[Any, Any] = field(default_factory=dict)
     """What the layers did: see `diffattn.swap.calls.records`."""
 
+    def take_features(self, layer: int, samples: int) -> Tensor | None:
+        """The input of a layer's block for the next samples; some families (Mochi) call sample by sample."""
+        features = self.features.pop(layer, None)
+        if features is None:
+            return None
+        if len(features) > samples:
+            self.features[layer] = features[samples:]
+        return features[:samples]
+
 
 @dataclass(frozen=True, eq=False)
 class Frame:

@@ -9,6 +9,8 @@ from .situation import Situation
 
 SWAPPED, EXACT = "swapped", "exact by the model's own kernel"
 DENSE_STEP = "dense in steps that steps= leaves out"
+DENSE_SHARE = "dense in steps before start= and from end= on"
+DENSE_PART = "dense in the parts of the run that its schedule leaves full"
 TOO_FEW = "dense with fewer tokens than min_tokens"
 REUSED = "with the output of an earlier step"
 PERTURBED = "dense in guidance that replaces attention by its values"

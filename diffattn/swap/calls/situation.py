@@ -9,7 +9,7 @@ from torch import Tensor
 from diffattn.grid import TokenGrid
 from diffattn.kernels.order import TileOrder
 
-COLUMNS = 10
+COLUMNS = 11
 """Numbers of a situation as a tensor, for each sample."""
 
 
@@ -20,6 +20,8 @@ class Situation:
     grids: tuple[TokenGrid, ...] = ()
     """One for the whole batch, or one per sample."""
     dense: bool = False
+    part: int = 0
+    """Of the layer's schedule."""
     downsample: int = 1
     progress: float | None = None
     timestep: float | None = None
@@ -28,11 +30,17 @@ class Situation:
     """That of the cells, in a call without gradients; None: row-major."""
 
     def to_tensor(self, samples: int) -> Tensor:
-        """`(samples, 10)` float64 on the CPU: what a compiled graph saves for its backward pass."""
+        """`(samples, 11)` float64 on the CPU: what a compiled graph saves for its backward pass."""
         grids = self.grids * samples if len(self.grids) == 1 else self.grids or (None,) * samples
         told = [math.nan if value is None else value for value in (self.progress, self.timestep, self.sigma)]
         rows = [
-            [*((0, 0, 0, 0, 0) if g is None else (*g.shape, g.before, g.after)), self.dense, self.downsample, *told]
+            [
+                *((0, 0, 0, 0, 0) if g is None else (*g.shape, g.before, g.after)),
+                self.dense,
+                self.part,
+                self.downsample,
+                *told,
+            ]
             for g in grids
         ]
         return torch.tensor(rows, dtype=torch.float64, device="cpu")
@@ -45,9 +53,9 @@ class Situation:
         if len(set(places)) == 1:
             places = places[:1]
         grids = tuple(TokenGrid(h, w, f, before, after) for f, h, w, before, after in places if f)
-        _, _, _, _, _, dense, downsample, *told = rows[0]
+        _, _, _, _, _, dense, part, downsample, *told = rows[0]
         progress, timestep, sigma = (None if math.isnan(value) else value for value in told)
-        return cls(grids, bool(dense), int(downsample), progress, timestep, sigma)
+        return cls(grids, bool(dense), int(part), int(downsample), progress, timestep, sigma)
 
 
 def downsample(pixels: int, grid: TokenGrid) -> int:

@@ -1,0 +1,5 @@
+"""Find a recipe: for every layer and part of a run the attention that costs least for the fidelity asked for."""
+
+from .calibrate import calibrate
+
+__all__ = ["calibrate"]

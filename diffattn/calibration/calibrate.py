@@ -1,0 +1,253 @@
+"""`calibrate`: the recipe that costs least for a fidelity, or is nearest for a budget of pairs.
+
+1. Every prompt is run once by full attention, and every layer's part in it measured (`probing`).
+2. The plans of all prices are made from the errors in the mean over the prompts (`choices`).
+3. For a budget, the dearest plan within it is taken. For a fidelity, plans are tried in real runs of the prompts, and
+   the cheapest whose median reaches it is found by halving.
+
+After Fu et al., MoA, https://arxiv.org/abs/2406.14909, and Yuan et al., DiTFastAttn, https://arxiv.org/abs/2406.08552,
+which choose windows and reuse layer by layer; here for any mechanism, and for parts of a run.
+"""
+
+import hashlib
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..measure.fidelity import psnr
+from ..mechanisms import ClearAttention, Mechanism, RoutingAttention
+from ..options import Must, at_least, read, shown
+from ..recipe import ModelRecipe, Recipe
+from ..swap.apply import apply
+from ..swap.placement import LayerChoice
+from ..swap.plan import COMPONENTS
+from ..swap.schedule import FULL
+from .choices import Choice, Measured, Plan, plans
+from .probing import Prober
+from .store import Store
+
+Prompt = str | Mapping[str, Any]
+"""A text, or arguments of the pipeline's call, such as an image to begin with."""
+SHARES = (0.7, 0.5, 0.35, 0.25, 0.15)
+BEST_SEEN = 120.0
+"""PSNR of equal images."""
+POSITIVE = Must("a number above 0", lambda value: value > 0)
+
+
+def calibrate(
+    pipe: Any,
+    prompts: Sequence[Prompt],
+    *,
+    target: float | None = None,
+    share: float | None = None,
+    mechanisms: Sequence[Mechanism] | None = None,
+    reuse: Sequence[int] = (1, 2, 3),
+    parts: int = 3,
+    layers: LayerChoice = None,
+    component: str | None = None,
+    seed: int = 0,
+    folder: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    **call: Any,
+) -> Recipe:
+    """Find which attention each layer needs in each part of a run; the pipeline is left as it was.
+
+    Args:
+        pipe: a pipeline whose attention is its own.
+        prompts: texts, or arguments of the pipeline's call. Eight or more: a recipe fits what it was made from.
+        target: PSNR in dB, in the median of the prompts, to full attention's own images. Or:
+        share: of full attention's operations in the layers that are swapped, at most.
+        mechanisms: that may be chosen, beside full attention. None: `routing` at five shares and `clear` with means,
+            as far as they fit the size.
+        reuse: that may be chosen: an output for so many steps.
+        parts: equal parts of the run, each with a choice of its own.
+        component: the part of the pipeline; None: its unet, transformer or transformer_2, the first there is.
+        seed: image i starts from the seed + i.
+        folder: keeps what was measured; a calibration that was stopped goes on there.
+        call: arguments of the pipeline's call, such as height, width, num_inference_steps.
+
+    Raises `ValueError` for arguments that do not fit, before anything is run. Cost: for each prompt one run whose
+    forwards are repeated layers x (mechanisms + largest reuse - 1) times; with `target` about six runs of all prompts.
+    """
+    if (target is None) == (share is None):
+        raise ValueError(f"expected target= in dB or share= of the pairs, one of both; got {target} and {share}")
+    target = read("target", target, Annotated[float | None, POSITIVE])
+    share = read("share", share, Annotated[float | None, Must("above 0 and below 1", lambda value: 0 < value < 1)])
+    reuse = read("reuse", tuple(reuse), tuple[Annotated[int, at_least(1)], ...])
+    parts = read("parts", parts, Annotated[int, at_least(1)])
+    if not prompts:
+        raise ValueError("expected prompts, eight or more; got none")
+    runs = _Runs(pipe, prompts, seed, call, progress)
+    component = component or next((name for name in COMPONENTS if pipe.components.get(name) is not None), None)
+    if component is None or component not in pipe.components:
+        raise ValueError(f"{type(pipe).__name__} has no part {component!r}; name its model by component=")
+    probe = Prober(pipe, component, [], 0, layers, lambda: None)
+    with probe.watching():
+        runs.draw(0)
+    grids = [grid for grid, _, _ in probe.path.shapes.values()]
+    chosen = list(mechanisms) if mechanisms is not None else default_mechanisms(max(grids, key=lambda g: g.tokens))
+    for mechanism in chosen:
+        for grid in grids:
+            mechanism.check(grid)
+    setup = _setup(pipe, component, runs, chosen, reuse, parts, layers)
+    store = Store(None if folder is None else Path(folder), setup)
+    prober = Prober(pipe, component, chosen, max(reuse) - 1, layers, runs.said)
+    prober.names, prober.path.shapes = probe.names, probe.path.shapes
+    measured = _measure(runs, store, prober)
+    several = [Choice(mechanism, count) for mechanism in (FULL, *chosen) for count in sorted({*reuse, 1})]
+    ordered = plans(measured, several, parts)
+    name = type(probe.model).__name__
+
+    def recipe_of(plan: Plan) -> Recipe:
+        frames, rows, columns = max((grid.shape for grid in measured.grids), key=np.prod)
+        own = ModelRecipe(name, (frames, rows, columns), plan.schedules(measured.layers))
+        return Recipe({component: own})
+
+    def tried(plan: Plan) -> list[float]:
+        recipe = recipe_of(plan)
+        known = store.tried(recipe.to_dict())
+        if known is None:
+            known = runs.compare(recipe, [_image(store, number) for number in range(len(prompts))])
+            store.keep_tried(recipe.to_dict(), known)
+        return known
+
+    plan = _within(ordered, share) if share is not None else _cheapest(ordered, tried, target or 0.0)
+    made = {**setup, "target": target, "budget": share, "share": plan.share, "psnr": tried(plan)}
+    return Recipe(recipe_of(plan).models, made)
+
+
+class _Runs:
+    """Calls of the pipeline, one for each prompt."""
+
+    def __init__(self, pipe: Any, prompts: Sequence[Prompt], seed: int, call: dict[str, Any], progress: bool) -> None:
+        self.pipe, self.seed = pipe, seed
+        self.calls = [{**call, **({"prompt": own} if isinstance(own, str) else own)} for own in prompts]
+        self._progress = progress
+        self._bar: Any = None
+
+    def draw(self, number: int) -> np.ndarray:
+        """Float pixels: an image, or a video with frames first."""
+        generator = torch.Generator("cpu").manual_seed(self.seed + number)
+        output = self.pipe(**self.calls[number], generator=generator, output_type="np")
+        pixels: np.ndarray = (output.images if hasattr(output, "images") else output.frames)[0]
+        return np.asarray(pixels, dtype=np.float32)
+
+    def bar(self, what: str, total: int) -> Any:
+        """Progress in words."""
+        self._bar = tqdm(range(total), desc=what, disable=None if self._progress else True, leave=False)
+        return self._bar
+
+    def said(self) -> None:
+        """A layer of a step is measured."""
+        if self._bar is not None:
+            self._bar.refresh()
+
+    def compare(self, recipe: Recipe, full: Sequence[np.ndarray]) -> list[float]:
+        """PSNR of every prompt under a recipe."""
+        if not any(own.layers for own in recipe.models.values()):
+            return [BEST_SEEN] * len(full)
+        with apply(self.pipe, recipe):
+            images = [self.draw(number) for number in self.bar("trying a recipe", len(full))]
+        return [min(psnr(one, other), BEST_SEEN) for one, other in zip(images, full, strict=True)]
+
+
+def _measure(runs: _Runs, store: Store, prober: Prober) -> Measured:
+    """Errors in the mean over the prompts; those that a folder has are not run again."""
+    for number in runs.bar("measuring", len(runs.calls)):
+        if store.run(number) is None:
+            with prober.watching():
+                image = runs.draw(number)
+            store.keep_run(number, prober.errors().weighed(), image)
+    several = [store.run(number) for number in range(len(runs.calls))]
+    errors = [run[0] for run in several if run is not None]
+    shapes = [prober.path.shapes[layer] for layer in range(len(prober.names))]
+    return Measured(
+        tuple(prober.names),
+        tuple(grid for grid, _, _ in shapes),
+        tuple((heads, size) for _, heads, size in shapes),
+        tuple(prober.mechanisms),
+        np.mean([own.own for own in errors], axis=0),
+        np.mean([own.stale for own in errors], axis=0),
+    )
+
+
+def _image(store: Store, number: int) -> np.ndarray:
+    run = store.run(number)
+    assert run is not None
+    return run[1]
+
+
+def _within(ordered: Sequence[Plan], share: float) -> Plan:
+    """The dearest plan within a budget."""
+    fitting = [plan for plan in ordered if plan.share <= share]
+    if not fitting:
+        raise ValueError(f"the cheapest choices take {ordered[-1].share:.1%} of the pairs, above share={share}")
+    return fitting[0]
+
+
+def _cheapest(ordered: Sequence[Plan], tried: Any, target: float) -> Plan:
+    """The cheapest plan whose median reaches the target, by halving: fidelity falls with the share."""
+    good, bad = 0, len(ordered)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        if statistics.median(tried(ordered[middle])) >= target:
+            good = middle
+        else:
+            bad = middle
+    return ordered[good]
+
+
+def default_mechanisms(grid: Any) -> list[Mechanism]:
+    """`routing` at several shares and `clear` with means, with tiles for the size, as far as they fit."""
+    side = next((tile for tile in (8, 4, 2) if grid.height * grid.width >= 64 * tile**2), 2)
+    block = max(2, side // 2)
+    tile, pool = (side, block) if grid.frames == 1 else ((1, side, side), (1, block, block))
+    several: list[Mechanism] = [RoutingAttention(share=share, tile=tile, pool=pool) for share in SHARES]
+    several += [ClearAttention(radius=radius, pool=pool) for radius in (2 * side, side)]
+    return [mechanism for mechanism in several if _fits(mechanism, grid)]
+
+
+def _fits(mechanism: Mechanism, grid: Any) -> bool:
+    try:
+        mechanism.check(grid)
+    except ValueError:
+        return False
+    return mechanism.flops(grid, 1, 64) < 4 * 64 * grid.tokens**2
+
+
+def _setup(
+    pipe: Any,
+    component: str,
+    runs: _Runs,
+    mechanisms: Sequence[Mechanism],
+    reuse: Sequence[int],
+    parts: int,
+    layers: LayerChoice,
+) -> dict[str, Any]:
+    """Everything that a calibration depends on, as plain values."""
+    return {
+        "pipeline": type(pipe).__name__,
+        "component": component,
+        "prompts": [{name: _plain(value) for name, value in call.items()} for call in runs.calls],
+        "seed": runs.seed,
+        "mechanisms": [mechanism.to_dict() for mechanism in mechanisms],
+        "reuse": list(reuse),
+        "parts": parts,
+        "layers": shown(layers),
+        "versions": {name: version(name) for name in ("diffattn", "diffusers", "torch")},
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and texts as they are; a digest of an image or a tensor."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    data = np.asarray(value.cpu() if isinstance(value, torch.Tensor) else value)
+    return "sha256 " + hashlib.sha256(data.tobytes()).hexdigest()
