@@ -21,7 +21,7 @@ define new_enough
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-lowest cuda-code cuda-code-all cuda-figures check docs format bench build
+.PHONY: help setup demo test test-lowest cuda-code cuda-code-all cuda-figures check docs format bench numbers build
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -80,6 +80,9 @@ format: $(INSTALLED) ## write what `make check` asks of formatting and import or
 
 bench: $(INSTALLED) ## time the attention mechanisms on this machine, into outputs/bench
 	$(BIN)/diffattn bench --output outputs/bench
+
+numbers: $(INSTALLED) ## measure every mechanism on the bundled pipelines, into docs/numbers.md: an hour and more
+	$(BIN)/python scripts/measured_numbers.py docs
 
 build: $(INSTALLED) ## source distribution and wheel, into dist
 	$(BIN)/python -m build --no-isolation

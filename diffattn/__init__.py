@@ -3,6 +3,7 @@
 from . import tiny
 from .adapters import load, save
 from .calibration import calibrate
+from .comparison import compare
 from .config import register
 from .grid import TokenGrid
 from .highres import generate_large
@@ -40,6 +41,7 @@ __all__ = [
     "apply",
     "attn_processors",
     "calibrate",
+    "compare",
     "estimate",
     "generate_large",
     "load",

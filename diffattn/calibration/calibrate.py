@@ -9,18 +9,17 @@ After Fu et al., MoA, https://arxiv.org/abs/2406.14909, and Yuan et al., DiTFast
 which choose windows and reuse layer by layer; here for any mechanism, and for parts of a run.
 """
 
-import hashlib
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
+from ..measure.draws import Draws, Prompt
 from ..measure.fidelity import psnr
 from ..mechanisms import ClearAttention, Mechanism, RoutingAttention
 from ..options import Must, at_least, read, shown
@@ -33,8 +32,6 @@ from .choices import Choice, Measured, Plan, plans
 from .probing import Prober
 from .store import Store
 
-Prompt = str | Mapping[str, Any]
-"""A text, or arguments of the pipeline's call, such as an image to begin with."""
 SHARES = (0.7, 0.5, 0.35, 0.25, 0.15)
 BEST_SEEN = 120.0
 """PSNR of equal images."""
@@ -82,13 +79,12 @@ def calibrate(
     share = read("share", share, Annotated[float | None, Must("above 0 and below 1", lambda value: 0 < value < 1)])
     reuse = read("reuse", tuple(reuse), tuple[Annotated[int, at_least(1)], ...])
     parts = read("parts", parts, Annotated[int, at_least(1)])
-    if not prompts:
-        raise ValueError("expected prompts, eight or more; got none")
-    runs = _Runs(pipe, prompts, seed, call, progress)
+    runs = _Runs(pipe, prompts, seed, call)
+    runs.progress = progress
     component = component or next((name for name in COMPONENTS if pipe.components.get(name) is not None), None)
     if component is None or component not in pipe.components:
         raise ValueError(f"{type(pipe).__name__} has no part {component!r}; name its model by component=")
-    probe = Prober(pipe, component, [], 0, layers, lambda: None)
+    probe = Prober(pipe, component, [], 0, layers)
     with probe.watching():
         runs.draw(0)
     grids = [grid for grid, _, _ in probe.path.shapes.values()]
@@ -96,9 +92,9 @@ def calibrate(
     for mechanism in chosen:
         for grid in grids:
             mechanism.check(grid)
-    setup = _setup(pipe, component, runs, chosen, reuse, parts, layers)
+    setup = _setup(component, runs, chosen, reuse, parts, layers)
     store = Store(None if folder is None else Path(folder), setup)
-    prober = Prober(pipe, component, chosen, max(reuse) - 1, layers, runs.said)
+    prober = Prober(pipe, component, chosen, max(reuse) - 1, layers)
     prober.names, prober.path.shapes = probe.names, probe.path.shapes
     measured = _measure(runs, store, prober)
     several = [Choice(mechanism, count) for mechanism in (FULL, *chosen) for count in sorted({*reuse, 1})]
@@ -123,31 +119,14 @@ def calibrate(
     return Recipe(recipe_of(plan).models, made)
 
 
-class _Runs:
-    """Calls of the pipeline, one for each prompt."""
+class _Runs(Draws):
+    """Calls of the pipeline, with progress."""
 
-    def __init__(self, pipe: Any, prompts: Sequence[Prompt], seed: int, call: dict[str, Any], progress: bool) -> None:
-        self.pipe, self.seed = pipe, seed
-        self.calls = [{**call, **({"prompt": own} if isinstance(own, str) else own)} for own in prompts]
-        self._progress = progress
-        self._bar: Any = None
-
-    def draw(self, number: int) -> np.ndarray:
-        """Float pixels: an image, or a video with frames first."""
-        generator = torch.Generator("cpu").manual_seed(self.seed + number)
-        output = self.pipe(**self.calls[number], generator=generator, output_type="np")
-        pixels: np.ndarray = (output.images if hasattr(output, "images") else output.frames)[0]
-        return np.asarray(pixels, dtype=np.float32)
+    progress = True
 
     def bar(self, what: str, total: int) -> Any:
-        """Progress in words."""
-        self._bar = tqdm(range(total), desc=what, disable=None if self._progress else True, leave=False)
-        return self._bar
-
-    def said(self) -> None:
-        """A layer of a step is measured."""
-        if self._bar is not None:
-            self._bar.refresh()
+        """Numbers with progress in words."""
+        return tqdm(range(total), desc=what, disable=None if self.progress else True, leave=False)
 
     def compare(self, recipe: Recipe, full: Sequence[np.ndarray]) -> list[float]:
         """PSNR of every prompt under a recipe."""
@@ -160,12 +139,12 @@ class _Runs:
 
 def _measure(runs: _Runs, store: Store, prober: Prober) -> Measured:
     """Errors in the mean over the prompts; those that a folder has are not run again."""
-    for number in runs.bar("measuring", len(runs.calls)):
+    for number in runs.bar("measuring", len(runs)):
         if store.run(number) is None:
             with prober.watching():
                 image = runs.draw(number)
             store.keep_run(number, prober.errors().weighed(), image)
-    several = [store.run(number) for number in range(len(runs.calls))]
+    several = [store.run(number) for number in range(len(runs))]
     errors = [run[0] for run in several if run is not None]
     shapes = [prober.path.shapes[layer] for layer in range(len(prober.names))]
     return Measured(
@@ -223,7 +202,6 @@ def _fits(mechanism: Mechanism, grid: Any) -> bool:
 
 
 def _setup(
-    pipe: Any,
     component: str,
     runs: _Runs,
     mechanisms: Sequence[Mechanism],
@@ -233,21 +211,11 @@ def _setup(
 ) -> dict[str, Any]:
     """Everything that a calibration depends on, as plain values."""
     return {
-        "pipeline": type(pipe).__name__,
+        **runs.describe(),
         "component": component,
-        "prompts": [{name: _plain(value) for name, value in call.items()} for call in runs.calls],
-        "seed": runs.seed,
         "mechanisms": [mechanism.to_dict() for mechanism in mechanisms],
         "reuse": list(reuse),
         "parts": parts,
         "layers": shown(layers),
         "versions": {name: version(name) for name in ("diffattn", "diffusers", "torch")},
     }
-
-
-def _plain(value: Any) -> Any:
-    """Numbers and texts as they are; a digest of an image or a tensor."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    data = np.asarray(value.cpu() if isinstance(value, torch.Tensor) else value)
-    return "sha256 " + hashlib.sha256(data.tobytes()).hexdigest()

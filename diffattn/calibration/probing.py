@@ -7,7 +7,7 @@ every layer.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -123,12 +123,11 @@ class Prober:
         mechanisms: Sequence[Mechanism],
         lags: int,
         layers: LayerChoice,
-        said: Callable[[], None],
     ) -> None:
         self.model: nn.Module = pipe.components[component]
         self.path = Path()
         self.names: list[str] = []
-        self._pipe, self._component, self._layers, self._said = pipe, component, layers, said
+        self._pipe, self._component, self._layers = pipe, component, layers
         self.mechanisms, self._lags = list(mechanisms), lags
         self._rows: list[tuple[float, np.ndarray, np.ndarray]] = []
         self._inside, self._last = False, -1
@@ -187,7 +186,6 @@ class Prober:
                     own[layer, number] += self._error(module, args, kwargs, full, layer, mechanism)
                 for lag in range(1, min(self._lags, path.step) + 1):
                     stale[layer, lag - 1] += self._error(module, args, kwargs, full, layer, lag)
-                self._said()
         finally:
             self._inside, self.path.tried = False, None
 

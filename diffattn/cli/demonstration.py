@@ -27,6 +27,8 @@ from diffattn.swap.report import summary
 from diffattn.tiny.shapes import caption, held_out_scenes
 
 from .checkpoints import native_call
+from .large import Large
+from .large import save as save_large
 
 logger = logging.getLogger("diffattn")
 
@@ -86,6 +88,7 @@ class Demo:
     call: dict[str, Any]
     seed: int
     elapsed: float
+    large: Large | None = None
 
     def of_sheet(self, untrained: bool) -> list[Column]:
         """Full attention and the methods of one sheet."""
@@ -108,6 +111,7 @@ class Demo:
             "restored_bit_identical": self.restored,
             "hardware": self.machine,
             "elapsed_s": self.elapsed,
+            "large": None if self.large is None else self.large.to_dict(),
         }
 
 
@@ -254,8 +258,8 @@ def remarks(demo: Demo) -> list[str]:
     sentences = [f"After restore the first image is {same}."]
     if not demo.faster:
         sentences.append(
-            "No speedup here, and none is to be expected: attention is a small part of so small a model's work. "
-            "What is saved is the share of attention; `diffattn bench` times attention alone, at 128x128 tokens."
+            "No speedup at this size, and none is to be expected: attention is a small part of the work. What is "
+            "saved here is the share of attention; the gain comes with the size."
         )
     sentences.append(
         "The weights were trained with full attention. Without training, routing and reuse stay near its images; for "
@@ -265,12 +269,13 @@ def remarks(demo: Demo) -> list[str]:
 
 
 def save(demo: Demo, folder: Path) -> list[Path]:
-    """Write `sheet.png`, `without-training.png` and `demo.json`."""
+    """Write `sheet.png`, `without-training.png`, `large.png` where there is a large image, and `demo.json`."""
     files = {folder / "sheet.png": False, folder / "without-training.png": True}
     for file, untrained in files.items():
         with written(file) as path:
             draw_sheet(demo, untrained).save(path)
-    return [*files, write_json(folder / "demo.json", demo.to_dict())]
+    large = [] if demo.large is None else [save_large(demo.large, folder)]
+    return [*files, *large, write_json(folder / "demo.json", demo.to_dict())]
 
 
 def _decibel(value: float) -> str:

@@ -73,7 +73,7 @@ def test_one_layer_alone_by_hand() -> None:
     )
     case.run()
     hook.remove()
-    prober = Prober(case.pipe, "transformer", [ClearAttention(radius=1)], 1, None, lambda: None)
+    prober = Prober(case.pipe, "transformer", [ClearAttention(radius=1)], 1, None)
     with prober.watching():
         case.run()
     errors = prober.errors()
@@ -92,7 +92,7 @@ def test_one_layer_alone_by_hand() -> None:
 
 def test_guidance_in_two_calls_counts_both() -> None:
     case = tiny_pipelines.wan(steps=2)
-    prober = Prober(case.pipe, "transformer", [ClearAttention(radius=1)], 1, None, lambda: None)
+    prober = Prober(case.pipe, "transformer", [ClearAttention(radius=1)], 1, None)
     with prober.watching():
         case.run()
     assert prober.errors().own.shape == (2, 1, 2) and prober.path.turn == 1

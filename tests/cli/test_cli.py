@@ -273,9 +273,22 @@ def test_demo_draws_a_sheet_and_writes_its_numbers(model: str, tmp_path: Path) -
     pooled, reuse, routing, both = numbers["without_training"]
     assert pooled["mechanism"]["pool"] is not None and routing["mechanism"]["type"] == "routing"
     assert (reuse["mechanism"]["type"], reuse["reuse"], routing["reuse"], both["reuse"]) == ("softmax", 2, 1, 2)
+    assert numbers["large"] is None  # as the model is not the bundled one by its name
     for name, columns in (("sheet.png", 3), ("without-training.png", 5)):
         with Image.open(tmp_path / name) as sheet:
             assert sheet.width > columns * 256 and sheet.height > 2 * 256
+
+
+def test_demo_draws_a_large_image_by_both(model: str, tmp_path: Path) -> None:
+    size = ["--steps", 1, "--height", 32, "--width", 32, "--large", 256]
+    text = succeed("demo", "--model", model, "--prompt", "a ring", "--radius", 2, *size, "--output", tmp_path)
+    large = json.loads((tmp_path / "demo.json").read_text())["large"]
+    assert (large["side"], large["steps"], large["quality"]) == (256, 6, "balanced")
+    assert large["psnr"] > 10 and 0 < large["computed"] < 1
+    assert large["speedup"] == pytest.approx(large["seconds_full"] / large["seconds"])
+    assert text.rstrip().endswith('diffattn.apply(pipe, "routing", quality="balanced")')
+    with Image.open(tmp_path / "large.png") as sheet:
+        assert sheet.width > 2 * 512
 
 
 def test_generate_compares_and_numbers_its_pictures(model: str, tmp_path: Path) -> None:

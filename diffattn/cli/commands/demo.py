@@ -41,19 +41,29 @@ def demo(
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's own.")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="In pixels. Default: the pipeline's own.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="In pixels. Default: the pipeline's own.")] = None,
+    large: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="SIDE",
+            help="Pixels of a large image too, from the first small one, by full attention and by routing; 0: none. "
+            "Default: 1024 for the bundled pipeline, else none.",
+        ),
+    ] = None,
     threads: Threads = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     output: Annotated[
         Path,
-        output_option("Folder for sheet.png, without-training.png and demo.json; those of a former demo are replaced."),
+        output_option("Folder for the sheets and demo.json; those of a former demo are replaced."),
     ] = Path("outputs/demo"),
 ) -> None:
-    """Draw the same prompts by full and by efficient attention: two sheets of images, one table."""
+    """Draw the same prompts by full and by efficient attention, small and large: sheets of images, one table."""
     from diffattn.media.outputs import check_folder
 
     from .. import demonstration
+    from .. import large as enlarging
     from ..checkpoints import locate, native_call
     from ..generation import check_sides
     from ..places import makes_video
@@ -70,6 +80,16 @@ def demo(
     call = {**native_call(model), **{key: value for key, value in given.items() if value is not None}}
     with quiet(ours=True), cpu_threads(threads or (1 if native_call(model) else None)):
         result = demonstration.run(pipe, prompts, methods, seed=seed, call=call, progress=True)
-    files = " and ".join(map(str, demonstration.save(result, output)))
     Console().print(demonstration.table(result))
-    typer.echo("\n".join([*demonstration.remarks(result), f"wrote {files} in {result.elapsed:.0f} s"]))
+    typer.echo("\n".join(demonstration.remarks(result)))
+    side = large if large is not None else enlarging.SIDE if native_call(model) else 0
+    if side:
+        typer.echo(f"now at {side} px, by full attention and by routing: a minute or two")
+        small = result.columns[0].pictures[0]
+        zoom = side / small.height if native_call(model) else 1.0
+        with quiet(ours=True), cpu_threads(threads):
+            result.large = enlarging.run(pipe, prompts[0], small, side=side, zoom=zoom, seed=seed, call=call)
+    files = " and ".join(map(str, demonstration.save(result, output)))
+    typer.echo(f"wrote {files} in {result.elapsed:.0f} s")
+    if result.large is not None:
+        typer.echo("\n".join(result.large.lines))

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..frame import (
+from ...frame import (
     Device,
     Dtype,
     Seed,
@@ -70,7 +70,7 @@ def bench(
     from diffattn.measure import bench as benchmark
     from diffattn.media.outputs import check_folder
 
-    from ..arguments import parse_device, parse_dtype, parse_grid, parse_mechanism_text
+    from ...arguments import parse_device, parse_dtype, parse_grid, parse_mechanism_text
 
     check_folder(output)
     where = parse_device(device)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..frame import (
+from ...frame import (
     Device,
     Dtype,
     Layers,
@@ -18,7 +18,7 @@ from ..frame import (
     output_option,
     quiet,
 )
-from ..groups import Group, taken
+from ...groups import Group, taken
 
 
 @app.command(
@@ -59,9 +59,9 @@ def estimate(
     from diffattn.files.writing import write_json
     from diffattn.media.outputs import check_file
 
-    from ..arguments import parse_device, parse_dtype
-    from ..checkpoints import estimates
-    from ..swapping import Swap
+    from ...arguments import parse_device, parse_dtype
+    from ...checkpoints import estimates
+    from ...swapping import Swap
 
     if output is not None:
         check_file(output, overwrite=True)

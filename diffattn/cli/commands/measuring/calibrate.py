@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..frame import Device, Dtype, Layers, Seed, app, examples, opened, output_option
+from ...frame import Device, Dtype, Layers, Seed, app, examples, opened, output_option
 
 
 @app.command(
@@ -53,9 +53,9 @@ def calibrate(
     from diffattn.calibration import calibrate as find
     from diffattn.media.outputs import check_file
 
-    from ..arguments import parse_mechanism_text, read_prompts
-    from ..checkpoints import native_call
-    from ..generation import Request
+    from ...arguments import parse_mechanism_text, read_prompts
+    from ...checkpoints import native_call
+    from ...generation import Request
 
     check_file(output, overwrite=True)
     texts = read_prompts(prompts)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..frame import (
+from ...frame import (
     Device,
     Dtype,
     Options,
@@ -59,7 +59,7 @@ def mask(
     from diffattn.media.drawing import FIGURE_ENDINGS
     from diffattn.media.outputs import check_file
 
-    from ..arguments import parse_device, parse_dtype, parse_grid, parse_mechanism
+    from ...arguments import parse_device, parse_dtype, parse_grid, parse_mechanism
 
     check_file(output, FIGURE_ENDINGS, overwrite=True)
     parse_dtype(dtype, parse_device(device))
@@ -74,7 +74,7 @@ def mask(
         if prompt is None:
             raise ValueError("say what the model shall draw meanwhile: add --prompt")
         chosen = parse_mechanism(mechanism, option or ())
-        from ..seeing import at_work, check_seen
+        from ...seeing import at_work, check_seen
 
         check_seen(chosen)
         pipe = opened(model, device, dtype)
@@ -91,7 +91,7 @@ def on_grid(mechanism: Any, grid: Any, query: str | None) -> Any:
     """A figure of the mask on a grid."""
     from diffattn.media.drawing import masks, plot_mask
 
-    from ..arguments import parse_cell
+    from ...arguments import parse_cell
 
     if mechanism.type not in masks():
         more = "; with --model it is drawn at work" if mechanism.type == "routing" else ""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..frame import (
+from ...frame import (
     Device,
     Dtype,
     Layers,
@@ -54,8 +54,8 @@ def summary(
     from diffattn.files.writing import write_json
     from diffattn.media.outputs import check_file
 
-    from ..arguments import parse_device, parse_dtype, parse_mechanism
-    from ..checkpoints import summarize
+    from ...arguments import parse_device, parse_dtype, parse_mechanism
+    from ...checkpoints import summarize
 
     if output is not None:
         check_file(output, overwrite=True)

@@ -1,0 +1,202 @@
+"""Every mechanism without training, on the bundled pipelines: `docs/numbers.md` and `docs/numbers.json`.
+
+    python scripts/measured_numbers.py docs              all cases; goes on where it was stopped
+    python scripts/measured_numbers.py docs --case flux-512 --count 8
+
+Cases: flux-128 (text to image at the size of training), flux-256 and flux-512 (image to image from that image,
+enlarged, positions scaled to those of training), wan-48 (video at the size of training). Results of one machine are
+never mixed with another's: a folder of runs belongs to the machine that began it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from diffusers import FluxImg2ImgPipeline, FluxPipeline, WanPipeline
+from PIL import Image
+
+from diffattn import compare, tiny
+from diffattn.comparison import Comparison, report
+from diffattn.files.writing import write_json, write_text, written
+from diffattn.measure import hardware, hardware_line
+from diffattn.tiny import moving
+from diffattn.tiny.shapes import caption, held_out_scenes
+
+STEPS = 10
+LEVELS = [f"routing quality={quality}" for quality in ("high", "balanced", "fast")]
+FLUX_128 = [
+    "clear radius=5",
+    "clear radius=2 pool=2",
+    "halo tile=4 halo=1",
+    "halo tile=2 halo=1 pool=2",
+    "neighborhood kernel_size=7",
+    "agent num_agents=64",
+    "linear",
+    "token_merge ratio=0.35 proportional=true use_rand=false",
+    "routing share=0.51 tile=2 pool=2",
+    "softmax reuse=2",
+    "routing share=0.51 tile=2 pool=2 reuse=2",
+]
+FLUX_256 = [
+    "clear radius=7",
+    "clear radius=4 pool=4",
+    "halo tile=8 halo=1",
+    "halo tile=4 halo=1 pool=4",
+    "neighborhood kernel_size=13",
+    "neighborhood kernel_size=7 pool=4",
+    "agent num_agents=64",
+    "linear",
+    "token_merge ratio=0.5 proportional=true use_rand=false",
+    "routing share=0.25 tile=4 pool=4",
+    "softmax reuse=3",
+    *LEVELS,
+]
+FLUX_512 = [
+    "clear radius=8",
+    "clear radius=8 pool=4",
+    "halo tile=8 halo=1",
+    "halo tile=8 halo=1 pool=4",
+    "neighborhood kernel_size=17",
+    "agent num_agents=256",
+    "linear",
+    "token_merge ratio=0.5 proportional=true use_rand=false",
+    "softmax reuse=2",
+    *LEVELS,
+]
+WAN = [
+    "clear radius=5",
+    "clear radius=2 pool=1,3,3",
+    "halo tile=1,4,4 halo=1,1,1 pool=1,4,4",
+    "agent num_agents=256",
+    "dual_scope",
+    "linear",
+    "routing share=0.25 tile=2 pool=2",
+    "routing share=0.25 tile=2 pool=2 order=content",
+    "softmax reuse=3",
+    *LEVELS,
+]
+app = typer.Typer(add_completion=False)
+
+
+class Enlarging:
+    """Image to image with the bundled pipeline; positions of larger images are scaled to those of training."""
+
+    def __init__(self, count: int, side: int) -> None:
+        small = FluxPipeline.from_pretrained(tiny.path("flux"))
+        small.set_progress_bar_config(disable=True)
+        prompts = [caption(scene) for scene in held_out_scenes(count, seed=1)]
+        self.prompts = []
+        for number, prompt in enumerate(prompts):
+            generator = torch.Generator().manual_seed(number)
+            image = small(prompt, generator=generator, **tiny.defaults("flux")).images[0]
+            self.prompts.append({"prompt": prompt, "image": image.resize((side, side), Image.Resampling.LANCZOS)})
+        self.pipe = FluxImg2ImgPipeline(**small.components)
+        zoom = side / tiny.defaults("flux")["height"]
+        self.pipe.transformer.pos_embed.register_forward_pre_hook(lambda _, args: (args[0] / zoom,))
+
+
+def flux_native(count: int, folder: Path) -> Comparison:
+    """Text to image at 128 px."""
+    pipe = FluxPipeline.from_pretrained(tiny.path("flux"))
+    prompts = [caption(scene) for scene in held_out_scenes(count, seed=1)]
+    call = {**tiny.defaults("flux"), "num_inference_steps": STEPS}
+    return compare(_quiet(pipe), prompts, FLUX_128, folder=folder, **call)
+
+
+def flux_enlarged(count: int, folder: Path, side: int, settings: list[str]) -> Comparison:
+    """Image to image: 10 steps, of which half are made."""
+    case = Enlarging(count, side)
+    call = {**tiny.defaults("flux"), "height": side, "width": side, "strength": 0.5, "num_inference_steps": 2 * STEPS}
+    return compare(_quiet(case.pipe), case.prompts, settings, folder=folder, seed=100, **call)
+
+
+def wan(count: int, folder: Path) -> Comparison:
+    """33 frames of 48 px."""
+    pipe = WanPipeline.from_pretrained(tiny.path("wan"))
+    apart = moving.set_apart_scenes()
+    chosen = np.random.default_rng(1).permutation(len(apart))[:count]
+    prompts = [moving.caption(apart[index]) for index in chosen]
+    call = {**tiny.defaults("wan"), "num_inference_steps": STEPS}
+    return compare(_quiet(pipe), prompts, WAN, folder=folder, **call)
+
+
+def _quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+CASES: dict[str, tuple[str, Callable[[int, Path], Comparison]]] = {
+    "flux-128": ("Bundled Flux, text to image at 128 px, 10 steps", flux_native),
+    "flux-256": (
+        "Bundled Flux, image to image at 256 px, 10 steps",
+        lambda count, folder: flux_enlarged(count, folder, 256, FLUX_256),
+    ),
+    "flux-512": (
+        "Bundled Flux, image to image at 512 px, 10 steps",
+        lambda count, folder: flux_enlarged(count, folder, 512, FLUX_512),
+    ),
+    "wan-48": ("Bundled Wan, 33 frames of 48 px, 10 steps", wan),
+}
+
+
+@app.command()
+def main(
+    output: Annotated[Path, typer.Argument(help="Folder of numbers.md, numbers.json and the plots.")],
+    case: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(CASES)}; repeatable. Default: all.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Prompts.")] = 4,
+    runs: Annotated[Path, typer.Option(help="Folder of the runs, to go on in.")] = Path("outputs/numbers"),
+) -> None:
+    """Measure, and write the tables."""
+    check_machine(runs)
+    names = case or list(CASES)
+    unknown = [name for name in names if name not in CASES]
+    if unknown:
+        raise typer.BadParameter(f"unknown case {unknown[0]}; the cases: {', '.join(CASES)}")
+    text = ["# Numbers", "", __doc__.split("\n\n", 2)[2].strip(), ""]
+    values: dict[str, Any] = {"machine": hardware(), "cases": {}}
+    for name in names:
+        title, run = CASES[name]
+        found = run(count, runs / name)
+        text += [
+            f"## {title}",
+            "",
+            f"{count} prompts.",
+            "",
+            *report.table(found),
+            "",
+            f"![{title}](numbers-{name}.png)",
+            "",
+        ]
+        values["cases"][name] = found.to_dict()
+        with written(output / f"numbers-{name}.png") as path:
+            report.plot(found).savefig(path)
+        with written(runs / f"{name}-sheet.png") as path:
+            report.draw_sheet(found).save(path)
+        typer.echo("\n".join(report.table(found)))
+    text.insert(2, f"Measured on {hardware_line(hardware())}, by `make numbers`.\n")
+    write_text(output / "numbers.md", "\n".join(text))
+    write_json(output / "numbers.json", values)
+
+
+def check_machine(runs: Path) -> None:
+    """Raise where the runs that are there are another machine's."""
+    own = {key: hardware()[key] for key in ("device", "cores", "threads", "torch")}
+    file = runs / "machine.json"
+    if file.exists():
+        import json
+
+        former = json.loads(file.read_text())
+        if former != own:
+            raise typer.BadParameter(
+                f"{runs} has runs of {former['device']}, and this is {own['device']}: give another --runs"
+            )
+    else:
+        runs.mkdir(parents=True, exist_ok=True)
+        write_json(file, own)
+
+
+if __name__ == "__main__":
+    app()
