@@ -20,9 +20,9 @@ from .mechanisms import (
     SoftmaxAttention,
     TokenMergeAttention,
 )
-from .recipe import Recipe
 from .swap.apply import Handle, apply, attn_processors, restore
 from .swap.report import summary
+from .swap.settings.recipe import Recipe
 
 __all__ = [
     "AgentAttention",

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from diffattn.kernels.choose import BACKENDS
 from diffattn.mechanisms import Mechanism
 from diffattn.swap.apply import Handle, commit
-from diffattn.swap.placement import LayerChoice, Placement
 from diffattn.swap.plan import plan_all
+from diffattn.swap.settings.placement import LayerChoice, Placement
 
 Trainable = Literal["projections", "lora", "mechanism"]
 

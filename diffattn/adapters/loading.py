@@ -13,8 +13,8 @@ from ..options import read, shown
 from ..swap.apply import Handle, commit
 from ..swap.calls.frames import Ref
 from ..swap.model_swap import ModelSwap
-from ..swap.placement import ComponentChoice, Placement, StepChoice
 from ..swap.plan import models_of, plan_all
+from ..swap.settings.placement import ComponentChoice, Placement, StepChoice
 from . import lora
 from .checks import check_class, check_names, check_writable, expected_parameters, mechanism_weights
 from .files import FILE_NAME, Adapter, open_all

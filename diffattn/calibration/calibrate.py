@@ -23,11 +23,11 @@ from ..measure.draws import Draws, Prompt
 from ..measure.fidelity import psnr
 from ..mechanisms import ClearAttention, Mechanism, RoutingAttention
 from ..options import Must, at_least, read, shown
-from ..recipe import ModelRecipe, Recipe
 from ..swap.apply import apply
-from ..swap.placement import LayerChoice
 from ..swap.plan import COMPONENTS
-from ..swap.schedule import FULL
+from ..swap.settings.placement import LayerChoice
+from ..swap.settings.recipe import ModelRecipe, Recipe
+from ..swap.settings.schedule import FULL
 from .choices import Choice, Measured, Plan, plans
 from .probing import Prober
 from .store import Store

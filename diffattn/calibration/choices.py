@@ -15,7 +15,7 @@ import numpy as np
 
 from ..grid import TokenGrid
 from ..mechanisms.base import Mechanism
-from ..swap.schedule import FULL, Part, Schedule
+from ..swap.settings.schedule import FULL, Part, Schedule
 
 
 @dataclass(frozen=True)

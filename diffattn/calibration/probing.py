@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from ..grid import TokenGrid
 from ..mechanisms.base import Context, Mechanism
 from ..swap.apply import commit
-from ..swap.placement import LayerChoice, Placement
 from ..swap.plan import plan_all
+from ..swap.settings.placement import LayerChoice, Placement
 
 
 @dataclass

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 from ..adapters import load
 from ..options import Help, at_least
 from ..parallel.image import shard
-from ..quality import with_level
-from ..recipe import Recipe
 from ..swap.apply import Handle, apply
-from ..swap.placement import Placement
+from ..swap.settings.placement import Placement
+from ..swap.settings.quality import with_level
+from ..swap.settings.recipe import Recipe
 from .arguments import parse_mechanism, parse_options, parse_steps
 
 

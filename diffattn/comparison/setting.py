@@ -14,9 +14,9 @@ from typing import Any
 
 from .. import config
 from ..options import Text, hints_of, read
-from ..recipe import Recipe
 from ..swap.apply import apply
-from ..swap.placement import Placement
+from ..swap.settings.placement import Placement
+from ..swap.settings.recipe import Recipe
 
 FULL = "full"
 APPLY = ("quality", *(name for name in Placement.__dataclass_fields__ if name not in ("components", "steps")))

@@ -15,12 +15,12 @@ from typing import Any
 from torch import nn
 
 from ..mechanisms.base import Mechanism
-from ..quality import with_level
 from .calls.steps import single_models
 from .layer import SwappedLayer
 from .model_swap import ModelSwap, current
-from .placement import ComponentChoice, LayerChoice, Placement, StepChoice
 from .plan import Mechanisms, attention_modules, plan, plan_all, resolve, resolve_all
+from .settings.placement import ComponentChoice, LayerChoice, Placement, StepChoice
+from .settings.quality import with_level
 
 logger = logging.getLogger("diffattn")
 

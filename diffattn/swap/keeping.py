@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .calls.frames import Call
 from .calls.situation import Situation
-from .schedule import Part
+from .settings.schedule import Part
 
 OUTPUT, STEP = "output", "step of output"
 

@@ -18,7 +18,7 @@ from . import compiled, context_parallel, intercept, keeping
 from .calls.frames import Call, Frame, Reading, Ref, Scope, find, in_backward, pop
 from .calls.records import DENSE_PART, EXACT, PAUSED, PERTURBED, REUSED, SWAPPED, TOO_FEW, Record, note, without_data
 from .calls.situation import Situation, downsample
-from .schedule import Part, Schedule
+from .settings.schedule import Part, Schedule
 from .state import State
 
 

@@ -17,11 +17,11 @@ from ..mechanisms.base import Mechanism
 from . import intercept
 from .calls.frames import Call, KeepsFrames, Ref, Scope
 from .calls.records import DENSE_STEP, REUSED, SWAPPED, Done, add
+from .calls.worth import LEAST, Worth, worth_of
 from .entrance import Door, Entrance, Features, may_skip
 from .layer import SwappedLayer
 from .ordering import Ordering
 from .state import State
-from .worth import LEAST, Worth, worth_of
 
 logger = logging.getLogger("diffattn")
 
@@ -57,7 +57,8 @@ class ModelSwap:
         self.ordering: Ordering | None = None
         """Puts the tokens in the order of the kernel; None where no layer's kernel wants one."""
         self.worth: Worth | None = None
-        """What the last forward could gain."""
+        """What a forward of the last size could gain."""
+        self._weighed: set[Any] = set()
         self._hooks: list[Any] = []
         self._theta: float | None = None
         self._seen: set[str] = set()
@@ -215,7 +216,6 @@ class ModelSwap:
                 add(self.done, call.done)
         if module is self.ref():
             self._prove(module, call)
-            self._warn_of_no_gain(module, call)
 
     def _prove(self, module: nn.Module, call: Call) -> None:
         """The probe: in every forward each swapped layer in place must have come by its exit."""
@@ -224,6 +224,7 @@ class ModelSwap:
         missed = sorted(n for n in placed if id(self.layers[n]) not in reached and not self.layers[n].traced)
         if not missed:
             self._warn_of_small_calls(call)
+            self._warn_of_no_gain(module, call)
             return
         if may_skip(module):
             return
@@ -251,25 +252,17 @@ class ModelSwap:
 
     def _warn_of_no_gain(self, module: nn.Module, call: Call) -> None:
         """Say once for each size that its attention is too little of the work for the swap to pay."""
-        if self.family.latent or ("worth",) in self._told:
+        shapes = {record.query.shape for _, record in call.done.values()}
+        if self.family.latent or torch.compiler.is_compiling() or shapes == self._weighed:
             return
         layers = {id(layer): layer for layer in self.layers.values()}
         found = worth_of(
             module, [(layers[k], o, n, record) for (k, o, _), (n, record) in call.done.items() if k in layers]
         )
-        if found is None:
-            return
-        self.worth = found
-        if found.bound < LEAST:
-            self._once(
-                ("worth",),
-                "at %d tokens attention is %.0f%% of the work of %s: this swap makes it at most %.2f times faster; "
-                "diffattn.estimate tells from which size on it pays",
-                found.tokens,
-                100 * found.attention,
-                self.name,
-                found.bound,
-            )
+        if found is not None:
+            self.worth, self._weighed = found, shapes
+            if found.bound < LEAST:
+                self._once(("worth",), "%s", found.told(self.name))
 
     def _once(self, key: Any, message: str, *values: Any) -> None:
         if key not in self._told:

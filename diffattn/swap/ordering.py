@@ -22,7 +22,7 @@ from ..kernels.order import TileOrder
 from ..kernels.pattern import cached
 from .calls.frames import Call, Reading, Scope, find
 from .entrance import may_skip
-from .schedule import Schedule
+from .settings.schedule import Schedule
 
 ANY_GRID, ANY_HEAD_DIM = TokenGrid(64, 64), 64
 ONCE = "tokens put in tile order once for each call of the model"

@@ -12,15 +12,15 @@ from .. import config
 from ..families import Layers, Read, family_of, find_layers, owner_of
 from ..mechanisms.base import Mechanism
 from ..options import check_fields, read
-from ..recipe import ModelRecipe, Recipe
 from . import intercept
 from .calls.frames import Ref, Scope
 from .calls.steps import Runs, single_models
 from .entrance import Entrance
 from .layer import SwappedLayer
 from .model_swap import ModelSwap
-from .placement import ComponentChoice, LayerChoice, Placement
-from .schedule import Schedule
+from .settings.placement import ComponentChoice, LayerChoice, Placement
+from .settings.recipe import ModelRecipe, Recipe
+from .settings.schedule import Schedule
 from .unsupported import check_processor, check_supported
 
 COMPONENTS = ("unet", "transformer", "transformer_2")

@@ -9,11 +9,11 @@ from ..grid import TokenGrid
 from ..mechanisms.softmax import SoftmaxAttention
 from .apply import swaps_of
 from .calls.records import REUSED, SWAPPED
+from .calls.worth import Worth
 from .layer import SwappedLayer
 from .model_swap import ModelSwap
 from .ordering import IN_LAYERS, wants_order
 from .plan import attention_modules, models_of
-from .worth import Worth
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..grid import TokenGrid
-from ..recipe import ModelRecipe
 from .calls.frames import Reading, Recall
 from .calls.records import DENSE_STEP
 from .calls.steps import Runs
+from .settings.recipe import ModelRecipe
 
 _paused: ContextVar[frozenset["State"]] = ContextVar("diffattn paused", default=frozenset())
 

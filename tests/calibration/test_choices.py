@@ -7,7 +7,7 @@ import pytest
 
 from diffattn import ClearAttention, RoutingAttention, TokenGrid
 from diffattn.calibration.choices import Choice, Measured, cheapest, lags, plans, steps_of
-from diffattn.swap.schedule import FULL
+from diffattn.swap.settings.schedule import FULL
 
 GRID = TokenGrid(8, 8)
 NEAR, FAR = RoutingAttention(share=0.6, tile=2, pool=2), ClearAttention(radius=1, pool=2)

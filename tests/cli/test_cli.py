@@ -260,7 +260,8 @@ def test_summary_knows_the_levels_of_a_unet(tmp_path: Path) -> None:
 def test_demo_draws_a_sheet_and_writes_its_numbers(model: str, tmp_path: Path) -> None:
     pytest.importorskip("torchmetrics")
     prompts = ["--prompt", "a red circle at the top", "--prompt", "a blue ring in the center"]
-    text = succeed("demo", "--model", model, *prompts, "--radius", 3, "--steps", 2, "--seed", 5, "--output", tmp_path)
+    options = ["--radius", 3, "--steps", 2, "--seed", 5, "--large", 0]
+    text = succeed("demo", "--model", model, *prompts, *options, "--output", tmp_path)
     assert "bit-identical" in text and "CLEAR radius 3" in text
     numbers = json.loads((tmp_path / "demo.json").read_text())
     full, window, agent = numbers["methods"]
@@ -273,14 +274,14 @@ def test_demo_draws_a_sheet_and_writes_its_numbers(model: str, tmp_path: Path) -
     pooled, reuse, routing, both = numbers["without_training"]
     assert pooled["mechanism"]["pool"] is not None and routing["mechanism"]["type"] == "routing"
     assert (reuse["mechanism"]["type"], reuse["reuse"], routing["reuse"], both["reuse"]) == ("softmax", 2, 1, 2)
-    assert numbers["large"] is None  # as the model is not the bundled one by its name
+    assert numbers["large"] is None and not (tmp_path / "large.png").exists()
     for name, columns in (("sheet.png", 3), ("without-training.png", 5)):
         with Image.open(tmp_path / name) as sheet:
             assert sheet.width > columns * 256 and sheet.height > 2 * 256
 
 
 def test_demo_draws_a_large_image_by_both(model: str, tmp_path: Path) -> None:
-    size = ["--steps", 1, "--height", 32, "--width", 32, "--large", 256]
+    size = ["--steps", 1, "--large", 256]
     text = succeed("demo", "--model", model, "--prompt", "a ring", "--radius", 2, *size, "--output", tmp_path)
     large = json.loads((tmp_path / "demo.json").read_text())["large"]
     assert (large["side"], large["steps"], large["quality"]) == (256, 6, "balanced")

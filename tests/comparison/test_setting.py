@@ -8,8 +8,8 @@ import tiny_pipelines
 import diffattn
 from diffattn import ClearAttention, RoutingAttention, SoftmaxAttention
 from diffattn.comparison import Setting
-from diffattn.recipe import ModelRecipe, Recipe
-from diffattn.swap.schedule import Schedule
+from diffattn.swap.settings.recipe import ModelRecipe, Recipe
+from diffattn.swap.settings.schedule import Schedule
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from diffattn.measure.estimate.estimate import computed_shares
 from diffattn.measure.estimate.inputs import KINDS, make_inputs
 from diffattn.measure.estimate.work import work_of
 from diffattn.measure.modelled import CARDS
-from diffattn.swap.placement import Placement
-from diffattn.swap.schedule import FULL, Part, Schedule
+from diffattn.swap.settings.placement import Placement
+from diffattn.swap.settings.schedule import FULL, Part, Schedule
 
 ROUTING = RoutingAttention(share=0.5, tile=2, pool=2)
 META = torch.empty(0, device="meta")

@@ -7,7 +7,7 @@ import tiny_pipelines
 
 import diffattn
 from diffattn import RoutingAttention, TokenGrid
-from diffattn.quality import LEVELS
+from diffattn.swap.settings.quality import LEVELS
 
 
 def what_is_put(**options: Any) -> tuple[RoutingAttention, int]:

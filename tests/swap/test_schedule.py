@@ -14,9 +14,9 @@ from torch.nn import functional as F
 import diffattn
 from diffattn import ClearAttention, RoutingAttention, SoftmaxAttention, TokenGrid
 from diffattn.swap.apply import commit
-from diffattn.swap.placement import Placement
 from diffattn.swap.plan import plan_all
-from diffattn.swap.schedule import Part, Schedule
+from diffattn.swap.settings.placement import Placement
+from diffattn.swap.settings.schedule import Part, Schedule
 
 CLEAR = ClearAttention(radius=1)
 LAYERS = 4

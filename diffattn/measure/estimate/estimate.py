@@ -15,10 +15,10 @@ from typing import Any
 from torch import nn
 
 from ...grid import TokenGrid
-from ...quality import with_level
-from ...swap.placement import Placement
 from ...swap.plan import models_of, resolve
-from ...swap.schedule import FULL, Part, Schedule
+from ...swap.settings.placement import Placement
+from ...swap.settings.quality import with_level
+from ...swap.settings.schedule import FULL, Part, Schedule
 from .inputs import kind_of
 from .rates import DataSheet, Rates, rates_of
 from .sizes import grid_of

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...grid import TokenGrid
 from ...swap.apply import commit
-from ...swap.placement import LayerChoice, Placement
 from ...swap.plan import plan_all
-from ...swap.schedule import Schedule
+from ...swap.settings.placement import LayerChoice, Placement
+from ...swap.settings.schedule import Schedule
 from .inputs import make_inputs
 from .sizes import assume_grid
 

@@ -8,12 +8,12 @@ sizes, so that the bound is generous: where it is low, nothing can be gained. No
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from ..mechanisms.softmax import SoftmaxAttention
-from .calls.records import REUSED, SWAPPED, Record
-from .layer import SwappedLayer
+from ...mechanisms.softmax import SoftmaxAttention
+from .records import REUSED, SWAPPED, Record
 
 LEAST = 1.1
 """Speed-up below which it is told that nothing is gained."""
@@ -29,8 +29,15 @@ class Worth:
     bound: float
     """The speed-up is at most this."""
 
+    def told(self, model: str) -> str:
+        """That the swap gains nothing, in words."""
+        return (
+            f"at {self.tokens} tokens attention is {self.attention:.0%} of the work of {model}: this swap makes it at "
+            f"most {self.bound:.2f} times faster; diffattn.estimate tells from which size on it pays"
+        )
 
-def worth_of(model: nn.Module, calls: Iterable[tuple[SwappedLayer, str, int, Record]]) -> Worth | None:
+
+def worth_of(model: nn.Module, calls: Iterable[tuple[Any, str, int, Record]]) -> Worth | None:
     """The bound for what the swapped layers did; None where none of them was swapped."""
     full = own = 0.0
     tokens = samples = 0

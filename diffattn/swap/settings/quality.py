@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from .options import shown
+from ...options import shown
 
 Options = Mapping[str, Any]
 

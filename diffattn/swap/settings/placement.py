@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 from torch import nn
 
-from ..mechanisms.base import Mechanism
-from ..options import Must, at_least, read, shown
-from .calls.records import DENSE_SHARE, DENSE_STEP
+from ...mechanisms.base import Mechanism
+from ...options import Must, at_least, read, shown
+from ..calls.records import DENSE_SHARE, DENSE_STEP
 from .schedule import Schedule, with_shares
 
 LayerChoice = str | Iterable[str] | Callable[[str], bool] | None

@@ -10,8 +10,8 @@ import torch
 
 import diffattn
 from diffattn import ClearAttention, Recipe, RoutingAttention
-from diffattn.recipe import ModelRecipe
-from diffattn.swap.schedule import FULL, Part, Schedule
+from diffattn.swap.settings.recipe import ModelRecipe
+from diffattn.swap.settings.schedule import FULL, Part, Schedule
 
 LAYERS = "transformer_blocks.0.attn", "single_transformer_blocks.1.attn"
 ROUTING = RoutingAttention(share=0.9, tile=2, pool=2)

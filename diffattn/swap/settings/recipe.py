@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import config
-from .files.writing import write_json
-from .grid import TokenGrid
-from .mechanisms.base import Mechanism
-from .options import shown
-from .swap.schedule import Part, Schedule
+from ... import config
+from ...files.writing import write_json
+from ...grid import TokenGrid
+from ...mechanisms.base import Mechanism
+from ...options import shown
+from .schedule import Part, Schedule
 
 KIND, VERSION = "diffattn recipe", 1
 

@@ -8,8 +8,8 @@ Parts are shares of the run, not numbers of steps, so that one schedule serves 4
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ..mechanisms.base import Mechanism
-from ..mechanisms.softmax import SoftmaxAttention
+from ...mechanisms.base import Mechanism
+from ...mechanisms.softmax import SoftmaxAttention
 
 FULL = SoftmaxAttention()
 """The model's own attention, as a mechanism."""
