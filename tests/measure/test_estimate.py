@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import tiny_pipelines
 import torch
 from models import BUILDERS
+from torch.nn import functional as F
 
 import diffattn
 from diffattn import ClearAttention, RoutingAttention, SoftmaxAttention, TokenGrid, estimate, tiny
@@ -18,6 +20,7 @@ from diffattn.measure.estimate.estimate import computed_shares
 from diffattn.measure.estimate.inputs import KINDS, make_inputs
 from diffattn.measure.estimate.work import work_of
 from diffattn.measure.modelled import CARDS
+from diffattn.mechanisms.base import Mechanism
 from diffattn.swap.settings.placement import Placement
 from diffattn.swap.settings.schedule import FULL, Part, Schedule
 
@@ -147,6 +150,19 @@ def test_the_command_models_and_writes(capsys: pytest.CaptureFixture[str], tmp_p
     text = capsys.readouterr().out
     assert "9x24x24 tokens" in text and "modelled from the data sheet of H100" in text
     assert json.loads((tmp_path / "a.json").read_text())[0]["grid"] == "9x24x24"
+
+
+def test_a_mechanism_that_does_not_count_is_not_weighed() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Bare(Mechanism):
+        type = "bare"
+
+        def attend(self, q: Any, k: Any, v: Any, grid: Any, **options: Any) -> Any:
+            return F.scaled_dot_product_attention(q, k, v)
+
+    case = tiny_pipelines.flux(steps=1)
+    with diffattn.apply(case.pipe, Bare()):
+        assert torch.isfinite(case.run()).all()
 
 
 def test_a_swap_that_gains_nothing_says_so_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -47,7 +47,10 @@ def worth_of(model: nn.Module, calls: Iterable[tuple[Any, str, int, Record]]) ->
         part = layer.schedule.parts[record.situation.part]
         before = count * len(record.query) * layer.flops_of(record, SoftmaxAttention())
         full += before
-        own += count * len(record.query) * layer.flops_of(record) / part.reuse
+        try:
+            own += count * len(record.query) * layer.flops_of(record) / part.reuse
+        except NotImplementedError:  # a mechanism from outside need not count
+            return None
         tokens, samples = max(tokens, record.query.shape[2]), max(samples, len(record.query))
     if not tokens:
         return None
