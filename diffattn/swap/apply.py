@@ -120,8 +120,8 @@ def apply(
             which has a schedule for every layer.
         layers: glob or globs on dotted layer names (`"single_transformer_blocks.*"`), or a predicate. None: every
             layer that the mechanism is meant for. Cross-attention to text is never swapped.
-        quality: of `"routing"`: "high", "balanced" or "fast", measured settings of its options and of `reuse`; what is
-            given beside it counts.
+        quality: of `"routing"`: "high", "balanced" or "fast", settings of its options and of `reuse`; what is given
+            beside it counts.
         steps: a slice of the denoising steps, or a predicate on a step's number; the others stay dense.
         start, end: the same as shares of the run: step i of n is swapped where `start <= i / n < end`, so that
             `start=0.2` leaves the first of 4 steps dense and the first ten of 50.

@@ -46,7 +46,7 @@ def demo(
         typer.Option(
             min=0,
             metavar="SIDE",
-            help="Pixels of a large image too, from the first small one, by full attention and by routing; 0: none. "
+            help="Pixels of a large image too, from a small one, by full attention and by routing; 0: none. "
             "Default: 1024 for the bundled pipeline, else none.",
         ),
     ] = None,
@@ -85,10 +85,11 @@ def demo(
     side = large if large is not None else enlarging.SIDE if native_call(model) else 0
     if side:
         typer.echo(f"now at {side} px, by full attention and by routing: a minute or two")
-        small = result.columns[0].pictures[0]
+        number = next((number for number, text in enumerate(prompts) if "large" in text), 0)
+        small = result.columns[0].pictures[number]
         zoom = side / small.height if native_call(model) else 1.0
         with quiet(ours=True), cpu_threads(threads):
-            result.large = enlarging.run(pipe, prompts[0], small, side=side, zoom=zoom, seed=seed, call=call)
+            result.large = enlarging.run(pipe, prompts[number], small, side=side, zoom=zoom, seed=seed, call=call)
     files = " and ".join(map(str, demonstration.save(result, output)))
     typer.echo(f"wrote {files} in {result.elapsed:.0f} s")
     if result.large is not None:

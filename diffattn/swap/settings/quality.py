@@ -2,8 +2,8 @@
 
     diffattn.apply(pipe, "routing", quality="balanced")
 
-A level is a setting that was measured (docs/numbers.md), as options of the mechanism and of `apply`. What is given
-beside it counts: `quality="fast", reuse=1` is the fast setting without reuse.
+A level is a setting as options of the mechanism and of `apply`. What is given beside it counts: `quality="fast",
+reuse=1` is the fast setting without reuse.
 """
 
 from collections.abc import Mapping
@@ -28,9 +28,9 @@ LEVELS: Mapping[str, Mapping[str, Level]] = MappingProxyType(
     {
         "routing": MappingProxyType(
             {
-                "high": Level({"top_share": 0.3}),
-                "balanced": Level({"top_share": 0.1}, {"reuse": 2}),
-                "fast": Level({"top_share": 0.05, "pool": 8}, {"reuse": 3}),
+                "high": Level({"top_share": 0.3, "chosen_by": "mean"}),
+                "balanced": Level({"top_share": 0.1, "pool": 8, "chosen_by": "mean"}, {"reuse": 2}),
+                "fast": Level({"top_share": 0.05, "pool": 8, "chosen_by": "mean"}, {"reuse": 3}),
             }
         )
     }
