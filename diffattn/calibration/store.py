@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files.resuming import claim
 from ..files.writing import write_json, written
 from .probing import Errors
 
@@ -21,25 +22,9 @@ class Store:
         self._folder = folder
         self._runs: dict[int, tuple[Errors, np.ndarray]] = {}
         self._tried: dict[str, list[float]] = {}
-        if folder is not None:
-            self._open(folder, dict(setup))
-
-    def _open(self, folder: Path, setup: dict[str, Any]) -> None:
-        setup = json.loads(json.dumps(setup))  # as it is read back
-        file = folder / SETUP
-        if file.exists():
-            former = json.loads(file.read_text(encoding="utf-8"))
-            differing = [key for key in sorted({*former, *setup}) if former.get(key) != setup.get(key)]
-            if differing:
-                raise ValueError(
-                    f"{folder} holds a calibration with other {', '.join(differing)}: give another folder, or the same "
-                    f"arguments"
-                )
-        elif folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder} holds other things: give an empty folder, or that of a calibration")
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(file, setup)
+        if folder is None:
+            return
+        claim(folder, SETUP, setup, "calibration")
         if (folder / TRIED).exists():
             self._tried = json.loads((folder / TRIED).read_text(encoding="utf-8"))
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..files.resuming import claim
 from ..files.writing import write_json, written
 from ..measure import flicker, hardware, peak_memory, psnr_of_frames, ssim, synchronize
 from ..measure.draws import Draws, Prompt
@@ -116,23 +117,8 @@ class _Kept:
         self._rows: dict[tuple[int, str], Row] = {}
         self._images: dict[tuple[int, str], np.ndarray] = {}
         self._names = list(setup["settings"])
-        if folder is None:
-            return
-        given = json.loads(json.dumps(dict(setup)))
-        file = folder / SETUP
-        if file.exists():
-            former = json.loads(file.read_text(encoding="utf-8"))
-            other = [key for key in sorted({*former, *given}) if former.get(key) != given.get(key)]
-            if other:
-                raise ValueError(
-                    f"{folder} holds a comparison with other {', '.join(other)}: give another folder, or the same "
-                    f"arguments"
-                )
-        elif folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder} holds other things: give an empty folder, or that of a comparison")
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(file, given)
+        if folder is not None:
+            claim(folder, SETUP, setup, "comparison")
 
     def _file(self, number: int, name: str, ending: str) -> Path:
         assert self._folder is not None
