@@ -79,7 +79,7 @@ def attend(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     weights = [] if layer.weights is None else list(layer.weights.parameters())
-    out, _ = torch.ops.diffattn.attend(query, key, value, mask, features, weights, scale, layer.key)
+    out, _ = torch.ops.diffattn.attend(query, key, value, mask, features, weights, scale, layer.key, COLUMNS)
     return out
 
 
@@ -96,6 +96,7 @@ def _attend(
     weights: list[Tensor],
     scale: float | None,
     layer: Tensor,
+    columns: int,
 ) -> tuple[Tensor, Tensor]:
     out, situation = _layers[int(layer)].compute(query, key, value, mask, features, scale)
     aliases = any(out.data_ptr() == given.data_ptr() for given in (query, key, value))
@@ -112,9 +113,11 @@ def _(
     weights: list[Tensor],
     scale: float | None,
     layer: Tensor,
+    columns: int,
 ) -> tuple[Tensor, Tensor]:
+    # Of the arguments alone: compiled programs are kept on disk and outlive this code.
     out = value.new_empty((*query.shape[:3], value.shape[3]))
-    return out, query.new_empty((query.shape[0], COLUMNS), dtype=torch.float64, device="cpu")
+    return out, query.new_empty((query.shape[0], columns), dtype=torch.float64, device="cpu")
 
 
 @torch.library.custom_op("diffattn::attend_backward", mutates_args=(), tags=_TAGS)
@@ -159,7 +162,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, mask, features, weights, scale, layer = inputs
+    query, key, value, mask, features, weights, scale, layer, _ = inputs
     ctx.scale, ctx.weights = scale, len(weights)
     ctx.save_for_backward(query, key, value, mask, features, layer, output[1], *weights)
 
@@ -169,7 +172,7 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     q, k, v, *own = torch.ops.diffattn.attend_backward(
         grad, query, key, value, mask, features, weights, ctx.scale, layer, situation
     )
-    return q, k, v, None, None, own, None, None
+    return q, k, v, None, None, own, None, None, None
 
 
 _attend.register_autograd(_backward, setup_context=_setup)
