@@ -4,8 +4,9 @@
     python scripts/measured_numbers.py docs --case flux-512 --count 8
 
 Cases: flux-128 (text to image at the size of training), flux-256 and flux-512 (image to image from that image,
-enlarged, positions scaled to those of training), wan-48 (video at the size of training). Results of one machine are
-never mixed with another's: a folder of runs belongs to the machine that began it.
+enlarged, positions scaled to those of training), levels-512 (the call that the demonstration makes at 1024 px), wan-48
+(video at the size of training). Results of one machine are never mixed with another's: a folder of runs belongs to the
+machine that began it.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from diffusers import FluxImg2ImgPipeline, FluxPipeline, WanPipeline
 from PIL import Image
 
 from diffattn import compare, tiny
+from diffattn.cli import large
 from diffattn.comparison import Comparison, report
 from diffattn.files.writing import write_json, write_text, written
 from diffattn.measure import hardware, hardware_line
@@ -106,10 +108,13 @@ def flux_native(count: int, folder: Path) -> Comparison:
     return compare(_quiet(pipe), prompts, FLUX_128, folder=folder, **call)
 
 
-def flux_enlarged(count: int, folder: Path, side: int, settings: list[str]) -> Comparison:
-    """Image to image: 10 steps, of which half are made."""
+def flux_enlarged(
+    count: int, folder: Path, side: int, settings: list[str], strength: float = 0.5, steps: int = STEPS
+) -> Comparison:
+    """Image to image: so many steps are made."""
     case = Enlarging(count, side)
-    call = {**tiny.defaults("flux"), "height": side, "width": side, "strength": 0.5, "num_inference_steps": 2 * STEPS}
+    asked = {"strength": strength, "num_inference_steps": round(steps / strength)}
+    call = {**tiny.defaults("flux"), "height": side, "width": side, **asked}
     return compare(_quiet(case.pipe), case.prompts, settings, folder=folder, seed=100, **call)
 
 
@@ -138,6 +143,10 @@ CASES: dict[str, tuple[str, Callable[[int, Path], Comparison]]] = {
         "Bundled Flux, image to image at 512 px, 10 steps",
         lambda count, folder: flux_enlarged(count, folder, 512, FLUX_512),
     ),
+    "levels-512": (
+        "Bundled Flux, image to image at 512 px as in the demonstration: strength 0.2, 6 steps",
+        lambda count, folder: flux_enlarged(count, folder, 512, LEVELS, large.STRENGTH, large.STEPS),
+    ),
     "wan-48": ("Bundled Wan, 33 frames of 48 px, 10 steps", wan),
 }
 
@@ -146,7 +155,9 @@ CASES: dict[str, tuple[str, Callable[[int, Path], Comparison]]] = {
 def main(
     output: Annotated[Path, typer.Argument(help="Folder of numbers.md, numbers.json and the plots.")],
     case: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(CASES)}; repeatable. Default: all.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Prompts.")] = 4,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Prompts of each case. Default: 4, and 8 of levels-512.")
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of the runs, to go on in.")] = Path("outputs/numbers"),
 ) -> None:
     """Measure, and write the tables."""
@@ -159,11 +170,12 @@ def main(
     values: dict[str, Any] = {"machine": hardware(), "cases": {}}
     for name in names:
         title, run = CASES[name]
-        found = run(count, runs / name)
+        prompts = count or (8 if name == "levels-512" else 4)
+        found = run(prompts, runs / name)
         text += [
             f"## {title}",
             "",
-            f"{count} prompts.",
+            f"{prompts} prompts.",
             "",
             *report.table(found),
             "",

@@ -95,7 +95,7 @@ def calibrate(
     setup = _setup(component, runs, chosen, reuse, parts, layers)
     store = Store(None if folder is None else Path(folder), setup)
     prober = Prober(pipe, component, chosen, max(reuse) - 1, layers)
-    prober.names, prober.path.shapes = probe.names, probe.path.shapes
+    prober.names, prober.path.shapes, prober.path.begin = probe.names, probe.path.shapes, probe.path.begin
     measured = _measure(runs, store, prober)
     several = [Choice(mechanism, count) for mechanism in (FULL, *chosen) for count in sorted({*reuse, 1})]
     ordered = plans(measured, several, parts)
@@ -103,7 +103,7 @@ def calibrate(
 
     def recipe_of(plan: Plan) -> Recipe:
         frames, rows, columns = max((grid.shape for grid in measured.grids), key=np.prod)
-        own = ModelRecipe(name, (frames, rows, columns), plan.schedules(measured.layers))
+        own = ModelRecipe(name, (frames, rows, columns), plan.schedules(measured))
         return Recipe({component: own})
 
     def tried(plan: Plan) -> list[float]:
@@ -147,6 +147,7 @@ def _measure(runs: _Runs, store: Store, prober: Prober) -> Measured:
     several = [store.run(number) for number in range(len(runs))]
     errors = [run[0] for run in several if run is not None]
     shapes = [prober.path.shapes[layer] for layer in range(len(prober.names))]
+    begin, steps = prober.path.begin, errors[0].own.shape[2]
     return Measured(
         tuple(prober.names),
         tuple(grid for grid, _, _ in shapes),
@@ -154,6 +155,7 @@ def _measure(runs: _Runs, store: Store, prober: Prober) -> Measured:
         tuple(prober.mechanisms),
         np.mean([own.own for own in errors], axis=0),
         np.mean([own.stale for own in errors], axis=0),
+        skipped=round(begin * steps / (1 - begin)),
     )
 
 

@@ -43,6 +43,8 @@ class Measured:
     """`(layers, mechanisms, steps)`: square of the change of the model's output, times the square of the step."""
     stale: np.ndarray
     """`(layers, lags, steps)`: the same for full attention's output of 1, 2, .. steps before."""
+    skipped: int = 0
+    """Steps of the schedule before the run's first."""
 
     @property
     def steps(self) -> int:
@@ -95,12 +97,13 @@ class Plan:
     error: float
     """As foreseen."""
 
-    def schedules(self, layers: Sequence[str]) -> Mapping[str, Schedule]:
-        """Layer -> schedule, but for layers that are full throughout."""
-        found = {}
-        for name, choices in zip(layers, self.choices, strict=True):
+    def schedules(self, measured: Measured) -> Mapping[str, Schedule]:
+        """Layer -> schedule, but for layers that are full throughout; parts of the run as shares of the schedule."""
+        found, (skipped, steps) = {}, (measured.skipped, measured.steps)
+        for name, choices in zip(measured.layers, self.choices, strict=True):
             count = len(choices)
-            parts = [Part(own.mechanism, own.reuse, (number + 1) / count) for number, own in enumerate(choices)]
+            ends = [(skipped * count + steps * (number + 1)) / ((skipped + steps) * count) for number in range(count)]
+            parts = [Part(own.mechanism, own.reuse, end) for own, end in zip(choices, ends, strict=True)]
             if not all(part.own for part in parts):
                 found[name] = Schedule(tuple(parts))
         return found

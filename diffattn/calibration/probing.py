@@ -28,6 +28,8 @@ class Path:
 
     step: int = 0
     sigma: float | None = None
+    begin: float = 0.0
+    """Share of the schedule that was behind at the first step."""
     turn: int = 0
     """Number of this forward within its step: guidance has two."""
     outputs: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
@@ -86,6 +88,7 @@ class Probe(Mechanism):
         if path.tried is None:
             path.shapes[layer] = grid, q.shape[1], q.shape[3]
             path.sigma = context.sigma
+            path.begin = (context.progress or 0.0) if path.step == 0 else path.begin
             path.outputs[path.turn, path.step, layer] = out
         return out
 

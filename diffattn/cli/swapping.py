@@ -24,12 +24,14 @@ class Timing:
         Help("Of routing, which it stands for: high, balanced or fast; what is given beside it counts."),
     ] = None
     swap_steps: Annotated[str | None, Help("Denoising steps to swap, such as 4: or :10.", metavar="SLICE")] = None
-    start: Annotated[float, Help("Swap from this share of the steps on, such as 0.2; before it attention is full.")] = (
-        0.0
-    )
-    end: Annotated[float, Help("Swap up to this share of the steps, such as 0.95.")] = 1.0
+    start: Annotated[
+        float | None,
+        Help("Swap from this share of the schedule on, from pure noise, such as 0.2; before it attention is full."),
+    ] = None
+    end: Annotated[float, Help("Swap up to this share of the schedule, such as 0.95.")] = 1.0
     shares: Annotated[
-        tuple[float, ...], Help("Of routing: its share in equal parts of the run, such as 0.6,0.4,0.3.", metavar="LIST")
+        tuple[float, ...],
+        Help("Of routing: its share in equal parts of the schedule, such as 0.6,0.4,0.3.", metavar="LIST"),
     ] = ()
     reuse: Annotated[
         int | None,

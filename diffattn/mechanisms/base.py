@@ -26,7 +26,7 @@ class Context:
     features: Tensor | None = None
     """The block's input before its norm, (b, n, channels): what token merging compares."""
     progress: float | None = None
-    """Fraction of the denoising steps already done, in [0, 1); None outside a pipeline."""
+    """Share of the schedule, from pure noise on, that is behind, in [0, 1); None outside a pipeline."""
     timestep: float | None = None
     """The timestep as the model got it; of several in a batch the largest."""
     sigma: float | None = None

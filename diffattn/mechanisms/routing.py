@@ -73,6 +73,9 @@ class RoutingAttention(Mechanism):
     pool: Annotated[PerAxis | None, sizes(1)] = None
     """The same of a block, whose keys and values have one mean; it divides the tile. None: 4 x 4 of one frame, or a
     side of the tile that 4 does not divide."""
+    blocks: Annotated[int | None, at_least(1)] = None
+    """The same as a number: the tile halved along each axis for as long as the grid has no more blocks than these.
+    With `top_share`, what is computed beside the tiles grows like the grid and no longer like its square."""
     order: Literal["space", "content"] = "space"
     """Tiles of neighbouring keys, or of keys that are alike: a k-d tree on the keys of each head."""
     refresh: Annotated[int, at_least(1)] = 1
@@ -85,6 +88,8 @@ class RoutingAttention(Mechanism):
         super().__post_init__()
         if self.top_k is not None and self.top_share is not None:
             raise ValueError(f"routing: give top_k={self.top_k} or top_share={self.top_share}, not both")
+        if self.pool is not None and self.blocks is not None:
+            raise ValueError(f"routing: give pool={self.pool} or blocks={self.blocks}, not both")
         tile, pool = self._tile_and_block
         check_divides(self.type, tile if self.tile is None else self.tile, pool if self.pool is None else self.pool)
 
@@ -117,6 +122,8 @@ class RoutingAttention(Mechanism):
     def sides(self, grid: TokenGrid) -> Sides:
         """Sides of the query tiles, the tiles and the blocks on a grid: no longer than the grid."""
         whole, block = self._tile_and_block
+        if self.blocks is not None:
+            block = _halved(whole, grid.shape, self.blocks)
         tile, pool = within(whole, block, grid.shape)
         asking = whole if self.query_tile is None else per_axis(self.query_tile, 1)
         frames, rows, columns = (min(side, most) for side, most in zip(asking, grid.shape, strict=True))
@@ -339,6 +346,17 @@ class RoutingAttention(Mechanism):
         choice = 2 * rows * blocks * head_dim
         choice += choice if self.chosen_by == "mean" else 2 * grid.cells * blocks
         return heads * (4 * pairs * head_dim + choice)
+
+
+def _halved(tile: Shape, shape: Shape, most: int) -> Shape:
+    """The tile, halved along each axis while `most` blocks of that side or fewer make the grid and are no cells."""
+    block = tile
+    while all(side == 1 or side % 2 == 0 for side in block):
+        finer: Shape = tuple(max(side // 2, 1) for side in block)  # type: ignore[assignment]
+        if max(finer) == 1 or math.prod(-(-whole // side) for whole, side in zip(shape, finer, strict=True)) > most:
+            break
+        block = finer
+    return block
 
 
 def _most_own(shape: Shape, asking: Shape, tile: Shape) -> int:

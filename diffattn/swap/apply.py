@@ -101,7 +101,7 @@ def apply(
     layers: LayerChoice = None,
     quality: str | None = None,
     steps: StepChoice = None,
-    start: float = 0.0,
+    start: float | None = None,
     end: float = 1.0,
     shares: Sequence[float] = (),
     backend: str = "auto",
@@ -120,12 +120,13 @@ def apply(
             which has a schedule for every layer.
         layers: glob or globs on dotted layer names (`"single_transformer_blocks.*"`), or a predicate. None: every
             layer that the mechanism is meant for. Cross-attention to text is never swapped.
-        quality: of `"routing"`: "high", "balanced" or "fast", settings of its options and of `reuse`; what is given
-            beside it counts.
+        quality: of `"routing"`: "high", "balanced" or "fast", settings of its options, of `start` and of `reuse`; what
+            is given beside it counts.
         steps: a slice of the denoising steps, or a predicate on a step's number; the others stay dense.
-        start, end: the same as shares of the run: step i of n is swapped where `start <= i / n < end`, so that
-            `start=0.2` leaves the first of 4 steps dense and the first ten of 50.
-        shares: of `routing`: its `share`, in equal parts of the run from `start` to `end`, one after the other.
+        start, end: the same as shares of the schedule: step i of n is swapped where `start <= i / n < end`, so that
+            `start=0.2` leaves the first of 4 steps dense and the first ten of 50. They count from pure noise: at
+            `strength=0.5` image-to-image begins at 0.5. None: 0, or what `quality` says.
+        shares: of `routing`: its `share`, in equal parts of the schedule from `start` to `end`, one after the other.
         backend: kernel by name, see `diffattn.kernels`; "auto" chooses and logs its choice.
         components: name or names of the pipeline's parts to swap. None: unet, transformer and transformer_2.
         min_tokens: leave the model's own attention in calls with fewer tokens.
@@ -152,7 +153,7 @@ def apply(
     }
     if quality is not None:
         with_level(mechanism, quality, options, where)
-    placement = Placement(**{**where, "reuse": 1 if where["reuse"] is None else where["reuse"]})
+    placement = Placement(**{name: value for name, value in where.items() if value is not None})
     return commit(plan_all(target, resolve_all(mechanism, layers, **options), placement))
 
 

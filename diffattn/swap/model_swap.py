@@ -183,7 +183,7 @@ class ModelSwap:
             timestep = given[family.timestep]
             call.moment = state.runs.moment(caller, lambda: largest(timestep), with_sigma="sigma" in state.needs)
         if state.chosen is not None and call.moment is not None:
-            call.dense = not state.chosen(call.moment.step, call.moment.total)
+            call.dense = not state.chosen(call.moment.step, call.moment.total, call.moment.skipped)
             self._warn_of_no_step(call)
         if "memory" in state.needs and call.run is not None:
             text = fingerprint(given)
@@ -196,7 +196,7 @@ class ModelSwap:
         if run is None or ("steps", run.number) in self._told:
             return
         self._told = {("steps", run.number)} | {told for told in self._told if told[0] != "steps"}
-        if not any(self.state.chosen(step, moment.total) for step in range(moment.total)):
+        if not any(self.state.chosen(step, moment.total, moment.skipped) for step in range(moment.total)):
             logger.warning(
                 "%s none of the %d steps of this run, and the attention of %s stays the model's own: choose among "
                 "steps 0 to %d",

@@ -72,6 +72,6 @@ def test_plans_go_from_full_to_the_cheapest() -> None:
     shares, errors = [plan.share for plan in ordered], [plan.error for plan in ordered]
     assert shares[0] == pytest.approx(1) and errors[0] == 0 and shares == sorted(shares, reverse=True)
     assert errors == sorted(errors) and len(ordered) > 5
-    assert ordered[0].schedules(found.layers) == {}
-    schedules = ordered[-1].schedules(found.layers)
+    assert ordered[0].schedules(found) == {}
+    schedules = ordered[-1].schedules(found)
     assert [part.until for part in schedules["blocks.0.attn"].parts] == [1 / 3, 2 / 3, 1.0]

@@ -109,7 +109,7 @@ def test_the_module_runs_as_a_program() -> None:
         (["generate", "tiny", "--prompt", "x", "--compare"], "--compare needs something to compare"),
         (["generate", "tiny", "--prompt", "x", "--swap-steps", "4"], "--swap-steps must be a slice"),
         (["generate", "tiny", "--prompt", "x", "--start", "0.9", "--end", "0.2"], "start= before end="),
-        (["generate", "tiny", "--prompt", "x", "--start", "20"], "a share of the run from 0 to 1"),
+        (["generate", "tiny", "--prompt", "x", "--start", "20"], "a share of the schedule from 0 to 1"),
         (["generate", "tiny", "--prompt", "x", "--start", "0.2"], "need a --mechanism"),
         (["generate", "tiny", "--prompt", "x", "--adapter", "a", "--shares", "0.5,0.2"], "--mechanism routing"),
         (["generate", "tiny", "--prompt", "x", "-o", "radius=3"], "need a --mechanism"),

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import diffattn
 from diffattn import ClearAttention, RoutingAttention, SoftmaxAttention, TokenGrid, estimate, tiny
 from diffattn.cli import main
-from diffattn.measure.estimate.estimate import computed_shares
+from diffattn.measure.estimate.estimate import Steps, computed_shares
 from diffattn.measure.estimate.inputs import KINDS, make_inputs
 from diffattn.measure.estimate.work import work_of
 from diffattn.measure.modelled import CARDS
@@ -74,11 +74,13 @@ def test_layers_that_are_left_out_are_of_the_rest() -> None:
         (3, {}, 7, {"own": 3 / 7}),
         (1, {"start": 0.2}, 10, {"own": 0.8, "full": 0.2}),
         (2, {"start": 0.5}, 10, {"own": 0.3, "full": 0.5}),
+        (1, {"start": 0.5}, (4, 4), {"own": 1.0}),  # image to image begins in the middle
+        (1, {"start": 0.75}, (4, 4), {"own": 0.5, "full": 0.5}),
     ],
 )
-def test_steps_that_are_computed(reuse: int, options: dict[str, Any], steps: int, want: dict[str, float]) -> None:
+def test_steps_that_are_computed(reuse: int, options: dict[str, Any], steps: Any, want: dict[str, float]) -> None:
     schedule = Schedule.always(ROUTING, reuse)
-    found = computed_shares(schedule, Placement(**options), steps)
+    found = computed_shares(schedule, Placement(**options), Steps(*steps) if isinstance(steps, tuple) else Steps(steps))
     assert {"full" if part == Part(FULL) else "own": share for part, share in found.items()} == pytest.approx(want)
 
 

@@ -29,6 +29,7 @@ GRIDS = {
     ),
     "tile of an image": (TokenGrid(16, 24, before=2), {"tile": (4, 8), "pool": 2, "share": 0.6}),
     "a block a tile": (TokenGrid(16, 16, after=1), {"tile": 4, "pool": 4, "top_k": 3}),
+    "a number of blocks": (TokenGrid(17, 18, 2, before=2), {"tile": (1, 8, 4), "blocks": 90, "top_k": 3}),
 }
 
 
@@ -214,6 +215,8 @@ def test_a_share_below_the_floor_is_refused_with_the_floor() -> None:
         ({"order": "random"}, "order must be one of space, content"),
         ({"top_k": 0}, "top_k must be an int of at least 1, got 0"),
         ({"refresh": 0}, "refresh must be"),
+        ({"blocks": 0}, "blocks must be an int of at least 1, got 0"),
+        ({"blocks": 64, "pool": 2}, "give pool=2 or blocks=64, not both"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], words: str) -> None:
@@ -237,6 +240,23 @@ def test_tiles_and_blocks_left_open_have_the_tokens_of_one_frame(options: Any, t
     assert (sides.asking, sides.tile, sides.block) == (tile, tile, block)
     flat = RoutingAttention(top_k=1, **options).sides(TokenGrid(24, 32))
     assert (flat.tile[1:], flat.block[1:]) == (tile[1:], block[1:]) and flat.tile[0] == flat.block[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "grid", "block"),
+    [
+        ({"blocks": 256}, TokenGrid(128, 128), (1, 8, 8)),
+        ({"blocks": 255}, TokenGrid(128, 128), (1, 8, 8)),  # no larger than a tile
+        ({"blocks": 256}, TokenGrid(64, 64), (1, 4, 4)),
+        ({"blocks": 255}, TokenGrid(64, 64), (1, 8, 8)),
+        ({"blocks": 256}, TokenGrid(32, 32), (1, 2, 2)),
+        ({"blocks": 256}, TokenGrid(8, 8), (1, 2, 2)),  # and no cell
+        ({"blocks": 256}, TokenGrid(12, 12, frames=9), (1, 4, 4)),
+        ({"blocks": 999, "tile": (2, 6, 8)}, TokenGrid(12, 16, frames=4), (1, 3, 4)),  # 3 is not halved
+    ],
+)
+def test_a_number_of_blocks_fits_every_size(options: dict[str, Any], grid: TokenGrid, block: Any) -> None:
+    assert RoutingAttention(top_k=1, **options).sides(grid).block == block
 
 
 def test_tiles_without_frames_are_refused_on_video() -> None:

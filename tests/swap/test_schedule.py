@@ -79,8 +79,8 @@ def test_a_part_that_no_step_is_in_is_told(caplog: pytest.LogCaptureFixture) -> 
     ("options", "words"),
     [
         ({"start": 0.5, "end": 0.5}, "start= before end="),
-        ({"start": -0.1}, "a share of the run from 0 to 1"),
-        ({"end": 20}, "a share of the run from 0 to 1"),
+        ({"start": -0.1}, "a share of the schedule from 0 to 1"),
+        ({"end": 20}, "a share of the schedule from 0 to 1"),
         ({"start": "0.2"}, "start"),
         ({"start": 0.2, "steps": slice(1, None)}, "give one of both"),
         ({"shares": (0.5, 0.3)}, "clear has no share"),

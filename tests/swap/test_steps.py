@@ -76,6 +76,11 @@ def tiny_vae(**options: Any) -> AutoencoderKL:
     )
 
 
+def when(start: float | None) -> dict[str, Any]:
+    """All steps but the first, or those from a share of the schedule on."""
+    return {"steps": slice(1, None)} if start is None else {"start": start}
+
+
 class StableDiffusion:
     """One model call a step: both halves of the guidance in one batch."""
 
@@ -101,10 +106,10 @@ class StableDiffusion:
     def run(self, pipe: Any, steps: int) -> None:
         pipe(**self.arguments(pipe), height=16, width=24, num_inference_steps=steps)
 
-    def run_from_picture(self, pipe: Any, steps: int) -> None:
+    def run_from_picture(self, pipe: Any, steps: int, start: float | None = None) -> None:
         again = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
         pipe.scheduler = again.scheduler
-        with diffattn.apply(again, Probe(), layers=self.layer, steps=slice(1, None)):
+        with diffattn.apply(again, Probe(), layers=self.layer, **when(start)):
             again(**self.arguments(pipe), image=torch.rand(1, 3, 16, 24), strength=0.5, num_inference_steps=steps)
 
 
@@ -137,11 +142,11 @@ class Flux:
     def run(self, pipe: Any, steps: int) -> None:
         pipe(**self.arguments(pipe), height=16, width=24, num_inference_steps=steps)
 
-    def run_from_picture(self, pipe: Any, steps: int) -> None:
+    def run_from_picture(self, pipe: Any, steps: int, start: float | None = None) -> None:
         again = FluxImg2ImgPipeline(
             FlowMatchEulerDiscreteScheduler(), pipe.vae, None, None, None, None, pipe.transformer
         )
-        with diffattn.apply(again, Probe(), layers=self.layer, steps=slice(1, None)):
+        with diffattn.apply(again, Probe(), layers=self.layer, **when(start)):
             again(
                 **self.arguments(pipe),
                 image=torch.rand(1, 3, 16, 24),
@@ -178,10 +183,10 @@ class Wan:
     def run(self, pipe: Any, steps: int) -> None:
         pipe(**self.arguments(pipe), height=32, width=48, num_frames=5, num_inference_steps=steps)
 
-    def run_from_picture(self, pipe: Any, steps: int) -> None:
+    def run_from_picture(self, pipe: Any, steps: int, start: float | None = None) -> None:
         again = WanVideoToVideoPipeline(None, None, pipe.transformer, pipe.vae, pipe.scheduler)
         video = [torch.rand(3, 32, 48) for _ in range(5)]
-        with diffattn.apply(again, Probe(), layers=self.layer, steps=slice(1, None)):
+        with diffattn.apply(again, Probe(), layers=self.layer, **when(start)):
             again(video, **self.arguments(pipe), height=32, width=48, strength=0.5, num_inference_steps=steps)
 
 
@@ -222,8 +227,17 @@ def test_negative_slice_and_predicate(case: Any, seen: list[float]) -> None:
 def test_image_to_image_counts_the_steps_it_makes(case: Any, seen: list[float]) -> None:
     pipe = case.pipe()
     pipe.set_progress_bar_config(disable=True)
-    case.run_from_picture(pipe, 6)  # strength 0.5: 3 steps
-    assert seen == [1 / 3] * case.calls_per_step + [2 / 3] * case.calls_per_step
+    case.run_from_picture(pipe, 6)  # strength 0.5: the last 3 of 6 steps, the first of them dense by steps=
+    assert seen == [4 / 6] * case.calls_per_step + [5 / 6] * case.calls_per_step
+
+
+@pytest.mark.parametrize("case", FROM_PICTURE, ids=IDS)
+@pytest.mark.parametrize(("start", "swapped"), [(0.2, [3, 4, 5]), (0.6, [4, 5]), (0.7, [5])])
+def test_shares_count_from_pure_noise(case: Any, start: float, swapped: list[int], seen: list[float]) -> None:
+    pipe = case.pipe()
+    pipe.set_progress_bar_config(disable=True)
+    case.run_from_picture(pipe, 6, start=start)
+    assert seen == [step / 6 for step in swapped for _ in range(case.calls_per_step)]
 
 
 def test_a_loop_by_hand_after_a_shorter_run_of_the_pipeline(seen: list[float]) -> None:

@@ -10,11 +10,12 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 from torch import nn
 
 from ...grid import TokenGrid
+from ...options import Must, read
 from ...swap.plan import models_of, resolve
 from ...swap.settings.placement import Placement
 from ...swap.settings.quality import with_level
@@ -28,6 +29,14 @@ PAYS = 1.1
 """Speed-up from which a swap is said to pay."""
 SIDES = (64, 1 << 22)
 """Tokens between which the size from which it pays is looked for."""
+
+
+class Steps(NamedTuple):
+    """Of a run."""
+
+    made: int
+    skipped: int = 0
+    """Those of the schedule before."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,7 @@ def estimate(
     frames: int = 1,
     batch: int = 1,
     num_inference_steps: int = 20,
+    strength: float = 1.0,
     text_tokens: int | None = None,
     card: str | None = None,
     **options: Any,
@@ -106,6 +116,7 @@ def estimate(
         height, width, frames: of the image or video, in pixels and frames.
         batch: samples in one forward; guidance makes two of one image.
         num_inference_steps: for `reuse` and schedules.
+        strength: of image-to-image: the share of the steps that are made, the last ones.
         text_tokens: of the prompt; None: what the pipeline makes of any, or is usual for the class.
         card: a GPU by name ("H100"): times are modelled from its data sheet. None: measured on this machine, which
             takes seconds and a model with weights.
@@ -120,6 +131,9 @@ def estimate(
         with_level(mechanism, quality, options, placed)
     placement = Placement(**placed)
     schedule = placement.schedule(mechanism if isinstance(mechanism, Schedule) else resolve(mechanism, **options))
+    strength = read("strength", strength, Annotated[float, Must("above 0 and at most 1", lambda own: 0 < own <= 1)])
+    made = max(1, int(num_inference_steps * strength))
+    steps = Steps(made, num_inference_steps - made)
     found = []
     for model in models_of(target, placement.components):
         text = _text_tokens(target, model) if text_tokens is None else text_tokens
@@ -128,11 +142,7 @@ def estimate(
         like = next(model.parameters()).new_empty(())
         if card is None and like.is_meta:
             raise ValueError("expected a model with weights, to measure on this machine; name a GPU by card=")
-        found.append(
-            _estimate(
-                model, schedule, placement, grid, text, batch, num_inference_steps, rates_of(card, model, text, like)
-            )
-        )
+        found.append(_estimate(model, schedule, placement, grid, text, batch, steps, rates_of(card, model, text, like)))
     return found
 
 
@@ -143,7 +153,7 @@ def _estimate(
     grid: TokenGrid,
     text: int,
     batch: int,
-    steps: int,
+    steps: Steps,
     rates: Rates,
 ) -> Estimate:
     work = work_of(model, schedule, grid, text, placement.layers)
@@ -169,17 +179,18 @@ def _estimate(
     )
 
 
-def computed_shares(schedule: Schedule, placement: Placement, steps: int) -> Mapping[Part, float]:
+def computed_shares(schedule: Schedule, placement: Placement, steps: Steps) -> Mapping[Part, float]:
     """Share of the steps in which each part's attention is computed; `FULL` stands for steps that are not swapped."""
     full = Part(FULL)
     counts: dict[Part, float] = {}
     last: tuple[Part, int] | None = None
-    for step in range(steps):
-        chosen = placement.chosen is None or placement.chosen(step, steps)
-        part = schedule.at(step / steps) if chosen else full
-        if last is not None and part is last[0] and step - last[1] < part.reuse and step != steps - 1:
+    made, skipped = steps
+    for step in range(made):
+        chosen = placement.chosen is None or placement.chosen(step, made, skipped)
+        part = schedule.at((skipped + step) / (skipped + made)) if chosen else full
+        if last is not None and part is last[0] and step - last[1] < part.reuse and step != made - 1:
             continue
-        counts[part] = counts.get(part, 0) + 1 / steps
+        counts[part] = counts.get(part, 0) + 1 / made
         last = part, step
     return counts
 

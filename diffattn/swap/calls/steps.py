@@ -41,11 +41,13 @@ class Moment:
     place: int
     sigma: float | None = None
     """Share of noise in the latents, see `noise_share`; None where nobody asked."""
+    skipped: int = 0
+    """Steps of the schedule before the run's first: image-to-image begins late."""
 
     @property
     def progress(self) -> float:
-        """Fraction of the run's steps already done, in [0, 1)."""
-        return min(self.step / self.total, 1.0)
+        """Share of the schedule, from pure noise on, that is behind, in [0, 1)."""
+        return min((self.skipped + self.step) / (self.skipped + self.total), 1.0)
 
 
 @dataclass(frozen=True)
@@ -149,10 +151,11 @@ class Runs:
             if place < run.place:  # the scheduler began again by itself
                 run.kept.clear()
             run.place = place
-        numbers = step_numbers(scheduler)[: max(1, place - first + 1, min(executed, length - first))]
+        every = step_numbers(scheduler)
+        numbers = every[: max(1, place - first + 1, min(executed, length - first))]
         step = numbers[min(max(place - first, 0), len(numbers) - 1)]
         sigma = noise_share(scheduler, place) if with_sigma else None
-        return Moment(step, numbers[-1] + 1, place, sigma)
+        return Moment(step, numbers[-1] + 1, place, sigma, skipped=every[first])
 
 
 def _place(

@@ -14,11 +14,11 @@ from .schedule import Schedule, with_shares
 LayerChoice = str | Iterable[str] | Callable[[str], bool] | None
 StepChoice = slice | Callable[[int], bool] | None
 ComponentChoice = str | Iterable[str] | None
-Predicate = Callable[[int, int], bool]
-"""On a step and the number of steps."""
+Predicate = Callable[[int, int, int], bool]
+"""On a step, the number of steps, and how many of the schedule were skipped before."""
 ExactFrames = tuple[Annotated[int, at_least(0)], Annotated[int, at_least(0)]]
 """How many of the first frames, and how many of the last."""
-FRACTION = Annotated[float, Must("a share of the run from 0 to 1", lambda value: 0 <= value <= 1)]
+FRACTION = Annotated[float, Must("a share of the schedule from 0 to 1", lambda value: 0 <= value <= 1)]
 SHARE = Annotated[float, Must("a number above 0 and at most 1", lambda value: 0 < value <= 1)]
 LAYERS = "a glob such as 'transformer_blocks.*', several, or a function of a layer's name"
 
@@ -51,7 +51,7 @@ class Placement:
             "shares", self.shares, tuple[SHARE, ...], "numbers above 0 and at most 1, such as (0.5, 0.3)"
         )
         if self.start >= self.end:
-            raise ValueError(f"expected start= before end=, as shares of the run; got {self.start} and {self.end}")
+            raise ValueError(f"expected start= before end=, as shares of the schedule; got {self.start} and {self.end}")
         if self.steps is not None and (self.start, self.end) != (0.0, 1.0):
             raise ValueError("steps= counts steps, start= and end= are shares of all of them: give one of both")
         self.chosen  # noqa: B018  a wrong `steps` raises here
@@ -78,12 +78,14 @@ class Placement:
         steps = self.steps
         if steps is None:
             first, last = self.start, self.end
-            return None if (first, last) == (0.0, 1.0) else lambda step, total: first <= step / total < last
+            if (first, last) == (0.0, 1.0):
+                return None
+            return lambda step, total, skipped: first <= (skipped + step) / (skipped + total) < last
         if isinstance(steps, slice):
             part: slice = read("steps", steps, slice, "a slice of whole numbers, such as slice(4, None)")
-            return lambda step, total: step in range(*part.indices(total))
+            return lambda step, total, _: step in range(*part.indices(total))
         if callable(steps):
-            return lambda step, total: bool(steps(step))
+            return lambda step, total, _: bool(steps(step))
         raise TypeError(f"steps must be a slice or a predicate on the step number, got {shown(steps)}")
 
     @property

@@ -28,14 +28,16 @@ LEVELS: Mapping[str, Mapping[str, Level]] = MappingProxyType(
     {
         "routing": MappingProxyType(
             {
-                "high": Level({"top_share": 0.3, "chosen_by": "mean"}),
-                "balanced": Level({"top_share": 0.1, "pool": 8, "chosen_by": "mean"}, {"reuse": 2}),
-                "fast": Level({"top_share": 0.05, "pool": 8, "chosen_by": "mean"}, {"reuse": 3}),
+                "high": Level({"top_share": 0.2, "blocks": 256, "chosen_by": "mean"}, {"start": 0.2}),
+                "balanced": Level({"top_share": 0.05, "blocks": 256, "chosen_by": "mean"}, {"start": 0.2, "reuse": 2}),
+                "fast": Level({"top_share": 0.05, "blocks": 64, "chosen_by": "mean"}, {"start": 0.2, "reuse": 3}),
             }
         )
     }
 )
 """Mechanism -> quality -> level. `balanced` is what to begin with."""
+INSTEAD: Options = MappingProxyType({"share": "top_share", "top_k": "top_share", "pool": "blocks", "steps": "start"})
+"""An option given -> the level's own that it stands for."""
 
 
 def with_level(mechanism: Any, quality: Any, options: dict[str, Any], placement: dict[str, Any]) -> None:
@@ -51,10 +53,12 @@ def with_level(mechanism: Any, quality: Any, options: dict[str, Any], placement:
     if not isinstance(quality, str) or quality not in levels:
         raise ValueError(f"expected quality= of {', '.join(levels)}; got {shown(quality)}")
     level = levels[quality]
-    own = dict(level.options)
-    if options.keys() & {"share", "top_k"}:
-        own.pop("top_share", None)
-    for given, said in ((options, own), (placement, level.placement)):
-        for name, value in said.items():
-            if given.get(name) is None:
-                given[name] = value
+    own, place = dict(level.options), dict(level.placement)
+    for given, said in INSTEAD.items():
+        if {**options, **placement}.get(given) is not None:
+            own.pop(said, None)
+            place.pop(said, None)
+    for given_there, level_says in ((options, own), (placement, place)):
+        for name, value in level_says.items():
+            if given_there.get(name) is None:
+                given_there[name] = value

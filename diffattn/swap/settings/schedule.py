@@ -1,8 +1,9 @@
 """What a layer computes in which part of a run.
 
-    step i of n belongs to the first part with i / n < until
+    step i of n belongs to the first part with (s + i) / (s + n) < until
 
-Parts are shares of the run, not numbers of steps, so that one schedule serves 4 steps and 50.
+Parts are shares of the schedule, not numbers of steps, so that one serves 4 steps and 50. They count from pure noise:
+image-to-image, which skips the first s steps, begins late.
 """
 
 from collections.abc import Iterable
@@ -72,14 +73,14 @@ class Schedule:
         return frozenset(several | kept).union(*(mechanism.needs for mechanism in self.mechanisms))
 
     def number(self, progress: float | None) -> int:
-        """The part at this share of the run's steps; outside a run the main one."""
+        """The part at this share of the schedule; outside a run the main one."""
         if progress is None:
             return self.parts.index(self.main)
         ends = (part.until for part in self.parts[:-1])
         return sum(progress >= until for until in ends)
 
     def at(self, progress: float | None) -> Part:
-        """The part at this share of the run's steps."""
+        """The part at this share of the schedule."""
         return self.parts[self.number(progress)]
 
     def __str__(self) -> str:

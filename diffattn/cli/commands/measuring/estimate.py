@@ -42,6 +42,7 @@ def estimate(
     frames: Annotated[int, typer.Option(min=1, help="Frames of a video.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Samples in one call of the model; guidance makes two.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps, for --reuse and parts of a run.")] = 20,
+    strength: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of image-to-image: the share of them made.")] = 1.0,
     text_tokens: Annotated[int | None, typer.Option(min=0, help="Of the prompt. Default: the pipeline's.")] = None,
     card: Annotated[
         str | None,
@@ -78,6 +79,7 @@ def estimate(
             frames=frames,
             batch=batch,
             num_inference_steps=steps,
+            strength=strength,
             text_tokens=text_tokens,
             card=card,
             **swap.asked,
