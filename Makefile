@@ -81,8 +81,8 @@ format: $(INSTALLED) ## write what `make check` asks of formatting and import or
 bench: $(INSTALLED) ## time the attention mechanisms on this machine, into outputs/bench
 	$(BIN)/diffattn bench --output outputs/bench
 
-numbers: $(INSTALLED) ## measure every mechanism on the bundled pipelines, into docs/numbers.md: an hour and more
-	$(BIN)/python scripts/measured_numbers.py docs
+numbers: $(INSTALLED) ## measure every mechanism on the bundled pipelines, into docs/numbers.md and the README: half an hour
+	$(BIN)/python scripts/measured_numbers.py docs --readme README.md
 
 build: $(INSTALLED) ## source distribution and wheel, into dist
 	$(BIN)/python -m build --no-isolation

@@ -4,11 +4,13 @@
     python scripts/measured_numbers.py docs --case flux-512 --count 8
 
 Cases: flux-128 (text to image at the size of training), flux-256 and flux-512 (image to image from that image,
-enlarged, positions scaled to those of training), levels-512 (the call that the demonstration makes at 1024 px), wan-48
-(video at the size of training). Results of one machine are never mixed with another's: a folder of runs belongs to the
-machine that began it.
+enlarged, positions scaled to those of training), levels-512 and levels-1024 (the call that the demonstration makes),
+wan-48 (video at the size of training). Results of one machine are never mixed with another's: a folder of runs belongs
+to the machine that began it.
 """
 
+import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -133,6 +135,11 @@ def _quiet(pipe: Any) -> Any:
     return pipe
 
 
+def levels(count: int, folder: Path, side: int) -> Comparison:
+    """The call that the demonstration makes."""
+    return flux_enlarged(count, folder, side, LEVELS, large.STRENGTH, large.STEPS)
+
+
 CASES: dict[str, tuple[str, Callable[[int, Path], Comparison]]] = {
     "flux-128": ("Bundled Flux, text to image at 128 px, 10 steps", flux_native),
     "flux-256": (
@@ -145,10 +152,43 @@ CASES: dict[str, tuple[str, Callable[[int, Path], Comparison]]] = {
     ),
     "levels-512": (
         "Bundled Flux, image to image at 512 px as in the demonstration: strength 0.2, 6 steps",
-        lambda count, folder: flux_enlarged(count, folder, 512, LEVELS, large.STRENGTH, large.STEPS),
+        lambda count, folder: levels(count, folder, 512),
+    ),
+    "levels-1024": (
+        "Bundled Flux, image to image at 1024 px as in the demonstration: strength 0.2, 6 steps",
+        lambda count, folder: levels(count, folder, 1024),
     ),
     "wan-48": ("Bundled Wan, 33 frames of 48 px, 10 steps", wan),
 }
+PROMPTS = {"levels-512": 8, "levels-1024": 1}
+"""Of the other cases 4."""
+MARKERS = "<!-- numbers -->", "<!-- /numbers -->"
+
+
+def levels_table(values: dict[str, Any]) -> str:
+    """Markdown of what the levels do in every case that has them, from `numbers.json`."""
+    lines = [
+        "| | full attention | `high` | `balanced` | `fast` |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, found in values["cases"].items():
+        settings = {line["setting"]: line for line in found["settings"]}
+        if not settings.keys() >= set(LEVELS):
+            continue
+        full, count = statistics.median(settings["full"]["seconds"]), len(settings["full"]["seconds"])
+        cells = [f"{settings[key]['speedup']:.2f}x, {settings[key]['median_psnr']:.1f} dB" for key in LEVELS]
+        prompts = "1 prompt" if count == 1 else f"{count} prompts"
+        lines.append(f"| {CASES[name][0]}, {prompts} | {full:.1f} s | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def into_readme(readme: Path, values: dict[str, Any]) -> None:
+    """Put the levels' table between the markers."""
+    before, begin, rest = readme.read_text(encoding="utf-8").partition(MARKERS[0])
+    _, end, after = rest.partition(MARKERS[1])
+    if not end:
+        raise typer.BadParameter(f"{readme} must hold {MARKERS[0]} and {MARKERS[1]}, each on its own line")
+    write_text(readme, f"{before}{begin}\n{levels_table(values)}\n{end}{after}")
 
 
 @app.command()
@@ -156,9 +196,10 @@ def main(
     output: Annotated[Path, typer.Argument(help="Folder of numbers.md, numbers.json and the plots.")],
     case: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(CASES)}; repeatable. Default: all.")] = None,
     count: Annotated[
-        int | None, typer.Option(min=1, help="Prompts of each case. Default: 4, and 8 of levels-512.")
+        int | None, typer.Option(min=1, help="Prompts of each case. Default: 4; 8 of levels-512, 1 of levels-1024.")
     ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of the runs, to go on in.")] = Path("outputs/numbers"),
+    readme: Annotated[Path | None, typer.Option(help="File whose table of levels is written anew.")] = None,
 ) -> None:
     """Measure, and write the tables."""
     check_machine(runs)
@@ -170,7 +211,7 @@ def main(
     values: dict[str, Any] = {"machine": hardware(), "cases": {}}
     for name in names:
         title, run = CASES[name]
-        prompts = count or (8 if name == "levels-512" else 4)
+        prompts = count or PROMPTS.get(name, 4)
         found = run(prompts, runs / name)
         text += [
             f"## {title}",
@@ -191,6 +232,8 @@ def main(
     text.insert(2, f"Measured on {hardware_line(hardware())}, by `make numbers`.\n")
     write_text(output / "numbers.md", "\n".join(text))
     write_json(output / "numbers.json", values)
+    if readme is not None:
+        into_readme(readme, values)
 
 
 def check_machine(runs: Path) -> None:
@@ -198,8 +241,6 @@ def check_machine(runs: Path) -> None:
     own = {key: hardware()[key] for key in ("device", "cores", "threads", "torch")}
     file = runs / "machine.json"
     if file.exists():
-        import json
-
         former = json.loads(file.read_text())
         if former != own:
             raise typer.BadParameter(

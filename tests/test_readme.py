@@ -1,7 +1,9 @@
 """The README speaks of things that exist: names, commands, files."""
 
 import ast
+import importlib.util
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -46,3 +48,23 @@ def test_commands_in_the_readme_exist() -> None:
 def test_links_to_files_lead_somewhere(page: str) -> None:
     for link in re.findall(r"\]\((?!https?://)([^)#]+)\)", (ROOT / page).read_text()):
         assert (ROOT / link).exists(), f"{page}: {link}"
+
+
+def test_figures_of_the_levels_are_the_measured_ones() -> None:
+    spec = importlib.util.spec_from_file_location("measured_numbers", ROOT / "scripts" / "measured_numbers.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    begin, end = script.MARKERS
+    shown = (ROOT / "README.md").read_text().partition(begin)[2].partition(end)[0].strip()
+    assert shown == script.levels_table(json.loads((ROOT / "docs" / "numbers.json").read_text()))
+    assert shown.count("\n") >= 4
+
+
+@pytest.mark.parametrize("case", ["flux-256", "flux-512", "levels-512", "levels-1024", "wan-48"])
+def test_levels_are_faster_and_further_in_their_order(case: str) -> None:
+    values = json.loads((ROOT / "docs" / "numbers.json").read_text())["cases"][case]["settings"]
+    found = {line["setting"]: line for line in values}
+    levels = [found[f"routing quality={name}"] for name in ("high", "balanced", "fast")]
+    speed, fidelity = [line["speedup"] for line in levels], [line["median_psnr"] for line in levels]
+    assert speed == sorted(speed) and fidelity == sorted(fidelity, reverse=True)

@@ -6,6 +6,7 @@ is freed with its last reference.
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ from .ordering import Ordering
 from .state import State
 
 logger = logging.getLogger("diffattn")
+_too_small: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
+"""Model -> numbers of tokens at which it was told that no swap pays."""
 
 _ATTRIBUTE = "_diffattn"
 
@@ -251,7 +254,7 @@ class ModelSwap:
             )
 
     def _warn_of_no_gain(self, module: nn.Module, call: Call) -> None:
-        """Say once for each size that its attention is too little of the work for the swap to pay."""
+        """Say once for each model and size that attention is too little of the work for a swap to pay."""
         shapes = {record.query.shape for _, record in call.done.values()}
         if self.family.latent or torch.compiler.is_compiling() or shapes == self._weighed:
             return
@@ -261,8 +264,9 @@ class ModelSwap:
         )
         if found is not None:
             self.worth, self._weighed = found, shapes
-            if found.bound < LEAST:
-                self._once(("worth",), "%s", found.told(self.name))
+            if found.bound < LEAST and found.tokens not in _too_small.setdefault(module, set()):
+                _too_small[module].add(found.tokens)
+                logger.warning("%s", found.told(self.name))
 
     def _once(self, key: Any, message: str, *values: Any) -> None:
         if key not in self._told:

@@ -25,6 +25,7 @@ from diffattn.swap.settings.placement import Placement
 from diffattn.swap.settings.schedule import FULL, Part, Schedule
 
 ROUTING = RoutingAttention(share=0.5, tile=2, pool=2)
+DOCUMENT = Path(__file__).parents[2] / "docs" / "tuning.md"
 META = torch.empty(0, device="meta")
 
 
@@ -82,6 +83,29 @@ def test_steps_that_are_computed(reuse: int, options: dict[str, Any], steps: Any
     schedule = Schedule.always(ROUTING, reuse)
     found = computed_shares(schedule, Placement(**options), Steps(*steps) if isinstance(steps, tuple) else Steps(steps))
     assert {"full" if part == Part(FULL) else "own": share for part, share in found.items()} == pytest.approx(want)
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "options", "batch", "steps", "size"),
+    [
+        ("FLUX.1-dev, 2048 x 2048", "FluxTransformer2DModel", {"guidance_embeds": True}, 1, 28, (2048, 2048, 1)),
+        ("LTX-Video, 704 x 512, 161 frames", "LTXVideoTransformer3DModel", {}, 2, 40, (512, 704, 161)),
+        ("Wan 2.2 A14B, 832 x 480, 81 frames", "WanTransformer3DModel", {}, 2, 40, (480, 832, 81)),
+    ],
+)
+def test_the_modelled_table_of_the_documents(
+    row: str, name: str, options: dict[str, Any], batch: int, steps: int, size: tuple[int, int, int]
+) -> None:
+    with torch.device("meta"):
+        model = getattr(diffusers, name)(**options).to(torch.bfloat16)
+    height, width, frames = size
+    cells = []
+    for quality in ("high", "balanced", "fast"):
+        call = {"height": height, "width": width, "frames": frames, "batch": batch, "num_inference_steps": steps}
+        [found] = estimate(model, "routing", quality=quality, card="H100", **call)
+        cells.append(f"{found.speedup:.2f}x")
+    tokens = str(found.grid).replace("x", " x ")
+    assert f"| {row} | {tokens} | {found.attention:.0%} | {' | '.join(cells)} |" in DOCUMENT.read_text()
 
 
 def test_a_card_is_modelled_and_labelled() -> None:

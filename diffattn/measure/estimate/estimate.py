@@ -112,7 +112,8 @@ def estimate(
     """What `apply(target, mechanism, **options)` would gain at a size, for each model that it swaps.
 
     Args:
-        target: a pipeline or a model, with weights or on the meta device; it is left as it was.
+        target: a pipeline or a model, with weights or on the meta device; it is left as it was. For a model alone the
+            usual VAE of its class tells the pixels of a token.
         height, width, frames: of the image or video, in pixels and frames.
         batch: samples in one forward; guidance makes two of one image.
         num_inference_steps: for `reuse` and schedules.
@@ -138,7 +139,7 @@ def estimate(
     for model in models_of(target, placement.components):
         text = _text_tokens(target, model) if text_tokens is None else text_tokens
         joint = text if kind_of(model).joint else 0
-        grid = grid_of(model, _vae_config(target), height, width, frames, joint)
+        grid = grid_of(model, _vae_config(target, model), height, width, frames, joint)
         like = next(model.parameters()).new_empty(())
         if card is None and like.is_meta:
             raise ValueError("expected a model with weights, to measure on this machine; name a GPU by card=")
@@ -263,6 +264,6 @@ def _text_tokens(target: Any, model: nn.Module) -> int:
     return length if isinstance(length, int) else kind_of(model).text
 
 
-def _vae_config(target: Any) -> Mapping[str, Any]:
+def _vae_config(target: Any, model: nn.Module) -> Mapping[str, Any]:
     vae = None if isinstance(target, nn.Module) else getattr(target, "vae", None)
-    return {} if vae is None else dict(vae.config)
+    return kind_of(model).vae if vae is None else dict(vae.config)

@@ -5,7 +5,7 @@ One function for each kind of forward; what a class needs is read from its confi
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -162,18 +162,28 @@ class Kind:
     """Tokens of text where nobody says how many: those of its pipeline's default."""
     joint: bool = False
     """Is the text among the tokens of its self-attention?"""
+    vae: Mapping[str, Any] = field(default_factory=dict)
+    """Of the usual VAE's config, what tells the pixels and frames of a token: for a model without its pipeline."""
+
+
+def _video(space: int, time: int) -> Mapping[str, Any]:
+    return MappingProxyType({"spatial_compression_ratio": space, "temporal_compression_ratio": time})
+
+
+def _packed(channels: int) -> Mapping[str, Any]:
+    return MappingProxyType({"latent_channels": channels})
 
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
-        "FluxTransformer2DModel": Kind(_flux, 512, joint=True),
-        "Flux2Transformer2DModel": Kind(_flux, 512, joint=True),
+        "FluxTransformer2DModel": Kind(_flux, 512, joint=True, vae=_packed(16)),
+        "Flux2Transformer2DModel": Kind(_flux, 512, joint=True, vae=_packed(32)),
         "SD3Transformer2DModel": Kind(_sd3, 333, joint=True),
-        "QwenImageTransformer2DModel": Kind(_qwen_image, 128, joint=True),
+        "QwenImageTransformer2DModel": Kind(_qwen_image, 128, joint=True, vae=_packed(16)),
         "PixArtTransformer2DModel": Kind(_pixart, 300),
-        "WanTransformer3DModel": Kind(_wan, 512),
-        "HunyuanVideoTransformer3DModel": Kind(_hunyuan_video, 256, joint=True),
-        "LTXVideoTransformer3DModel": Kind(_ltx, 128),
+        "WanTransformer3DModel": Kind(_wan, 512, vae=_video(8, 4)),
+        "HunyuanVideoTransformer3DModel": Kind(_hunyuan_video, 256, joint=True, vae=_video(8, 4)),
+        "LTXVideoTransformer3DModel": Kind(_ltx, 128, vae=_video(32, 8)),
         "UNet2DConditionModel": Kind(_unet, 77),
         "UNetMotionModel": Kind(_unet, 77),
         "UNet3DConditionModel": Kind(_unet, 77),

@@ -19,7 +19,7 @@ def pixels_per_token(model: nn.Module, vae: Mapping[str, Any]) -> int:
     config: Any = model.config
     size = config.get("patch_size") or 1
     patch = size[-1] if isinstance(size, (tuple, list)) else size
-    latent = vae.get("latent_channels") or config.get("in_channels") or 1
+    latent = vae.get("latent_channels") or vae.get("z_dim") or config.get("in_channels") or 1
     packed = math.isqrt(max(1, (config.get("in_channels") or 1) // latent))
     levels = (
         2 ** (len(vae["block_out_channels"]) - 1) if isinstance(vae.get("block_out_channels"), (list, tuple)) else 8

@@ -56,9 +56,7 @@ class Work:
 
 
 def on_meta(model: nn.Module) -> nn.Module:
-    """The same model without weights."""
-    if all(parameter.is_meta for parameter in model.parameters()):
-        return model
+    """The same model without weights, in one dtype: some classes keep parts in float32."""
     own: Any = model
     with init_empty_weights(include_buffers=False):
         made: nn.Module = type(own).from_config(own.config)
