@@ -57,6 +57,7 @@ def compare(
     setup = {
         **draws.describe(),
         "settings": names,
+        "meanings": [own.meaning for own in several],
         "versions": {n: version(n) for n in ("diffattn", "diffusers", "torch")},
     }
     kept = _Kept(None if folder is None else Path(folder), setup)

@@ -8,6 +8,7 @@ recipe=recipe.json                              a recipe
 """
 
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from .. import config
 from ..options import Text, hints_of, read
 from ..swap.apply import apply
 from ..swap.settings.placement import Placement
+from ..swap.settings.quality import with_level
 from ..swap.settings.recipe import Recipe
 
 FULL = "full"
@@ -56,6 +58,17 @@ class Setting:
         made = cls(text, mechanism, {**values, **placed})
         Placement(**{name: value for name, value in placed.items() if name != "quality"})
         return made
+
+    @property
+    def meaning(self) -> str:
+        """All that it says, with what a level or a recipe of this name says today."""
+        if isinstance(self.mechanism, Recipe):
+            return json.dumps([self.mechanism.to_dict(), self.options], default=str)
+        options, places = dict(self.options), {}
+        if options.get("quality") is not None:
+            places = {name: options.pop(name) for name in [*options] if name in APPLY}
+            with_level(self.mechanism, places.pop("quality"), options, places)
+        return f"{self.mechanism or FULL} {dict(sorted({**options, **places}.items()))}"
 
     @contextlib.contextmanager
     def on(self, pipe: Any) -> Iterator[None]:
