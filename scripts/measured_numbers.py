@@ -160,7 +160,7 @@ CASES: dict[str, tuple[str, Callable[[int, Path], Comparison]]] = {
     ),
     "wan-48": ("Bundled Wan, 33 frames of 48 px, 10 steps", wan),
 }
-PROMPTS = {"levels-512": 8, "levels-1024": 1}
+PROMPTS = {"levels-512": 8, "levels-1024": 2}
 """Of the other cases 4."""
 MARKERS = "<!-- numbers -->", "<!-- /numbers -->"
 
@@ -196,7 +196,7 @@ def main(
     output: Annotated[Path, typer.Argument(help="Folder of numbers.md, numbers.json and the plots.")],
     case: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(CASES)}; repeatable. Default: all.")] = None,
     count: Annotated[
-        int | None, typer.Option(min=1, help="Prompts of each case. Default: 4; 8 of levels-512, 1 of levels-1024.")
+        int | None, typer.Option(min=1, help="Prompts of each case. Default: 4; 8 of levels-512, 2 of levels-1024.")
     ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of the runs, to go on in.")] = Path("outputs/numbers"),
     readme: Annotated[Path | None, typer.Option(help="File whose table of levels is written anew.")] = None,

@@ -8,6 +8,7 @@ import tiny_pipelines
 import diffattn
 from diffattn import ClearAttention, RoutingAttention, SoftmaxAttention
 from diffattn.comparison import Setting
+from diffattn.swap.settings import quality
 from diffattn.swap.settings.recipe import ModelRecipe, Recipe
 from diffattn.swap.settings.schedule import Schedule
 
@@ -57,3 +58,19 @@ def test_it_is_in_place_inside_the_block_alone(tmp_path: Path) -> None:
         with Setting.parse(text).on(case.pipe):
             assert sum(row.swapped for row in diffattn.summary(case.pipe).rows) == count
         assert not any(row.swapped for row in diffattn.summary(case.pipe).rows)
+
+
+def test_a_name_that_means_another_thing_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "own.json"
+    meant = []
+    for radius in (2, 3):
+        schedules = {"blocks.0.attn": Schedule.always(ClearAttention(radius=radius))}
+        Recipe({"transformer": ModelRecipe("Model", (1, 8, 8), schedules)}).save(file)
+        meant.append(Setting.parse(f"recipe={file}").meaning)
+    assert meant[0] != meant[1]
+    level = Setting.parse("routing quality=fast")
+    before = level.meaning
+    assert "'reuse': 3" in before and Setting.parse("routing quality=fast reuse=2").meaning != before
+    other = {"routing": {**quality.LEVELS["routing"], "fast": quality.Level({"top_share": 0.01})}}
+    monkeypatch.setattr(quality, "LEVELS", other)
+    assert level.meaning != before

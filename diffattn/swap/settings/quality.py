@@ -28,9 +28,9 @@ LEVELS: Mapping[str, Mapping[str, Level]] = MappingProxyType(
     {
         "routing": MappingProxyType(
             {
-                "high": Level({"top_share": 0.3, "blocks": 256, "chosen_by": "mean"}, {"start": 0.2, "reuse": 2}),
+                "high": Level({"top_share": 0.2, "blocks": 256, "chosen_by": "mean"}, {"start": 0.2}),
                 "balanced": Level({"top_share": 0.05, "blocks": 256, "chosen_by": "mean"}, {"start": 0.2, "reuse": 2}),
-                "fast": Level({"top_share": 0.05, "blocks": 64, "chosen_by": "mean"}, {"start": 0.2, "reuse": 3}),
+                "fast": Level({"top_share": 0.03, "blocks": 64, "chosen_by": "mean"}, {"start": 0.2, "reuse": 3}),
             }
         )
     }
