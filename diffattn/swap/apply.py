@@ -94,6 +94,10 @@ def _in_place(swap: ModelSwap) -> bool:
     return model is not None and current(model) is swap
 
 
+LEFT_OPEN = "start", "reuse"
+"""Arguments of `apply` that are None where a level, or else `Placement`, says them."""
+
+
 def apply(
     target: Any,
     mechanism: Mechanisms | str,
@@ -153,7 +157,9 @@ def apply(
     }
     if quality is not None:
         with_level(mechanism, quality, options, where)
-    placement = Placement(**{name: value for name, value in where.items() if value is not None})
+    placement = Placement(
+        **{name: value for name, value in where.items() if value is not None or name not in LEFT_OPEN}
+    )
     return commit(plan_all(target, resolve_all(mechanism, layers, **options), placement))
 
 

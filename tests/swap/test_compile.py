@@ -8,8 +8,10 @@ import torch
 from compiling import Graphs, compile_blocks
 from models import Tiny, flux, picture_ids, sd3, wan
 from tolerances import assert_close
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import diffattn
+from diffattn.swap.calls.situation import COLUMNS
 
 pytestmark = pytest.mark.compile
 
@@ -87,3 +89,12 @@ def test_a_compiled_model_is_swapped_and_restored() -> None:
     assert_close(tiny.run(compiled), want)
     diffattn.restore(compiled)
     assert_close(tiny.run(compiled), own)
+
+
+def test_a_program_kept_on_disk_holds_no_constant_of_the_code() -> None:
+    """Inductor finds kept programs by their graphs: what the operator's fake says must be in the graph's arguments."""
+    with FakeTensorMode():
+        q = torch.empty(2, 6, 1, 4)
+        out, situation = torch.ops.diffattn.attend(q, q, q, None, None, [], None, torch.empty(()), COLUMNS + 1)
+    assert out.shape == q.shape
+    assert situation.shape == (2, COLUMNS + 1)
