@@ -1,6 +1,7 @@
 """The arithmetic of a calibration: which steps an output serves, what a choice costs, and the least at a price."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -75,3 +76,6 @@ def test_plans_go_from_full_to_the_cheapest() -> None:
     assert ordered[0].schedules(found) == {}
     schedules = ordered[-1].schedules(found)
     assert [part.until for part in schedules["blocks.0.attn"].parts] == [1 / 3, 2 / 3, 1.0]
+    late = replace(found, skipped=found.steps)  # image to image at strength 0.5
+    [first, *_] = ordered[-1].schedules(late).values()
+    assert [part.until for part in first.parts] == [4 / 6, 5 / 6, 1.0]
