@@ -60,7 +60,8 @@ def _gather(
     rows = torch.cat([x.index_select(0, places).flatten(1) for x in frame_first], dim=1)
     gathered = all_gather(F.pad(rows, (0, 0, 0, share - len(rows))), plan, label).flatten(0, 1)
     order = tuple(owner * share + owners[:i].count(owner) for i, owner in enumerate(owners))
-    chosen = gathered.index_select(0, _index(order, rows.device))
+    in_order = order == tuple(range(len(gathered)))  # as of evenly spread frames: no second copy of them
+    chosen = gathered if in_order else gathered.index_select(0, _index(order, rows.device))
     parts = chosen.split([x[0].numel() for x in frame_first], dim=1)
     return tuple(part.unflatten(1, x.shape[1:]).movedim(0, dim) for part, x in zip(parts, frame_first, strict=True))
 
