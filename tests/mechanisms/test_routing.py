@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from diffattn import RoutingAttention, TokenGrid
 from diffattn.kernels.lse import attend_with_lse, explicit
 from diffattn.kernels.routed import choose_tiles, content_order, gather, route
-from diffattn.kernels.routed.call import own_tiles, places
+from diffattn.kernels.routed.call import RoutedCall, own_tiles, places
 from diffattn.mechanisms.base import Context
 
 GRIDS = {
@@ -92,7 +92,21 @@ def test_small_strips_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch)
     mechanism, (q, k, v) = RoutingAttention(**options), inputs(grid)
     whole = mechanism.attend(q, k, v, grid)
     monkeypatch.setattr(gather, "STRIP", {"cpu": 1})
+    monkeypatch.setattr(gather, "GATHERED", {"cpu": 1})
     assert_close(mechanism.attend(q, k, v, grid), whole)
+
+
+@pytest.mark.parametrize("hidden", ["nothing", "some keys", "all of a sample"])
+@pytest.mark.parametrize("name", GRIDS)
+def test_all_at_once_is_what_the_parts_make(name: str, hidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, options = GRIDS[name]
+    mechanism, (q, k, v) = RoutingAttention(**options | {"chosen_by": "mean"}), inputs(grid)
+    mask = torch.rand(q.shape[0], 1, 1, grid.tokens, generator=torch.Generator().manual_seed(1)) < 0.6
+    mask[0] &= hidden != "all of a sample"
+    context = Context(mask=None if hidden == "nothing" else mask)
+    found = mechanism.attend(q, k, v, grid, context=context)
+    monkeypatch.setattr(RoutedCall, "at_once", False)
+    assert_close(found, mechanism.attend(q, k, v, grid, context=context))
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -321,10 +335,11 @@ def test_heads_of_other_widths(d: int) -> None:
     assert_close(mechanism.attend(q, k, v, grid), mechanism.reference(q, k, v, grid))
 
 
-def test_nothing_of_tokens_by_tokens_is_held() -> None:
-    grid = TokenGrid(64, 64)
+@pytest.mark.parametrize("chosen_by", ["queries", "mean"])
+def test_nothing_of_tokens_by_tokens_is_held(chosen_by: str) -> None:
+    grid = TokenGrid(96, 96)
     q, k, v = torch.randn(3, 1, 1, grid.tokens, 8)
-    mechanism = RoutingAttention(share=0.1, tile=8, pool=8)
+    mechanism = RoutingAttention(share=0.1, tile=8, pool=8, chosen_by=chosen_by)
     largest = largest_tensor(lambda: mechanism.attend(q, k, v, grid))
     assert largest <= max(*gather.STRIP.values(), *gather.GATHERED.values()) < grid.tokens**2 * 4 / 4
 

@@ -50,6 +50,16 @@ class RoutedCall(NamedTuple):
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
     @property
+    def at_once(self) -> bool:
+        """Does one SDPA take tiles, blocks and other tokens? On CPUs, where no query chooses for itself."""
+        chosen_before = self.by_mean or self.lists is not None
+        return chosen_before and self.q.device.type == "cpu" and self.block_k.dtype == self.k.dtype
+
+    def bias_of_blocks(self, part: slice) -> Tensor:
+        """Of some of the heads, `(g|1, blocks)`."""
+        return self.block_bias if self.block_bias.shape[0] == 1 else self.block_bias[part]
+
+    @property
     def blocks_per_tile(self) -> int:
         return self.block_k.shape[1] // self.tiles
 

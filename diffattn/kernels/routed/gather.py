@@ -1,8 +1,11 @@
 """The chosen tiles gathered for SDPA, the blocks' means beside them, strip by strip: never tokens x tokens.
 
-For a strip of query tiles: exponentials of the logits of blocks and other tokens; from them the choice (`select.py`);
-SDPA of the chosen tiles with its log-sum-exp; the blocks that are left and the other tokens by two products; and both
-put together. Time O(n (blocks + chosen keys + others) d), memory beyond inputs and output `STRIP` + `GATHERED` bytes.
+Where each query chooses, for a strip of query tiles: exponentials of the logits of blocks and other tokens; from them
+the choice (`select.py`); SDPA of the chosen tiles with its log-sum-exp; the blocks that are left and the other tokens
+by two products; and both put together. Where the tile chooses, by its mean query, or nothing is chosen, nobody else
+needs those exponentials: then one SDPA has it all (`strip_at_once`).
+
+Time O(n (blocks + chosen keys + others) d), memory beyond inputs and output `STRIP` + `GATHERED` bytes.
 """
 
 import itertools
@@ -12,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from ..lse import attend_with_lse
 from .call import RoutedCall
@@ -19,7 +23,7 @@ from .select import first_tiles, mean_weights, tile_errors, weights_of_mean
 
 STRIP = {"cpu": 2**22}
 """Bytes of block logits at once. CPU: they stay in its cache."""
-GATHERED = {"cpu": 2**23}
+GATHERED = {"cpu": 2**24}
 """Bytes of gathered keys and values at once."""
 LARGE = 2**28
 """The same on all other devices."""
@@ -40,11 +44,13 @@ def strips(call: RoutedCall) -> Iterator[Strip]:
     """All heads and tiles of queries, in parts that fit a cache."""
     device = call.q.device.type
     heads, tiles, cells, d = call.q.shape
-    logits = cells * call.block_k.shape[1] * call.block_k.element_size()
+    beside = call.block_k.shape[1] + call.other_k.shape[1]
+    logits = 1 if call.at_once else cells * call.block_k.shape[1] * call.block_k.element_size()
     first = 0
     for exact, same in itertools.groupby((call.chosen,) * tiles if call.lists is None else call.lists.counts):
         count = len(list(same))
-        keys = exact * call.k.shape[2] * (d + call.v.shape[-1]) * call.k.element_size()
+        gathered = exact * call.k.shape[2] + (beside if call.at_once else 0)
+        keys = gathered * (d + call.v.shape[-1]) * call.k.element_size()
         most = max(1, min(STRIP.get(device, LARGE) // logits, GATHERED.get(device, LARGE) // keys))
         several = max(1, most // count)
         for part in range(0, heads, several):
@@ -97,6 +103,9 @@ def _route(call: RoutedCall, given: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def strip(call: RoutedCall, part: slice, rows: slice, given: Tensor | None) -> tuple[Tensor, Tensor]:
     """Some query tiles of some heads."""
+    if call.at_once:
+        given = choice_by_mean(call, part, rows) if given is None else given
+        return strip_at_once(call, part, rows, given), given
     q = call.q[part, rows]
     blocks, others, peak = exponentials(call, part, q)
     if given is None:
@@ -111,6 +120,35 @@ def strip(call: RoutedCall, part: slice, rows: slice, given: Tensor | None) -> t
     weight = (here + there * total).clamp(min=torch.finfo(mean.dtype).tiny)  # 0 where all is hidden: so is the sum
     out = (here[..., None] * exact.to(mean.dtype) + there[..., None] * mean) / weight[..., None]
     return out.to(call.v.dtype), given
+
+
+def strip_at_once(call: RoutedCall, part: slice, rows: slice, chosen: Tensor) -> Tensor:
+    """Some query tiles of some heads by one SDPA: over the chosen tiles, the blocks of the others and other tokens."""
+    q = call.q[part, rows]
+    shape, count = q.shape[:2], q.shape[0] * q.shape[1]
+
+    def keys(tiles: Tensor, blocks: Tensor, others: Tensor) -> Tensor:
+        beside = torch.cat([blocks[part], others[part]], dim=1)
+        beside = beside[:, None].expand(-1, shape[1], -1, -1).flatten(0, 1)
+        return torch.cat([gathered(tiles[part], chosen).view(count, -1, tiles.shape[-1]), beside], dim=1)
+
+    k, v = keys(call.k, call.block_k, call.other_k), keys(call.v, call.block_v, call.other_v)
+    bias = bias_at_once(call, part, chosen).to(k.dtype).view(1, count, 1, -1)
+    out = F.scaled_dot_product_attention(q.flatten(0, 1)[None], k[None], v[None], attn_mask=bias, scale=call.scale)
+    return out[0].unflatten(0, shape)
+
+
+def bias_at_once(call: RoutedCall, part: slice, chosen: Tensor) -> Tensor:
+    """Log of the weights of the keys of `strip_at_once`, `(g, query tiles, keys)`; -inf where one is hidden."""
+    shape = chosen.shape[:2]
+    own = call.q.new_zeros(*shape, chosen.shape[2] * call.k.shape[2])
+    if call.bias is not None:
+        own = gathered(call.bias[part], chosen).view_as(own)
+    blocks = call.bias_of_blocks(part)[:, None].expand(*shape, -1).masked_fill(hidden_blocks(call, chosen), -torch.inf)
+    others = call.q.new_zeros(*shape, call.other_k.shape[1])
+    if call.other_bias is not None:
+        others = call.other_bias[part][:, None].expand_as(others)
+    return torch.cat([own, blocks, others], dim=-1)
 
 
 def choice(call: RoutedCall, part: slice, rows: slice, blocks: Tensor, others: Tensor) -> Tensor:
@@ -128,8 +166,7 @@ def choice_by_mean(call: RoutedCall, part: slice, rows: slice) -> Tensor:
 def exponentials(call: RoutedCall, part: slice, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """exp(logit - peak) of the blocks and of the other tokens, `(g, query tiles, cells, keys)`, and the peaks."""
     rows = q.flatten(1, 2).to(call.block_k.dtype)
-    bias = call.block_bias if call.block_bias.shape[0] == 1 else call.block_bias[part]
-    blocks = torch.baddbmm(bias[:, None], rows, call.block_k[part].mT, alpha=call.scale)
+    blocks = torch.baddbmm(call.bias_of_blocks(part)[:, None], rows, call.block_k[part].mT, alpha=call.scale)
     others = (rows @ call.other_k[part].to(rows.dtype).mT) * call.scale
     if call.other_bias is not None:
         others = others + call.other_bias[part][:, None]
@@ -145,15 +182,17 @@ def exponentials(call: RoutedCall, part: slice, q: Tensor) -> tuple[Tensor, Tens
 
 def attend_chosen(call: RoutedCall, part: slice, q: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax over the chosen tiles, `(g, query tiles, cells, c)`, and its log-sum-exp `(g, query tiles, cells)`."""
-    count, tiles = chosen.shape[0], call.tiles
-    index = (chosen + torch.arange(count, device=chosen.device)[:, None, None] * tiles).flatten()
     shape = (1, chosen.shape[0] * chosen.shape[1], -1)
-    k, v = (x[part].flatten(0, 1).index_select(0, index).reshape(*shape, x.shape[-1]) for x in (call.k, call.v))
-    bias = None
-    if call.bias is not None:
-        bias = call.bias[part].flatten(0, 1).index_select(0, index).reshape(shape)[:, :, None]
+    k, v = (gathered(x[part], chosen).reshape(*shape, x.shape[-1]) for x in (call.k, call.v))
+    bias = None if call.bias is None else gathered(call.bias[part], chosen).reshape(shape)[:, :, None]
     out, lse = attend_with_lse(q.flatten(0, 1)[None], k, v, call.scale, bias)
     return out[0].unflatten(0, q.shape[:2]), lse[0].unflatten(0, q.shape[:2])
+
+
+def gathered(tiles: Tensor, chosen: Tensor) -> Tensor:
+    """The chosen ones of `(g, tiles, ...)`, `(g * query tiles * chosen, ...)`."""
+    first = torch.arange(tiles.shape[0], device=chosen.device)[:, None, None] * tiles.shape[1]
+    return tiles.flatten(0, 1).index_select(0, (chosen + first).flatten())
 
 
 def hidden_blocks(call: RoutedCall, chosen: Tensor) -> Tensor:
@@ -199,7 +238,7 @@ def _call_of(call: RoutedCall, part: slice, rows: slice, leaves: list[Tensor]) -
         bias=None if call.bias is None else call.bias[part],
         block_k=block_k,
         block_v=block_v,
-        block_bias=call.block_bias if call.block_bias.shape[0] == 1 else call.block_bias[part],
+        block_bias=call.bias_of_blocks(part),
         other_k=other_k,
         other_v=other_v,
         other_bias=None if call.other_bias is None else call.other_bias[part],
