@@ -1,9 +1,10 @@
 """`calibrate`: the recipe that costs least for a fidelity, or is nearest for a budget of pairs.
 
 1. Every prompt is run once by full attention, and every layer's part in it measured (`probing`).
-2. The plans of all prices are made from the errors in the mean over the prompts (`choices`).
-3. For a budget, the dearest plan within it is taken. For a fidelity, plans are tried in real runs of the prompts, and
-   the cheapest whose median reaches it is found by halving.
+2. Rows of plans, from dear to cheap, are made from the errors in the mean over the prompts (`choices`).
+3. They are tried in real runs of the prompts. For a budget, the dearest plan of each row within it, and the best in the
+   mean is taken. For a fidelity, the cheapest of each row whose median reaches it is found by halving, and the cheapest
+   of all is taken.
 
 After Fu et al., MoA, https://arxiv.org/abs/2406.14909, and Yuan et al., DiTFastAttn, https://arxiv.org/abs/2406.08552,
 which choose windows and reuse layer by layer; here for any mechanism, and for parts of a run.
@@ -11,7 +12,7 @@ which choose windows and reuse layer by layer; here for any mechanism, and for p
 
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,11 +29,11 @@ from ..swap.plan import COMPONENTS
 from ..swap.settings.placement import LayerChoice
 from ..swap.settings.recipe import ModelRecipe, Recipe
 from ..swap.settings.schedule import FULL
-from .choices import Choice, Measured, Plan, plans
+from .choices import Choice, Measured, Plan, rows_of_plans
 from .probing import Prober
 from .store import Store
 
-SHARES = (0.7, 0.5, 0.35, 0.25, 0.15)
+SHARES = (0.7, 0.5, 0.35, 0.25, 0.18, 0.12)
 BEST_SEEN = 120.0
 """PSNR of equal images."""
 POSITIVE = Must("a number above 0", lambda value: value > 0)
@@ -71,7 +72,7 @@ def calibrate(
         call: arguments of the pipeline's call, such as height, width, num_inference_steps.
 
     Raises `ValueError` for arguments that do not fit, before anything is run. Cost: for each prompt one run whose
-    forwards are repeated layers x (mechanisms + largest reuse - 1) times; with `target` about six runs of all prompts.
+    forwards are repeated layers x (mechanisms + largest reuse - 1) times; then a dozen runs of all prompts or two.
     """
     if (target is None) == (share is None):
         raise ValueError(f"expected target= in dB or share= of the pairs, one of both; got {target} and {share}")
@@ -98,7 +99,7 @@ def calibrate(
     prober.names, prober.path.shapes, prober.path.begin = probe.names, probe.path.shapes, probe.path.begin
     measured = _measure(runs, store, prober)
     several = [Choice(mechanism, count) for mechanism in (FULL, *chosen) for count in sorted({*reuse, 1})]
-    ordered = plans(measured, several, parts)
+    rows = rows_of_plans(measured, several, parts)
     name = type(probe.model).__name__
 
     def recipe_of(plan: Plan) -> Recipe:
@@ -114,7 +115,7 @@ def calibrate(
             store.keep_tried(recipe.to_dict(), known)
         return known
 
-    plan = _within(ordered, share) if share is not None else _cheapest(ordered, tried, target or 0.0)
+    plan = _within(rows, tried, share) if share is not None else _cheapest(rows, tried, target or 0.0)
     made = {**setup, "target": target, "budget": share, "share": plan.share, "psnr": tried(plan)}
     return Recipe(recipe_of(plan).models, made)
 
@@ -138,14 +139,17 @@ class _Runs(Draws):
 
 
 def _measure(runs: _Runs, store: Store, prober: Prober) -> Measured:
-    """Errors in the mean over the prompts; those that a folder has are not run again."""
+    """Errors in the mean over the prompts, each against its own sum; those that a folder has are not run again.
+
+    So the mean of the logarithms is made least, as PSNR has them: no prompt outweighs the others.
+    """
     for number in runs.bar("measuring", len(runs)):
         if store.run(number) is None:
             with prober.watching():
                 image = runs.draw(number)
             store.keep_run(number, prober.errors().weighed(), image)
     several = [store.run(number) for number in range(len(runs))]
-    errors = [run[0] for run in several if run is not None]
+    errors = [run[0].relative() for run in several if run is not None]
     shapes = [prober.path.shapes[layer] for layer in range(len(prober.names))]
     begin, steps = prober.path.begin, errors[0].own.shape[2]
     return Measured(
@@ -165,31 +169,40 @@ def _image(store: Store, number: int) -> np.ndarray:
     return run[1]
 
 
-def _within(ordered: Sequence[Plan], share: float) -> Plan:
-    """The dearest plan within a budget."""
-    fitting = [plan for plan in ordered if plan.share <= share]
-    if not fitting:
-        raise ValueError(f"the cheapest choices take {ordered[-1].share:.1%} of the pairs, above share={share}")
-    return fitting[0]
+Trial = Callable[[Plan], list[float]]
+"""PSNR of every prompt under a plan."""
 
 
-def _cheapest(ordered: Sequence[Plan], tried: Any, target: float) -> Plan:
-    """The cheapest plan whose median reaches the target, by halving: fidelity falls with the share."""
-    good, bad = 0, len(ordered)
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        if statistics.median(tried(ordered[middle])) >= target:
-            good = middle
-        else:
-            bad = middle
-    return ordered[good]
+def _within(rows: Sequence[Sequence[Plan]], tried: Trial, share: float) -> Plan:
+    """The best plan in the mean of those that are the dearest of their row within a budget."""
+    fitting = [next((plan for plan in row if plan.share <= share), None) for row in rows]
+    found = [plan for plan in fitting if plan is not None]
+    if not found:
+        least = min(row[-1].share for row in rows)
+        raise ValueError(f"the cheapest choices take {least:.1%} of the pairs, above share={share}")
+    return max(found, key=lambda plan: statistics.mean(tried(plan)))
+
+
+def _cheapest(rows: Sequence[Sequence[Plan]], tried: Trial, target: float) -> Plan:
+    """The cheapest plan whose median reaches the target, by halving in each row: fidelity falls with the share."""
+    best = rows[0][0]  # full attention
+    for row in rows:
+        cheaper = [plan for plan in row if plan.share < best.share]
+        good, bad = -1, len(cheaper)
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            if statistics.median(tried(cheaper[middle])) >= target:
+                good = middle
+            else:
+                bad = middle
+        best = cheaper[good] if good >= 0 else best
+    return best
 
 
 def default_mechanisms(grid: Any) -> list[Mechanism]:
     """`routing` at several shares and `clear` with means, with tiles for the size, as far as they fit."""
     side = next((tile for tile in (8, 4, 2) if grid.height * grid.width >= 64 * tile**2), 2)
-    block = max(2, side // 2)
-    tile, pool = (side, block) if grid.frames == 1 else ((1, side, side), (1, block, block))
+    tile = pool = side if grid.frames == 1 else (1, side, side)
     several: list[Mechanism] = [RoutingAttention(share=share, tile=tile, pool=pool) for share in SHARES]
     several += [ClearAttention(radius=radius, pool=pool) for radius in (2 * side, side)]
     return [mechanism for mechanism in several if _fits(mechanism, grid)]

@@ -1,11 +1,14 @@
 """What a layer may have in a part of a run, and the choice of one for each: least error at a given price of a pair.
 
-    error(l, p, c) = sum over the steps s of part p of w_s (e_m(l, s - j)^2 + d_j(l, s)^2)
+    error(l, p, c) = sum over the steps s of part p of w_s (e_m(l, s - j)^2 + a d_j(l, s)^2)
     choice(l, p)   = the c of the least error(l, p, c) + price * pairs(l, p, c)
 
 c = (m, reuse): step s is computed, or takes the output of j steps before. e_m: what the mechanism m in layer l alone
 does to the model's output; d_j: what an output of j steps before does; w_s: the square of how far step s moves the
-latents. Errors of layers and steps are taken to add up, which is not true but orders the choices.
+latents. Errors of layers and steps are taken to add up, which is not true: those of a mechanism go the same way in
+many layers and steps, those of an output of before less so. How much less can't be seen layer by layer. So there is a
+row of plans for each of several weights a (`STALE`), and one of each choice for all layers and parts; real runs tell
+which row is best.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +19,9 @@ import numpy as np
 from ..grid import TokenGrid
 from ..mechanisms.base import Mechanism
 from ..swap.settings.schedule import FULL, Part, Schedule
+
+STALE = (1 / 64, 1 / 8, 1.0)
+"""How much the error of an output of before counts."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +57,14 @@ class Measured:
         """Of the run."""
         return int(self.own.shape[2])
 
-    def error(self, layer: int, choice: Choice, steps: Sequence[int]) -> float:
-        """Of a layer in the steps of a part."""
+    def error(self, layer: int, choice: Choice, steps: Sequence[int], stale: float = 1.0) -> float:
+        """Of a layer in the steps of a part; `stale`: how much outputs of before count."""
         total = 0.0
         for step, lag in lags(steps, choice.reuse, self.steps):
             if choice.mechanism != FULL:
                 total += self.own[layer, self.mechanisms.index(choice.mechanism), step - lag]
             if lag:
-                total += self.stale[layer, lag - 1, step]
+                total += stale * self.stale[layer, lag - 1, step]
         return float(total)
 
     def pairs(self, layer: int, choice: Choice, steps: Sequence[int]) -> float:
@@ -109,30 +115,55 @@ class Plan:
         return found
 
 
-def cheapest(measured: Measured, choices: Sequence[Choice], parts: int, price: float) -> Plan:
+def plan_of(measured: Measured, choices: Sequence[Sequence[Choice]], stale: float = 1.0) -> Plan:
+    """A choice for every layer and part, with its cost and error."""
+    several = steps_of(len(choices[0]), measured.steps)
+    share, error = 0.0, 0.0
+    for layer, row in enumerate(choices):
+        for choice, steps in zip(row, several, strict=True):
+            share += measured.pairs(layer, choice, steps)
+            error += measured.error(layer, choice, steps, stale)
+    full = sum(measured.pairs(layer, Choice(FULL), range(measured.steps)) for layer in range(len(choices)))
+    return Plan(tuple(map(tuple, choices)), share / full, error)
+
+
+def cheapest(measured: Measured, choices: Sequence[Choice], parts: int, price: float, stale: float = 1.0) -> Plan:
     """The plan of the least error plus `price` times its share of full attention's operations."""
+    full = sum(measured.pairs(layer, Choice(FULL), range(measured.steps)) for layer in range(len(measured.layers)))
+
+    def best(layer: int, steps: Sequence[int]) -> Choice:
+        return min(
+            choices,
+            key=lambda choice: (
+                measured.error(layer, choice, steps, stale) + price * measured.pairs(layer, choice, steps) / full
+            ),
+        )
+
     several = steps_of(parts, measured.steps)
-    full = sum(measured.pairs(layer, Choice(FULL), steps) for layer in range(len(measured.layers)) for steps in several)
-    chosen, share, error = [], 0.0, 0.0
-    for layer in range(len(measured.layers)):
-        row = []
-        for steps in several:
-            costs = [
-                (measured.error(layer, choice, steps), measured.pairs(layer, choice, steps) / full)
-                for choice in choices
-            ]
-            best = min(range(len(choices)), key=lambda number: costs[number][0] + price * costs[number][1])
-            row.append(choices[best])
-            error, share = error + costs[best][0], share + costs[best][1]
-        chosen.append(tuple(row))
-    return Plan(tuple(chosen), share, error)
+    chosen = [[best(layer, steps) for steps in several] for layer in range(len(measured.layers))]
+    return plan_of(measured, chosen, stale)
 
 
-def plans(measured: Measured, choices: Sequence[Choice], parts: int) -> list[Plan]:
+def plans(measured: Measured, choices: Sequence[Choice], parts: int, stale: float = 1.0) -> list[Plan]:
     """Those of all prices, each once, the dearest in pairs first."""
     found: dict[tuple[tuple[Choice, ...], ...], Plan] = {}
     largest = max(float(measured.own.sum()), float(measured.stale.sum()), 1e-12)
     for price in np.geomspace(largest * 1e4, largest * 1e-8, 200):
-        plan = cheapest(measured, choices, parts, float(price))
+        plan = cheapest(measured, choices, parts, float(price), stale)
         found.setdefault(plan.choices, plan)
     return sorted(found.values(), key=lambda plan: -plan.share)
+
+
+def uniform(measured: Measured, choices: Sequence[Choice]) -> list[Plan]:
+    """One choice for all layers and steps, the dearest in pairs first."""
+    found = [plan_of(measured, [[choice]] * len(measured.layers)) for choice in choices]
+    return sorted(found, key=lambda plan: -plan.share)
+
+
+def rows_of_plans(measured: Measured, choices: Sequence[Choice], parts: int) -> list[list[Plan]]:
+    """Rows of plans, each from dear to cheap: by weights of outputs of before, and one choice for all by reuse."""
+    rows = [plans(measured, choices, parts, stale) for stale in STALE]
+    kinds: dict[tuple[str, int], list[Choice]] = {}
+    for choice in choices:
+        kinds.setdefault((choice.mechanism.type, choice.reuse), []).append(choice)
+    return rows + [uniform(measured, kind) for kind in kinds.values()]

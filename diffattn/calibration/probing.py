@@ -115,6 +115,11 @@ class Errors:
         moved = np.diff(np.array([*self.sigmas, 0.0])) ** 2
         return Errors(self.own * moved, self.stale * moved, self.sigmas)
 
+    def relative(self) -> "Errors":
+        """Against the sum of all."""
+        total = max(float(self.own.sum() + self.stale.sum()), 1e-30)
+        return Errors(self.own / total, self.stale / total, self.sigmas)
+
 
 class Prober:
     """The hooks that measure one model in a run of its pipeline."""
