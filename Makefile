@@ -82,7 +82,7 @@ bench: $(INSTALLED) ## time the attention mechanisms on this machine, into outpu
 	$(BIN)/diffattn bench --output outputs/bench
 
 numbers: $(INSTALLED) ## measure every mechanism on the bundled pipelines, into docs/numbers.md and the README: half an hour
-	$(BIN)/python scripts/measured_numbers.py docs --readme README.md
+	$(BIN)/python scripts/numbers/measured_numbers.py docs --readme README.md
 
 build: $(INSTALLED) ## source distribution and wheel, into dist
 	$(BIN)/python -m build --no-isolation

@@ -51,7 +51,8 @@ def test_links_to_files_lead_somewhere(page: str) -> None:
 
 
 def test_figures_of_the_levels_are_the_measured_ones() -> None:
-    spec = importlib.util.spec_from_file_location("measured_numbers", ROOT / "scripts" / "measured_numbers.py")
+    file = ROOT / "scripts" / "numbers" / "measured_numbers.py"
+    spec = importlib.util.spec_from_file_location("measured_numbers", file)
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)

@@ -1,7 +1,7 @@
 """Every mechanism without training, on the bundled pipelines: `docs/numbers.md` and `docs/numbers.json`.
 
-    python scripts/measured_numbers.py docs              all cases; goes on where it was stopped
-    python scripts/measured_numbers.py docs --case flux-512 --count 8
+    python scripts/numbers/measured_numbers.py docs              all cases; goes on where it was stopped
+    python scripts/numbers/measured_numbers.py docs --case flux-512 --count 8
 
 Cases: flux-128 (text to image at the size of training), flux-256 and flux-512 (image to image from that image,
 enlarged, positions scaled to those of training), levels-512 and levels-1024 (the call that the demonstration makes),
@@ -88,10 +88,12 @@ app = typer.Typer(add_completion=False)
 class Enlarging:
     """Image to image with the bundled pipeline; positions of larger images are scaled to those of training."""
 
-    def __init__(self, count: int, side: int) -> None:
+    def __init__(self, count: int, side: int, large_objects: bool = False) -> None:
         small = FluxPipeline.from_pretrained(tiny.path("flux"))
         small.set_progress_bar_config(disable=True)
-        prompts = [caption(scene) for scene in held_out_scenes(count, seed=1)]
+        scenes = held_out_scenes(8 * count if large_objects else count, seed=1)
+        chosen = [scene for scene in scenes if scene.size == "large" or not large_objects]
+        prompts = [caption(scene) for scene in chosen[:count]]
         self.prompts = []
         for number, prompt in enumerate(prompts):
             generator = torch.Generator().manual_seed(number)
@@ -111,10 +113,16 @@ def flux_native(count: int, folder: Path) -> Comparison:
 
 
 def flux_enlarged(
-    count: int, folder: Path, side: int, settings: list[str], strength: float = 0.5, steps: int = STEPS
+    count: int,
+    folder: Path,
+    side: int,
+    settings: list[str],
+    strength: float = 0.5,
+    steps: int = STEPS,
+    large_objects: bool = False,
 ) -> Comparison:
     """Image to image: so many steps are made."""
-    case = Enlarging(count, side)
+    case = Enlarging(count, side, large_objects)
     asked = {"strength": strength, "num_inference_steps": round(steps / strength)}
     call = {**tiny.defaults("flux"), "height": side, "width": side, **asked}
     return compare(_quiet(case.pipe), case.prompts, settings, folder=folder, seed=100, **call)
@@ -136,8 +144,8 @@ def _quiet(pipe: Any) -> Any:
 
 
 def levels(count: int, folder: Path, side: int) -> Comparison:
-    """The call that the demonstration makes."""
-    return flux_enlarged(count, folder, side, LEVELS, large.STRENGTH, large.STEPS)
+    """The call that the demonstration makes, of captions with a large object: small ones get lost at strength 0.2."""
+    return flux_enlarged(count, folder, side, LEVELS, large.STRENGTH, large.STEPS, large_objects=True)
 
 
 CASES: dict[str, tuple[str, Callable[[int, Path], Comparison]]] = {

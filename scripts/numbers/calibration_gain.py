@@ -1,6 +1,6 @@
 """What a calibration gains over one setting for all layers and steps, on prompts that it did not see.
 
-    python scripts/calibration_gain.py                    8 prompts calibrate, 16 others judge; goes on where it stopped
+    python scripts/numbers/calibration_gain.py    8 prompts calibrate, 16 others judge; goes on where it stopped
 
 The bundled Flux pipeline, image to image at 256 px from its own image of 128 px, 10 steps. Calibrated once for a share
 of full attention's operations and once for a fidelity; beside both, `routing` at several shares with and without reuse.
