@@ -130,12 +130,12 @@ class _Runs(Draws):
         return tqdm(range(total), desc=what, disable=None if self.progress else True, leave=False)
 
     def compare(self, recipe: Recipe, full: Sequence[np.ndarray]) -> list[float]:
-        """PSNR of every prompt under a recipe."""
+        """PSNR of every prompt under a recipe, to a thousandth: what is behind depends on the number of threads."""
         if not any(own.layers for own in recipe.models.values()):
             return [BEST_SEEN] * len(full)
         with apply(self.pipe, recipe):
             images = [self.draw(number) for number in self.bar("trying a recipe", len(full))]
-        return [min(psnr(one, other), BEST_SEEN) for one, other in zip(images, full, strict=True)]
+        return [round(min(psnr(one, other), BEST_SEEN), 3) for one, other in zip(images, full, strict=True)]
 
 
 def _measure(runs: _Runs, store: Store, prober: Prober) -> Measured:

@@ -20,9 +20,9 @@ from diffattn.measure import hardware, hardware_line
 
 SIDE, CALIBRATING, JUDGING = 256, 8, 16
 UNIFORM = [
-    *(f"routing share={share} tile=4 pool=4" for share in (0.12, 0.18, 0.25, 0.35, 0.5)),
-    *(f"routing share={share} tile=4 pool=4 reuse=2" for share in (0.18, 0.25, 0.41, 0.5)),
-    *(f"routing share={share} tile=4 pool=4 reuse=3" for share in (0.12, 0.18, 0.25, 0.35, 0.62)),
+    *(f"routing share={share} tile=4 pool=4" for share in (0.14, 0.18, 0.25, 0.35, 0.5)),
+    *(f"routing share={share} tile=4 pool=4 reuse=2" for share in (0.14, 0.18, 0.25, 0.41, 0.5)),
+    *(f"routing share={share} tile=4 pool=4 reuse=3" for share in (0.14, 0.18, 0.25, 0.35, 0.62)),
     *(f"softmax reuse={reuse}" for reuse in (2, 3)),
 ]
 """At 0.25, 0.41 with reuse=2 and 0.62 with reuse=3 they compute a quarter of all pairs."""

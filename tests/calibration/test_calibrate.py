@@ -47,7 +47,9 @@ def test_a_budget_is_kept_and_its_figures_are_those_of_real_runs(pipe: Any) -> N
     with diffattn.apply(pipe, recipe):
         images = [draw(pipe, number) for number in range(2)]
         summary = diffattn.summary(pipe)
-    assert [psnr(one, other) for one, other in zip(images, full, strict=True)] == pytest.approx(recipe.made["psnr"])
+    assert [psnr(one, other) for one, other in zip(images, full, strict=True)] == pytest.approx(
+        recipe.made["psnr"], abs=1e-3
+    )
     assert recipe.made["share"] <= 0.6
     left = sum(not row.swapped for row in summary.rows)  # layers that are full throughout
     layers = len(summary.rows)
