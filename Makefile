@@ -13,7 +13,7 @@ TRITON := build/triton-3.7.1
 CUDA_CODE = PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=5 tests/cuda_code
 # Test processes; each gets its share of the cores. WORKERS=0 runs the tests in one process.
 WORKERS ?= 2
-# Further arguments for pytest: make test ARGS="-m 'not slow' tests/mechanisms"
+# Further arguments for pytest: make test ARGS="tests/mechanisms"
 ARGS ?=
 
 define new_enough
@@ -21,7 +21,7 @@ define new_enough
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-lowest cuda-code cuda-code-all cuda-figures check docs format bench numbers build
+.PHONY: help setup demo test test-all test-lowest cuda-code cuda-code-all cuda-figures check docs format bench numbers build
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,7 +38,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## draw pictures with full and with cheap attention, into outputs/demo
 	$(BIN)/diffattn demo --output outputs/demo
 
-test: $(INSTALLED) ## run the whole test suite
+test: $(INSTALLED) ## run the tests but for slow ones: a quarter of an hour on 2 cores at most
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 -m 'not slow' $(ARGS)
+
+test-all: $(INSTALLED) ## run every test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(ARGS)
 
 test-lowest: $(LOWEST_INSTALLED) ## run the tests closest to diffusers on the lowest versions in pyproject.toml

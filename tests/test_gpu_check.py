@@ -74,6 +74,7 @@ def test_it_stops_in_time_with_what_it_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.slow
 def test_without_a_device_it_says_so(tmp_path: Path) -> None:
     done = run(SCRIPT, "--output", tmp_path / "out")
     assert done.returncode == 2 and "torch sees no CUDA device" in done.stderr

@@ -91,6 +91,7 @@ def test_stages_grow_by_equal_factors(
     assert stage_sizes(size, via, growth) == want
 
 
+@pytest.mark.slow
 def test_four_times_the_native_side_keeps_the_first_picture(pipe: Any) -> None:
     watch = Watch()
     mechanism = ClearAttention(radius=8)

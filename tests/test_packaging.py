@@ -110,6 +110,7 @@ def test_the_wheel_holds_the_tree_and_nothing_else(wheel: Path) -> None:
     assert "diffattn/py.typed" in held
 
 
+@pytest.mark.slow
 def test_every_module_of_the_wheel_can_be_imported(installed: Path) -> None:
     found = dict(line.split(" ", 1) for line in run(installed, "-c", WALK).splitlines())
     inside = str(installed.parents[1])
@@ -118,6 +119,7 @@ def test_every_module_of_the_wheel_can_be_imported(installed: Path) -> None:
     assert set(found) | {"diffattn"} == expected
 
 
+@pytest.mark.slow
 def test_the_command_line_of_the_wheel_answers(installed: Path) -> None:
     if not (ROOT / "diffattn" / "__main__.py").exists():
         pytest.skip("the command line is not built yet")

@@ -41,6 +41,7 @@ def draw(pipe: Any, number: int) -> np.ndarray:
     return image
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept_and_its_figures_are_those_of_real_runs(pipe: Any) -> None:
     recipe = calibrate(pipe, PROMPTS, share=0.6, **OPTIONS)
     full = [draw(pipe, number) for number in range(2)]
@@ -58,6 +59,7 @@ def test_a_budget_is_kept_and_its_figures_are_those_of_real_runs(pipe: Any) -> N
     assert diffattn.Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
+@pytest.mark.slow
 def test_a_target_is_reached_by_the_cheapest_plan_that_was_tried(pipe: Any, tmp_path: Path) -> None:
     high = calibrate(pipe, PROMPTS, target=45, folder=tmp_path, **OPTIONS)
     assert statistics.median(high.made["psnr"]) >= 45
@@ -107,7 +109,7 @@ def test_guidance_in_two_calls_counts_both() -> None:
         ({"target": 30, "share": 0.5}, "one of both"),
         ({"share": 1.5}, "share"),
         ({"target": -3}, "target"),
-        ({"share": 0.01, **OPTIONS}, "the cheapest choices take"),
+        pytest.param({"share": 0.01, **OPTIONS}, "the cheapest choices take", marks=pytest.mark.slow),
         ({"share": 0.5, "reuse": (0,)}, "reuse"),
         ({"share": 0.5, "component": "vae2"}, "no part 'vae2'"),
     ],
@@ -131,6 +133,7 @@ diffattn.calibrate(pipe, PROMPTS, target=40, folder=Path({folder!r}), **OPTIONS)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_calibration_goes_on_to_the_same_recipe(pipe: Any, tmp_path: Path) -> None:
     folder, output = tmp_path / "work", tmp_path / "recipe.json"
     script = SCRIPT.format(tests=str(Path(__file__).parents[1]), folder=str(folder), output=str(output))

@@ -66,6 +66,7 @@ def test_help_names_every_command_and_is_what_no_command_gives() -> None:
     assert succeed("--version").startswith("diffattn ")
 
 
+@pytest.mark.slow
 def test_the_module_runs_as_a_program() -> None:
     program = [sys.executable, "-m", "diffattn"]
     helped = subprocess.run([*program, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -257,6 +258,7 @@ def test_summary_knows_the_levels_of_a_unet(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_demo_draws_a_sheet_and_writes_its_numbers(model: str, tmp_path: Path) -> None:
     pytest.importorskip("torchmetrics")
     prompts = ["--prompt", "a red circle at the top", "--prompt", "a blue ring in the center"]
@@ -280,6 +282,7 @@ def test_demo_draws_a_sheet_and_writes_its_numbers(model: str, tmp_path: Path) -
             assert sheet.width > columns * 256 and sheet.height > 2 * 256
 
 
+@pytest.mark.slow
 def test_demo_draws_a_large_image_by_both(model: str, tmp_path: Path) -> None:
     size = ["--steps", 1, "--large", 256]
     text = succeed("demo", "--model", model, "--prompt", "a ring", "--radius", 2, *size, "--output", tmp_path)

@@ -39,6 +39,7 @@ def figures(found: Comparison) -> list[tuple[Any, ...]]:
     return [(r.setting, r.prompt, r.computed, r.psnr, r.worst_frame, r.ssim, r.flicker) for r in found.rows]
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_images(pipe: Any) -> None:
     found = compare(pipe, PROMPTS, SETTINGS, progress=False, warmup=0, seed=3, **CALL)
     assert found.settings == ("full", *SETTINGS) and len(found.rows) == 2 * 5
@@ -83,6 +84,7 @@ diffattn.compare(pipe, PROMPTS, SETTINGS, folder={folder!r}, warmup=0, **CALL)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on_to_the_same_numbers(pipe: Any, tmp_path: Path) -> None:
     folder = tmp_path / "runs"
     script = SCRIPT.format(tests=str(Path(__file__).parents[1]), folder=str(folder))

@@ -104,6 +104,7 @@ def test_a_mask_that_differs_by_query_is_computed_densely_and_refused_elsewhere(
 
 
 @pytest.mark.parametrize("backend", ["auto", "dense", "tiled", "flex"])
+@pytest.mark.slow
 def test_several_heads_of_queries_may_share_one_of_keys(backend, disc, make_case, monkeypatch):
     if backend == "flex":
         monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)

@@ -73,6 +73,7 @@ def test_backward_keeps_the_inputs_and_nothing_larger(bricks, make_case):
 
 
 @pytest.mark.compile
+@pytest.mark.slow
 def test_the_models_compilation_takes_it_in(bricks, tolerance):
     grid, pattern = TokenGrid(40, 40, before=4), bricks((1, 8, 8), 1)
     q = torch.randn(1, 2, grid.tokens, 8)

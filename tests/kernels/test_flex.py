@@ -141,6 +141,7 @@ COMPILED = [
 @pytest.mark.compile
 @needs_compiler
 @pytest.mark.parametrize(("grid", "options", "dtype"), COMPILED, ids=str)
+@pytest.mark.slow
 def test_the_compiled_kernel_equals_the_reference(grid, options, dtype, disc, make_case, tolerance):
     case = make_case(grid, disc(4), dim=16, dtype=dtype, **options)
     result = flex.flex_window_attention(case.call)
@@ -150,6 +151,7 @@ def test_the_compiled_kernel_equals_the_reference(grid, options, dtype, disc, ma
 @pytest.mark.compile
 @needs_compiler
 @pytest.mark.parametrize("grid", [TokenGrid(36, 24, before=5), TokenGrid(29, 26)], ids=str)
+@pytest.mark.slow
 def test_the_compiled_kernel_on_whole_tiles_equals_the_reference(grid, bricks, make_case, tolerance):
     case = make_case(grid, bricks((1, 6, 6), 1), dim=16, dtype=torch.float32)
     result = flex.flex_window_attention(case.call)
@@ -158,6 +160,7 @@ def test_the_compiled_kernel_on_whole_tiles_equals_the_reference(grid, bricks, m
 
 @pytest.mark.compile
 @needs_compiler
+@pytest.mark.slow
 def test_layers_share_one_compilation_and_the_order_outside_gives_the_same(disc, make_case):
     pattern, grid = disc(3), TokenGrid(16, 16)
     first, second = (make_case(grid, pattern, dim=16, dtype=torch.float32, seed=seed) for seed in (1, 2))
@@ -173,6 +176,7 @@ def test_layers_share_one_compilation_and_the_order_outside_gives_the_same(disc,
 
 @pytest.mark.compile
 @needs_compiler
+@pytest.mark.slow
 def test_row_major_order_gives_the_same(disc, make_case, tolerance):
     grid = TokenGrid(15, 16, before=9)
     case = make_case(grid, disc(4), dim=16, dtype=torch.float32)

@@ -41,6 +41,7 @@ def call_of(name: str) -> RoutedCall:
         ("wide queries", torch.float32),
     ],
 )
+@pytest.mark.slow
 def test_the_compiled_kernel_is_the_reference(name: str, dtype: torch.dtype) -> None:
     mechanism, grid = CALLS[name]
     q, k, v = torch.randn(3, 2, 3, grid.tokens, 16).to(dtype)
@@ -56,6 +57,7 @@ def test_the_compiled_kernel_is_the_reference(name: str, dtype: torch.dtype) -> 
 
 @pytest.mark.compile
 @needs_compiler
+@pytest.mark.slow
 def test_nothing_is_compiled_after_the_first_call_of_twenty_steps_in_six_layers() -> None:
     """Every call chooses other tiles, and shares differ from layer to layer."""
     grid = TokenGrid(16, 20, before=7)
@@ -80,6 +82,7 @@ def test_nothing_is_compiled_after_the_first_call_of_twenty_steps_in_six_layers(
 
 @pytest.mark.compile
 @needs_compiler
+@pytest.mark.slow
 def test_windows_with_means_are_compiled_too() -> None:
     mechanism = HaloAttention(tile=4, pool=2)
     grid = TokenGrid(14, 20, before=3)

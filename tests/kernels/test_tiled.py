@@ -56,6 +56,7 @@ def test_backward_keeps_the_inputs_and_nothing_larger(disc, make_case):
 
 
 @pytest.mark.compile
+@pytest.mark.slow
 def test_the_models_compilation_takes_it_in(disc, tolerance):
     grid, pattern = TokenGrid(40, 40, before=4), disc(5)
     q = torch.randn(1, 2, grid.tokens, 8)

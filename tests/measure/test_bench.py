@@ -85,6 +85,7 @@ def test_the_bound_is_full_attention_times_the_density() -> None:
     assert case.density == pytest.approx(float(ClearAttention(radius=2).mask(case.grid).float().mean()))
 
 
+@pytest.mark.slow
 def test_a_run_checks_and_times_every_row() -> None:
     result = run(replace(SMALL, mechanisms=(AgentAttention(num_agents=4),), scaling=True))
     windows, others = result.cases
@@ -121,6 +122,7 @@ def test_no_speed_up_is_printed_beside_a_wrong_result(monkeypatch: pytest.Monkey
     assert agent["full_ratio"] is None and agent["error"] == pytest.approx(1e-3, rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_command_writes_json_markdown_and_a_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     options = [
@@ -160,6 +162,7 @@ def test_markdown_and_tables_mark_what_failed() -> None:
 
 
 @pytest.mark.compile
+@pytest.mark.slow
 def test_the_compiled_rows_agree_with_the_reference_and_each_other() -> None:
     if missing_compiler(torch.device("cpu")) is not None:
         pytest.skip("FlexAttention cannot be compiled here")

@@ -93,6 +93,7 @@ def test_steps_that_are_computed(reuse: int, options: dict[str, Any], steps: Any
         ("Wan 2.2 A14B, 832 x 480, 81 frames", "WanTransformer3DModel", {}, 2, 40, (480, 832, 81)),
     ],
 )
+@pytest.mark.slow
 def test_the_modelled_table_of_the_documents(
     row: str, name: str, options: dict[str, Any], batch: int, steps: int, size: tuple[int, int, int]
 ) -> None:

@@ -44,6 +44,7 @@ def test_what_is_exact_costs_what_full_attention_costs() -> None:
     assert routing_parts(RoutingAttention(share=1), grid, 8, 64) == full_parts(grid, 8, 64)
 
 
+@pytest.mark.slow
 def test_the_page_has_these_figures() -> None:
     root = Path(__file__).parents[2]
     command = [sys.executable, root / "scripts" / "modelled_times.py", root / "docs" / "cuda.md", "--check"]

@@ -285,6 +285,7 @@ def test_its_backends_are_all_there_are() -> None:
 
 
 @pytest.mark.compile
+@pytest.mark.slow
 def test_the_models_compilation_takes_it_in() -> None:
     torch._dynamo.reset()
     mechanism, grid = NeighborhoodAttention(**OPTIONS[4]), TokenGrid(34, 33, before=2)
@@ -299,6 +300,7 @@ def test_the_models_compilation_takes_it_in() -> None:
 
 @pytest.mark.compile
 @pytest.mark.skipif(missing_compiler(torch.device("cpu")) is not None, reason="FlexAttention needs a compiler and AVX2")
+@pytest.mark.slow
 def test_the_compiled_kernel_gives_the_reference() -> None:
     mechanism, grid = NeighborhoodAttention(**OPTIONS[4]), TokenGrid(21, 30, before=5)
     q, k, v = (tensor.detach() for tensor in random(grid, torch.float32, dim=16))

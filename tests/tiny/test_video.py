@@ -46,6 +46,7 @@ def test_same_seed_gives_the_same_video(pipeline):
     assert not np.array_equal(first, generate_videos(pipeline, [PROMPT], seed=1, num_inference_steps=2)[0])
 
 
+@pytest.mark.slow
 def test_shows_the_colours_of_unseen_captions(pipeline):
     scenes = held_out_scenes(4, seed=1)
     findings, measured = judge_videos(generate_videos(pipeline, [caption(scene) for scene in scenes], seed=1), scenes)
@@ -53,6 +54,7 @@ def test_shows_the_colours_of_unseen_captions(pipeline):
     assert np.mean([found.acceleration for found in measured]) < 2.0
 
 
+@pytest.mark.slow
 def test_an_unnamed_object_keeps_its_colour_but_differs_between_videos(pipeline):
     seen = [follow(video) for video in generate_videos(pipeline, ["a shape moving on a white background"] * 4, seed=1)]
     assert np.mean([figures(sightings).colour_identity for sightings in seen]) > 0.75

@@ -59,6 +59,7 @@ def test_same_seed_gives_the_same_video(pipeline: Any) -> None:
     assert np.array_equal(first, again)
 
 
+@pytest.mark.slow
 def test_shows_the_colours_and_shapes_of_unseen_captions(pipeline: Any) -> None:
     scenes = [set_apart_scenes()[number] for number in (3, 20, 41)]
     videos = generate_videos(pipeline, [caption(scene) for scene in scenes], name="wan", seed=5, num_inference_steps=10)
