@@ -115,7 +115,7 @@ def calibrate(
             store.keep_tried(recipe.to_dict(), known)
         return known
 
-    plan = _within(rows, tried, share) if share is not None else _cheapest(rows, tried, target or 0.0)
+    plan = nearest_within(rows, tried, share) if share is not None else cheapest_reaching(rows, tried, target or 0.0)
     made = {**setup, "target": target, "budget": share, "share": plan.share, "psnr": tried(plan)}
     return Recipe(recipe_of(plan).models, made)
 
@@ -173,7 +173,7 @@ Trial = Callable[[Plan], list[float]]
 """PSNR of every prompt under a plan."""
 
 
-def _within(rows: Sequence[Sequence[Plan]], tried: Trial, share: float) -> Plan:
+def nearest_within(rows: Sequence[Sequence[Plan]], tried: Trial, share: float) -> Plan:
     """The best plan in the mean of those that are the dearest of their row within a budget."""
     fitting = [next((plan for plan in row if plan.share <= share), None) for row in rows]
     found = [plan for plan in fitting if plan is not None]
@@ -183,7 +183,7 @@ def _within(rows: Sequence[Sequence[Plan]], tried: Trial, share: float) -> Plan:
     return max(found, key=lambda plan: statistics.mean(tried(plan)))
 
 
-def _cheapest(rows: Sequence[Sequence[Plan]], tried: Trial, target: float) -> Plan:
+def cheapest_reaching(rows: Sequence[Sequence[Plan]], tried: Trial, target: float) -> Plan:
     """The cheapest plan whose median reaches the target, by halving in each row: fidelity falls with the share."""
     best = rows[0][0]  # full attention
     for row in rows:

@@ -7,7 +7,19 @@ import numpy as np
 import pytest
 
 from diffattn import ClearAttention, RoutingAttention, TokenGrid
-from diffattn.calibration.choices import Choice, Measured, cheapest, lags, plans, steps_of
+from diffattn.calibration.calibrate import cheapest_reaching, nearest_within
+from diffattn.calibration.choices import (
+    Choice,
+    Measured,
+    Plan,
+    cheapest,
+    lags,
+    plans,
+    rows_of_plans,
+    steps_of,
+    uniform,
+)
+from diffattn.calibration.probing import Errors
 from diffattn.swap.settings.schedule import FULL
 
 GRID = TokenGrid(8, 8)
@@ -79,3 +91,66 @@ def test_plans_go_from_full_to_the_cheapest() -> None:
     late = replace(found, skipped=found.steps)  # image to image at strength 0.5
     [first, *_] = ordered[-1].schedules(late).values()
     assert [part.until for part in first.parts] == [4 / 6, 5 / 6, 1.0]
+
+
+def test_one_choice_for_all_costs_what_its_mechanism_costs() -> None:
+    found = measured()
+    full, near, late = uniform(found, [Choice(NEAR, 2), Choice(FULL), Choice(NEAR)])
+    share = NEAR.flops(GRID, 2, 16) / (4 * GRID.tokens**2 * 2 * 16)
+    assert [plan.share for plan in (full, near, late)] == pytest.approx(
+        [1, share, share * 4 / 6]
+    )  # 0, 2, 4 and the last
+    assert late.choices == ((Choice(NEAR, 2),),) * 2
+
+
+def test_where_old_outputs_count_less_more_is_kept() -> None:
+    found, choices = measured(), [Choice(FULL), Choice(NEAR), Choice(FULL, 2)]
+
+    def kept(stale: float) -> int:
+        plan = cheapest(found, choices, 3, 1.0, stale)
+        return sum(choice.reuse > 1 for row in plan.choices for choice in row)
+
+    assert kept(1e-6) > kept(1.0) >= 0
+
+
+def test_rows_are_by_weight_and_by_choice_each_from_dear_to_cheap() -> None:
+    choices = [Choice(FULL), Choice(NEAR), Choice(NEAR, 2), Choice(FAR), Choice(FULL, 2)]
+    rows = rows_of_plans(measured(), choices, 3)
+    assert [len(row) for row in rows[3:]] == [1, 1, 1, 1, 1]
+    for row in rows:
+        assert [plan.share for plan in row] == sorted((plan.share for plan in row), reverse=True)
+
+
+def plan(share: float, name: int = 0) -> Plan:
+    return Plan(((Choice(FULL, name + 1),),), share, 0.0)
+
+
+def test_within_a_budget_the_best_in_the_mean_of_the_rows() -> None:
+    rows = [[plan(1.0), plan(0.5, 1), plan(0.2, 2)], [plan(0.7, 3), plan(0.4, 4)], [plan(0.9, 5)]]
+    seen = {1: [30.0, 36.0], 4: [34.0, 33.0]}  # the dearest of the rows within 0.6; the third has none
+    assert nearest_within(rows, lambda one: seen[one.choices[0][0].reuse - 1], 0.6).share == 0.4
+    with pytest.raises(ValueError, match="the cheapest choices take 20.0%"):
+        nearest_within(rows, lambda one: [0.0], 0.1)
+
+
+def test_a_fidelity_is_reached_by_the_cheapest_of_all_rows() -> None:
+    first = [plan(share, number) for number, share in enumerate((1.0, 0.8, 0.6, 0.4, 0.3))]
+    other = [plan(share, 5 + number) for number, share in enumerate((0.7, 0.5, 0.35, 0.1))]
+    tried: list[float] = []
+
+    def psnr(one: Plan) -> list[float]:
+        tried.append(one.share)
+        return [100 * one.share + (10 if one.choices[0][0].reuse > 5 else 0)] * 3
+
+    assert cheapest_reaching([first, other], psnr, 40).share == 0.35
+    assert cheapest_reaching([other, first], psnr, 40).share == 0.35
+    assert cheapest_reaching([first], psnr, 200).share == 1.0
+    assert len(tried) <= 15
+
+
+def test_prompts_are_weighed_by_their_own_sum() -> None:
+    own, stale = np.full((1, 2, 2), 3.0), np.full((1, 1, 2), 2.0)
+    small = Errors(own, stale, [1.0, 0.5]).relative()
+    large = Errors(own * 1e4, stale * 1e4, [1.0, 0.5]).relative()
+    np.testing.assert_allclose(small.own, large.own)
+    assert small.own.sum() + small.stale.sum() == pytest.approx(1)
