@@ -50,6 +50,7 @@ def graphs_of(family: str) -> int:
 @torch.no_grad()
 @families
 @in_both_orders
+@pytest.mark.slow
 def test_blocks(family: str, order: str) -> None:
     tiny, graphs = BUILDERS[family](), Graphs()
     own, want = references(tiny)
@@ -118,6 +119,7 @@ broken = pytest.mark.cell(
         pytest.param("SD1.5", "after", marks=broken),
     ],
 )
+@pytest.mark.slow
 def test_the_whole_model(family: str, order: str) -> None:
     tiny, graphs = BUILDERS[family](), Graphs()
     own, want = references(tiny)

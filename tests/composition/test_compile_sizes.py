@@ -63,6 +63,7 @@ MECHANISMS: dict[str, dict[str, Any]] = {
 @pytest.mark.cell("torch.compile, many sizes", family="Flux", outcome="works", note="no graph more than without a swap")
 @torch.no_grad()
 @pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.slow
 def test_blocks_at_many_sizes(mechanism: str) -> None:
     tiny, graphs = flux(), Graphs()
     wanted_graphs = graphs_unswapped(whole=False)
@@ -78,6 +79,7 @@ def test_blocks_at_many_sizes(mechanism: str) -> None:
 
 @pytest.mark.cell("torch.compile, many sizes", family="Flux", outcome="works")
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_whole_model_at_many_sizes() -> None:
     tiny, graphs = flux(), Graphs()
     wanted_graphs = graphs_unswapped(whole=True)
@@ -104,6 +106,7 @@ def test_dynamic_shapes_are_never_compiled_anew() -> None:
 
 
 @pytest.mark.cell("torch.compile, in threads", family="Flux", outcome="works")
+@pytest.mark.slow
 def test_threads_of_a_compiled_model() -> None:
     tiny = flux()
     diffattn.apply(tiny.model, "clear", radius=RADIUS)

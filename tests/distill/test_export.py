@@ -202,6 +202,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
 
 
+@pytest.mark.slow
 def test_a_run_exports_its_student(run: Path) -> None:
     assert set(names(run / "adapter")) == {CARD, CONFIG_NAME, LORA_NAME, "loss.png"}
     assert "## Evaluation" not in (run / "adapter" / CARD).read_text()

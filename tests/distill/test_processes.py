@@ -35,6 +35,7 @@ def together(*arguments: str, ranks: Sequence[int] = (0, 1)) -> list[str]:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_two_processes_make_and_cache_one_folder(tmp_path: Path) -> None:
     prompts, folder = tmp_path / "prompts.json", tmp_path / "pictures"
     prompts.write_text(json.dumps(["a red circle", "a blue ring", "a green square"]))
@@ -61,6 +62,7 @@ def write_shard(path: Path, files: dict[str, bytes]) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_two_processes_cache_shards(tmp_path: Path) -> None:
     for number, second in enumerate((b"none", picture("blue"))):
         files = {"0.png": picture("red"), "0.txt": b"red", "1.png": second, "1.txt": b"blue"}

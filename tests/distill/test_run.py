@@ -76,6 +76,7 @@ def test_a_run_is_opened_again_with_its_students_weights(trained: Setting, folde
     assert all(torch.equal(again.parameters[name], weight) for name, weight in trained.student.parameters.items())
 
 
+@pytest.mark.slow
 def test_figures_of_an_evaluation(trained: Setting, tmp_path: Path, few: None) -> None:
     evaluation, paths = evaluate_run(trained, tmp_path, prompts=["a red circle"], samples=3)
     assert [path.name for path in paths] == ["evaluation.json", "evaluation.md", "sheet.png"]
@@ -201,6 +202,7 @@ def test_what_settings_are_to_blame_for_is_one_line(
     assert end.value.code == 2 and said in told and told.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_and_evaluates(
     folder: Path, trained: Setting, capsys: pytest.CaptureFixture[str], few: None
 ) -> None:
@@ -293,6 +295,7 @@ def test_forwards_are_timed_and_layers_are_counted(trained: Setting, tmp_path: P
     assert "| teacher |" in text and "latents 4 x 32 x 32, 2 rounds" in text
 
 
+@pytest.mark.slow
 def test_the_figures_have_the_documented_names(trained: Setting, tmp_path: Path, few: None) -> None:
     evaluate_run(trained, tmp_path, prompts=["a red circle"], samples=1, rounds=1)
     saved = json.loads((tmp_path / "evaluation.json").read_text())
@@ -322,6 +325,7 @@ def command(*arguments: str) -> int:
     return end.value.code
 
 
+@pytest.mark.slow
 def test_trained_weights_are_evaluated_under_other_options(
     trained: Setting, folder: Path, few: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

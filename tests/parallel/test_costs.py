@@ -214,6 +214,7 @@ def test_bytes_of_a_rank_on_the_wire(name: str, ranks: int, top_k: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 @torch.no_grad()
+@pytest.mark.slow
 def test_the_model_of_time_counts_what_a_rank_receives(ranks: int) -> None:
     clip = long_video_model.WINDOW.padding
     model = models.unet3d().model.bfloat16()

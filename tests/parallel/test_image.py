@@ -192,6 +192,7 @@ def too_many(mesh: DeviceMesh) -> str:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_fewer_rows_than_ranks_are_refused_on_every_rank() -> None:
     rows = models.ROWS
     for message in on_ranks(rows + 1, too_many):

@@ -42,6 +42,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Cases]]:
 @pytest.mark.dist
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("form", ["", " in shards"])
+@pytest.mark.slow
 def test_processes_follow_the_curve_of_one(found: dict[str, list[Cases]], case: str, form: str) -> None:
     [one] = found["one"]
     for both in found["two"]:
@@ -101,6 +102,7 @@ def test_accelerates_own_sharding_is_refused_where_it_would_be_silent(monkeypatc
     check_processes(config(sharded=True), processes())
 
 
+@pytest.mark.slow
 def test_one_process_that_asks_for_shards_stops_before_training() -> None:
     script = """
 from pathlib import Path

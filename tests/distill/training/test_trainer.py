@@ -128,6 +128,7 @@ def in_a_process(folder: Path, *arguments: str) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.parametrize(("moment", "saved"), [("5", [2, 4]), ("during", [2])])
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, moment: str, saved: list[int]) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -142,6 +143,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, moment: str, saved: li
     assert torch.equal(weights(again.student), weights(whole.student))
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
     told = in_a_process(tmp_path, "3", "SIGTERM")
     assert told.returncode == 0 and "ended at 3" in told.stdout, told.stderr

@@ -29,6 +29,7 @@ def convolved(mesh: DeviceMesh, lengths: tuple[int, ...], kernel: int, dilation:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("lengths", SPLITS, ids=str)
+@pytest.mark.slow
 def test_it_is_the_convolution_of_the_whole(lengths: tuple[int, ...]) -> None:
     for kernel, dilation in ((3, 1), (5, 1), (3, 2)):
         on_ranks(len(lengths), convolved, lengths, kernel, dilation)

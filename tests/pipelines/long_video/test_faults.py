@@ -85,6 +85,7 @@ def pictures(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))]).astype(int)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_and_two_ranks_go_on(tmp_path: Path, model: Path) -> None:
     work, told = tmp_path / "frames.work", tmp_path / "told-3"
     launcher = start(tmp_path, model, 3)
@@ -118,6 +119,7 @@ def test_a_killed_rank_ends_the_run_and_two_ranks_go_on(tmp_path: Path, model: P
     assert np.abs(pictures(tmp_path / "frames") - pictures(tmp_path / "whole")).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_ends_the_other_at_the_timeout(tmp_path: Path, model: Path) -> None:
     told = tmp_path / "told-2"
     launcher = start(tmp_path, model, 2, "--timeout", 15)

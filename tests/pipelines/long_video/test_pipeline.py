@@ -63,6 +63,7 @@ def make(
 @pytest.mark.dist
 @pytest.mark.parametrize("scheduler", ["own", "sde-dpmsolver++"])
 @pytest.mark.parametrize("lengths", [(4, 3), (1, 5, 1)], ids=str)
+@pytest.mark.slow
 def test_no_split_changes_the_video(model: Path, scheduler: str, lengths: tuple[int, ...]) -> None:
     config = dataclasses.replace(BASE, scheduler=scheduler)
     want = make(None, model, config)

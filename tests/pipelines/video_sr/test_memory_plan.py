@@ -49,6 +49,7 @@ def test_live_bytes_are_those_that_are_still_referred_to() -> None:
     assert live.peak == 8000 and first.shape == (1000,) and other.shape == (250,)
 
 
+@pytest.mark.slow
 def test_weights_are_counted_by_the_heads_of_their_files(checkpoint: Path) -> None:
     whole, half = (planned(checkpoint, dtype).weights for dtype in (torch.float32, torch.bfloat16))
     assert set(whole) == {"unet", "controlnet", "vae", "text_encoder"}
@@ -58,6 +59,7 @@ def test_weights_are_counted_by_the_heads_of_their_files(checkpoint: Path) -> No
         assert half[name] * 2 == size
 
 
+@pytest.mark.slow
 def test_each_part_follows_its_own_settings(checkpoint: Path) -> None:
     wide = {"height": 40, "width": 48}
     base = planned(checkpoint, **wide)
@@ -73,6 +75,7 @@ def test_each_part_follows_its_own_settings(checkpoint: Path) -> None:
         assert getattr(tiled, same) == getattr(base, same) and tiled.encode == base.encode
 
 
+@pytest.mark.slow
 def test_a_longer_clip_needs_more_disk_alone(checkpoint: Path) -> None:
     short, long = planned(checkpoint, frames=12), planned(checkpoint, frames=36)
     assert long.disk == pytest.approx(3 * short.disk, abs=1)
@@ -85,6 +88,7 @@ def test_disk_holds_the_latents_before_and_after_a_step(checkpoint: Path) -> Non
     assert 5 * latents < planned(checkpoint).disk < 7 * latents
 
 
+@pytest.mark.slow
 def test_half_precision_halves_all_but_an_encoder_that_overflows(checkpoint: Path) -> None:
     whole, half = planned(checkpoint), planned(checkpoint, torch.float16)
     assert half.window == pytest.approx(whole.window / 2, rel=0.05) and half.encode == whole.encode

@@ -144,6 +144,7 @@ def test_help_shows_examples() -> None:
         assert option in text
 
 
+@pytest.mark.slow
 def test_length_rate_size_and_sound_are_the_inputs(made: Path) -> None:
     found = probe(made / "out.mp4")
     assert (found.frames, found.rate, found.height, found.width) == (COUNT, Fraction(10), 72, 88)
@@ -237,6 +238,7 @@ def test_pixels_that_are_not_square_stay_so(inputs: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("patch", "steps"), [(IN_A_STEP, 1), (IN_DECODING, 2)], ids=["in a step", "in decoding"])
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_to_the_same_video(
     inputs: Path, made: Path, tmp_path: Path, room: None, patch: str, steps: int
 ) -> None:
@@ -411,6 +413,7 @@ def test_a_checkpoint_without_some_weights_is_refused(inputs: Path, tmp_path: Pa
     assert f"{part} are not those of its configuration: 1 missing: {key}" in text
 
 
+@pytest.mark.slow
 def test_the_module_is_the_command() -> None:
     command = [sys.executable, "-m", "diffattn.pipelines.video_sr", "--help"]
     environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)}

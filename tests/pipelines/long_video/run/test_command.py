@@ -128,6 +128,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("output", ["out.mp4", "frames"])
+@pytest.mark.slow
 def test_a_run_that_was_killed_while_it_decoded_goes_on(model: Path, tmp_path: Path, output: str) -> None:
     import av  # noqa: F401 - of the extra `video`
 
@@ -142,6 +143,7 @@ def test_a_run_that_was_killed_while_it_decoded_goes_on(model: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("more", [("--output", "p/v.mp4", "--work", "p"), ("--output", "v.mp4", "--work", ".")])
+@pytest.mark.slow
 def test_a_work_folder_with_other_things_is_refused_and_left_alone(
     model: Path, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
@@ -240,6 +242,7 @@ def test_it_is_a_command_among_the_others(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_every_rank_says_why_nothing_was_made(model: Path, tmp_path: Path) -> None:
     result = tiny_video.call(*options(model, tmp_path / "out.mp4", "--prompt", "a", "--frames", 1), ranks=2)
     assert result.returncode != 0
@@ -250,6 +253,7 @@ def test_every_rank_says_why_nothing_was_made(model: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_the_bundled_model_shows_what_was_said_on_two_ranks(tmp_path: Path) -> None:
     """Longer than in its training, without any option but prompt, length and output."""
     prompt = "a white triangle moving sideways on a blue background"

@@ -42,6 +42,7 @@ def test_sdxl_brings_its_scheduler(tmp_path):
     assert same(found.unet, pipe.unet)
 
 
+@pytest.mark.slow
 def test_the_picture_survives_every_form(tmp_path):
     """Official folder -> pipeline -> save_pretrained -> from_pretrained, and the adapter on the base, bit for bit."""
     base = tiny_pasd.write_base(tmp_path / "base")
@@ -66,6 +67,7 @@ def test_the_picture_survives_every_form(tmp_path):
     assert picture(pipe) == want
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_on_any_base_of_its_sizes(tmp_path):
     own = tiny_pasd.unet(pixel_attention="light")
     file = save_paca(own, tmp_path / "light.safetensors")
@@ -108,6 +110,7 @@ def test_a_style_of_other_sizes_is_refused_and_changes_nothing():
     assert all(torch.equal(tensor, before[name]) for name, tensor in unet.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_stylizes_under_another_base(tmp_path):
     checkpoint = tiny_pasd.write_checkpoint(tmp_path / "pasd")
     base = tiny_pasd.write_base(tmp_path / "base")

@@ -159,6 +159,7 @@ def test_a_picture_does_not_depend_on_the_others(models: Path, inputs: Path, tmp
     assert not np.array_equal(make(models, b, tmp_path / "4", "--seed", 4), read_picture(tmp_path / "one/b.png").pixels)
 
 
+@pytest.mark.slow
 def test_what_is_there_is_skipped_and_what_is_cut_off_made_anew(models: Path, inputs: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     line = [models, inputs, "--output", output, "--scale", 1]
@@ -397,6 +398,7 @@ def test_colorized_pictures_keep_size_and_luma(models: Path, tmp_path: Path) -> 
     assert inside.mean() > 0.3 and np.abs(off[inside]).max() <= 2
 
 
+@pytest.mark.slow
 def test_a_style_changes_the_picture_by_its_weight(models: Path, inputs: Path, tmp_path: Path) -> None:
     style = ("--stylize", models / "style")
     runs: list[tuple[object, ...]] = [(), (*style, "--style-weight", 0), (*style, "--style-weight", 0.5), style]
@@ -407,6 +409,7 @@ def test_a_style_changes_the_picture_by_its_weight(models: Path, inputs: Path, t
     assert (half != plain).any() and (whole != plain).any() and (half != whole).any()
 
 
+@pytest.mark.slow
 def test_options_reach_the_pipeline(models: Path, inputs: Path, tmp_path: Path) -> None:
     options: list[tuple[object, ...]] = [
         (),
@@ -471,6 +474,7 @@ def test_results_beyond_the_limit_for_inputs_are_known_as_whole(
     assert Image.MAX_IMAGE_PIXELS == 100 * 40
 
 
+@pytest.mark.slow
 def test_a_lora_is_loaded_or_refused(models: Path, inputs: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     from safetensors.torch import save_file
@@ -490,6 +494,7 @@ def test_a_lora_is_loaded_or_refused(models: Path, inputs: Path, tmp_path: Path)
         assert words in refusal(models, inputs, "--output", tmp_path / name, "--lora", file)
 
 
+@pytest.mark.slow
 def test_the_module_is_the_command(models: Path, inputs: Path, tmp_path: Path) -> None:
     program = f"""
 import dataclasses, runpy, torch

@@ -106,6 +106,7 @@ def test_kinds_of_video_are_the_same_clip(pipe):
     "options",
     [{}, {"official": True}, {"tile": 64, "tile_overlap": 8, "decode_tile": 72, "guidance_scale": 1}],
 )
+@pytest.mark.slow
 def test_memory_and_folder_give_the_same_bits(pipe, tmp_path, options):
     """And so does the call."""
     video, given = clip(5, 20, 40), {**GUIDED, **options}
@@ -433,6 +434,7 @@ def test_parts_of_unlike_models_are_refused(pipe):
             STARPipeline(**{**pipe.components, name: part})
 
 
+@pytest.mark.slow
 def test_a_custom_pipeline_of_diffusers(pipe, tmp_path):
     """In a process of its own, for folders of custom pipelines share a module name."""
     pipe.save_pretrained(tmp_path / "saved")

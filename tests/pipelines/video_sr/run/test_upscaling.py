@@ -102,6 +102,7 @@ def drawn() -> tuple[torch.Generator, int]:
 
 
 @pytest.mark.parametrize("settings", [{}, {"color_fix": "wavelet", "guidance_scale": 1.0, "tile": 80}])
+@pytest.mark.slow
 def test_a_run_writes_what_the_pipeline_gives(
     inputs: Path, tmp_path: Path, written: list[np.ndarray], settings: dict[str, Any]
 ) -> None:
@@ -143,6 +144,7 @@ def test_latents_are_kept_after_each_step(inputs: Path, tmp_path: Path, monkeypa
     [("hint", 3), ("x.1", 0), ("x0.2", 2), ("x.3", 2)],
     ids=["encoding", "in a step", "between state and x0", "last step"],
 )
+@pytest.mark.slow
 def test_a_run_that_stopped_goes_on_to_the_same_frames(
     inputs: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, after: int
 ) -> None:
@@ -171,6 +173,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_frames(
     assert (tmp_path / "a.mp4").read_bytes() == whole.read_bytes() and not (tmp_path / "a.mp4.work").exists()
 
 
+@pytest.mark.slow
 def test_done_steps_are_not_done_again(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.suppress(Stop), upscaling(inputs, tmp_path / "a.mp4").prepared(CPU, torch.float32) as run:
         run.encode()
@@ -185,6 +188,7 @@ def test_done_steps_are_not_done_again(inputs: Path, tmp_path: Path, monkeypatch
     assert set(shown.seen) == {"reading", "decoding"} and (tmp_path / "a.mp4").is_file()
 
 
+@pytest.mark.slow
 def test_progress_goes_by_frames_and_time_is_told(inputs: Path, tmp_path: Path) -> None:
     shown, told = Shown(), []
     made = upscaling(inputs, tmp_path / "a.mp4")
@@ -280,6 +284,7 @@ def test_latents_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_bfloat16_and_one_frame(inputs: Path, tmp_path: Path) -> None:
     with upscaling(inputs, tmp_path / "a.mp4", count=1).prepared(CPU, torch.bfloat16) as run:
         run.make()

@@ -140,6 +140,7 @@ def write(file: Path, weights, wrapped: bool = True) -> Path:
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.slow
 def test_a_converted_checkpoint_is_the_same_pipeline(made, parts, weights, tmp_path, wrapped):
     file = write(tmp_path / "heavy_deg.pt", weights, wrapped)
     folder = convert(file, tmp_path / "new" / "star", **parts, sizes=SIZES)

@@ -159,6 +159,7 @@ def test_a_copy_is_another_network(unet) -> None:
     assert torch.equal(run(unet), want) and not torch.allclose(run(other), want, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_folder_gives_the_same_network(unet, tmp_path, caplog) -> None:
     unet.save_pretrained(tmp_path)
     loaded = STARUNet3DConditionModel.from_pretrained(tmp_path)
