@@ -54,7 +54,8 @@ def row(pipe: Any, watch: Stopwatch, name: str, call: Mapping[str, Any]) -> str:
     """One size."""
     size = {key: call[key] for key in ("height", "width")}
     size |= {"frames": call["num_frames"]} if "num_frames" in call else {}
-    [found] = estimate(pipe, "routing", quality=QUALITY, num_inference_steps=STEPS, batch=1, **size)
+    own_call = {**size, "text_tokens": call["max_sequence_length"], "batch": 1, "num_inference_steps": STEPS}
+    [found] = estimate(pipe, "routing", quality=QUALITY, **own_call)
     watch.of(pipe, 1, call)
     full, own = [], []
     for _ in range(3 if found.seconds_full < 4 else 1):
