@@ -38,7 +38,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## draw pictures with full and with cheap attention, into outputs/demo
 	$(BIN)/diffattn demo --output outputs/demo
 
-test: $(INSTALLED) ## run the tests but for slow ones: a quarter of an hour on 2 cores at most
+test: $(INSTALLED) ## run the tests but for slow ones: some twenty minutes on 2 cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 -m 'not slow' $(ARGS)
 
 test-all: $(INSTALLED) ## run every test
