@@ -5,7 +5,8 @@ the choice (`select.py`); SDPA of the chosen tiles with its log-sum-exp; the blo
 by two products; and both put together. Where the tile chooses, by its mean query, or nothing is chosen, nobody else
 needs those exponentials: then one SDPA has it all (`strip_at_once`).
 
-Time O(n (blocks + chosen keys + others) d), memory beyond inputs and output `STRIP` + `GATHERED` bytes.
+Time O(n (blocks + chosen keys + others) d), memory beyond inputs and output `STRIP` + `GATHERED` bytes, or
+twice `GATHERED` for one SDPA.
 """
 
 import itertools
@@ -49,8 +50,8 @@ def strips(call: RoutedCall) -> Iterator[Strip]:
     first = 0
     for exact, same in itertools.groupby((call.chosen,) * tiles if call.lists is None else call.lists.counts):
         count = len(list(same))
-        gathered = exact * call.k.shape[2] + (beside if call.at_once else 0)
-        keys = gathered * (d + call.v.shape[-1]) * call.k.element_size()
+        seen = exact * call.k.shape[2] + (beside if call.at_once else 0)
+        keys = seen * (d + call.v.shape[-1]) * call.k.element_size()
         most = max(1, min(STRIP.get(device, LARGE) // logits, GATHERED.get(device, LARGE) // keys))
         several = max(1, most // count)
         for part in range(0, heads, several):
