@@ -172,6 +172,7 @@ class Pattern(Mechanism):
 DECORATED = PLAIN.replace("@dataclass", "from diffattn import register\n\n@register('dots')\n@dataclass")
 
 
+@pytest.mark.slow
 def test_installed_distributions_add_mechanisms(tmp_path: Path) -> None:
     install(tmp_path, "stripes", PLAIN)
     install(tmp_path, "dots", DECORATED)
@@ -190,6 +191,7 @@ for name in ("stripes", "dots"):
     ], result.stderr
 
 
+@pytest.mark.slow
 def test_a_broken_distribution_is_named(tmp_path: Path) -> None:
     install(tmp_path, "stripes", PLAIN, attribute="Absent")
     result = run("from diffattn import config\nconfig.lookup('stripes')", tmp_path)

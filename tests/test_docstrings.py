@@ -11,6 +11,7 @@ WITH_EXAMPLES = sorted(file for file in (ROOT / "diffattn").rglob("*.py") if ">>
 
 
 @pytest.mark.parametrize("file", WITH_EXAMPLES, ids=lambda file: str(file.relative_to(ROOT)))
+@pytest.mark.slow
 def test_examples(file: Path) -> None:
     name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     failed, tried = doctest.testmod(importlib.import_module(name))

@@ -66,6 +66,7 @@ def test_the_size_from_which_the_kernel_pays_holds_for_all_larger_ones() -> None
     assert flex_pays_from([]) is None
 
 
+@pytest.mark.slow
 def test_it_stops_in_time_with_what_it_has(tmp_path: Path) -> None:
     done = run(SCRIPT, "--cpu", "--seconds", 0, "--output", tmp_path)
     assert done.returncode == 0 and "stopped after 0 s" in done.stdout, done.stdout + done.stderr

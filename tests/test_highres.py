@@ -318,6 +318,7 @@ def test_the_command_line_draws_large_pictures(tmp_path: Path) -> None:
         assert picture.size == (384, 256)
 
 
+@pytest.mark.slow
 def test_the_command_line_swaps_the_stages_as_told(pipe: Any, tmp_path: Path) -> None:
     with diffattn.apply(pipe, CLEAR):
         adapter = diffattn.save(pipe, tmp_path)

@@ -183,6 +183,7 @@ def test_every_import_is_a_declared_dependency() -> None:
     assert used - set(sys.stdlib_module_names) <= declared
 
 
+@pytest.mark.slow
 def test_importing_the_library_loads_no_extra_and_no_pipeline() -> None:
     program = "import diffattn, json, sys; print(json.dumps(sorted(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -43,6 +43,7 @@ def family(name: str, note: str = "", cell: str | None = None) -> Any:
     ],
 )
 @pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.slow
 def test_ranks_equal_one_process(family: str, order: str, ranks: list[Results]) -> None:
     for result in found(ranks, f"{family}, {order}"):
         assert result["plain error"] < TOLERANCE, "parallelism itself changes the model: the test proves nothing"

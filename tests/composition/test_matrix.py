@@ -33,6 +33,7 @@ def test_every_test_here_fills_a_cell(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="the page's matrix is that of a machine without a GPU")
+@pytest.mark.slow
 def test_the_page_has_the_matrix() -> None:
     result = run("scripts/composition_table.py", PAGE, "--check")
     assert result.returncode == 0, f"run PYTHONPATH=.:tests python scripts/composition_table.py {PAGE}\n{result.stderr}"

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 STORED = {
@@ -23,6 +25,7 @@ STORED = {
 """Module below `diffattn.pipelines` -> class."""
 
 
+@pytest.mark.slow
 def test_each_name_leads_to_the_class_that_the_pipeline_has() -> None:
     """In a process of its own, which has imported nothing else yet."""
     program = f"""

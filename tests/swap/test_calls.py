@@ -331,6 +331,7 @@ def test_pickles_are_refused_in_one_line(family: str, write: str, tmp_path: Path
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_the_original_goes_on_after_its_copy_was_restored() -> None:
     """Also where torch.compile looks names up by module."""
     tiny = flux()

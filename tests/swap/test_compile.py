@@ -35,6 +35,7 @@ def fresh() -> Iterator[None]:
     "backend", [name for name in EAGER_BACKENDS if name in diffattn.ClearAttention(radius=2).backends]
 )
 @pytest.mark.parametrize("build", [flux, wan, sd3], ids=lambda build: build.__name__)
+@pytest.mark.slow
 def test_compiled_blocks_equal_eager_ones(build: Callable[[], Tiny], backend: str) -> None:
     tiny = build()
     diffattn.apply(tiny.model, "clear", radius=2, backend=backend)
@@ -56,6 +57,7 @@ def graphs_of(tiny: Tiny, *mechanism: Any, **options: Any) -> int:
 
 
 @pytest.mark.parametrize("mechanism", ["softmax", "clear"])
+@pytest.mark.slow
 def test_one_graph_serves_all_layers_of_a_kind(mechanism: str) -> None:
     options = {"radius": 2} if mechanism == "clear" else {}
     own = graphs_of(flux(num_layers=2, num_single_layers=4))
@@ -78,6 +80,7 @@ def test_compiled_blocks_follow_the_grid() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_compiled_model_is_swapped_and_restored() -> None:
     tiny = flux(num_layers=1, num_single_layers=1)
     own = tiny.run()

@@ -212,6 +212,7 @@ def test_a_copy_orders_its_own_tokens() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_pipeline_with_guidance_dense_steps_and_reuse() -> None:
     from diffusers import FluxPipeline
 

@@ -195,6 +195,7 @@ def test_a_copy_has_the_schedule_too() -> None:
     handle.restore()
 
 
+@pytest.mark.slow
 def test_compiled_models_follow_the_schedule() -> None:
     case = tiny_pipelines.flux(steps=4)
     schedule = Schedule((Part(CLEAR, until=0.5), Part(SoftmaxAttention(), until=0.75), Part(ClearAttention(radius=2))))

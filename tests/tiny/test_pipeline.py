@@ -71,6 +71,7 @@ def test_same_seed_gives_the_same_picture(pipeline):
     assert not np.array_equal(first, draw(pipeline, 1))
 
 
+@pytest.mark.slow
 def test_loads_and_draws_in_bfloat16(pipeline):
     half = load(dtype=torch.bfloat16)
     for part in PARTS:
@@ -87,6 +88,7 @@ def test_each_caption_word_is_one_token(pipeline):
         assert len(tokenizer(PROMPT).input_ids) == len(PROMPT.split()) + extra
 
 
+@pytest.mark.slow
 def test_draws_unseen_captions(pipeline):
     scenes = held_out_scenes(8, seed=1)
     _, share = judge(generate(pipeline, scenes, seed=1, num_inference_steps=10), scenes)

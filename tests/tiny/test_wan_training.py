@@ -131,6 +131,7 @@ def test_an_exported_pipeline_has_the_averaged_weights(tmp_path: Path) -> None:
     assert not any(str(tmp_path) in file.read_text() for file in (tmp_path / "pipeline").rglob("*.json"))
 
 
+@pytest.mark.slow
 def test_a_decoder_that_is_trained_on_leaves_latents_as_they_are() -> None:
     torch.manual_seed(0)
     vae, clip = build_wan_vae(), draw_clips(1, 5, np.random.default_rng(0))

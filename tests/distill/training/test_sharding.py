@@ -55,6 +55,7 @@ def test_processes_follow_the_curve_of_one(found: dict[str, list[Cases]], case: 
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_a_sharded_model_has_only_dtensors_half_of_them_here(found: dict[str, list[Cases]]) -> None:
     [one] = found["one"]
     for both in found["two"]:

@@ -50,6 +50,7 @@ def run(mesh: DeviceMesh | None, lengths: tuple[int, ...], name: str | None) -> 
 # diffusers' solver converts a tensor in a way that numpy 2 deprecates
 @pytest.mark.dist
 @pytest.mark.parametrize("name", MECHANISMS)
+@pytest.mark.slow
 def test_no_split_changes_a_run(name: str) -> None:
     want = run(None, (FRAMES,), None if name == "everything" else name)
     for lengths in SPLITS[FRAMES]:

@@ -182,6 +182,7 @@ def test_one_frame(inputs: Path, tmp_path: Path) -> None:
     assert len(video_of(tmp_path / "out.mp4")) == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_to_the_same_video(inputs: Path, made: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.mp4"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

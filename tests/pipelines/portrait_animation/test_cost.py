@@ -22,6 +22,7 @@ def script():
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_the_released_pattern_gives_the_same_video_with_many_more_calls(script):
     """With the recorded weights, over two windows that overlap."""
     from diffattn.pipelines.portrait_animation.checkpoint.convert import load_networks

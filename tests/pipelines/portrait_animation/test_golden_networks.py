@@ -61,6 +61,7 @@ def checks(kind: str) -> Callable[[Callable[[PortraitCase], None]], Callable[[Po
 
 @pytest.mark.golden
 @pytest.mark.parametrize("case", portrait_cases())
+@pytest.mark.slow
 def test_networks(case):
     with torch.no_grad():
         check_of(case.kind)(case)
@@ -435,6 +436,7 @@ def portrait_case(folder: Path, file: str, name: str, entry: dict[str, Any], ten
     return PortraitCase(folder / file, name, entry)
 
 
+@pytest.mark.slow
 def test_motion_modules_of_other_heads_that_see_fewer_frames(tmp_path: Path) -> None:
     """The recorded weights as networks with 2 heads there, and 8 frames at once, against themselves in float64."""
     own, folder = OWN_SET / "xportrait", tmp_path / "xportrait"
@@ -463,6 +465,7 @@ def test_motion_modules_of_other_heads_that_see_fewer_frames(tmp_path: Path) -> 
     run_golden(test_networks, case)
 
 
+@pytest.mark.slow
 def test_a_map_of_some_networks_only(tmp_path: Path) -> None:
     with torch.device("meta"):
         wanted = official_names(build_networks(Sizes()))

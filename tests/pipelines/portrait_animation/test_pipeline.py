@@ -37,11 +37,13 @@ def counted(module):
 
 
 @pytest.mark.parametrize("frames", [1, 7, 16, 17, 24, 48, 100])
+@pytest.mark.slow
 def test_a_video_has_as_many_frames_as_drive_it(pipe, frames):
     video = run(pipe, frames, output_type="pt", **ALONE)
     assert video.shape == (frames, 3, 64, 128) and torch.isfinite(video).all()
 
 
+@pytest.mark.slow
 def test_frames_are_pillow_pictures_by_default(pipe):
     video = run(pipe, 2)
     assert [(frame.size, frame.mode) for frame in video] == [((128, 64), "RGB")] * 2
@@ -49,6 +51,7 @@ def test_frames_are_pillow_pictures_by_default(pipe):
 
 
 @pytest.mark.parametrize("mode", ["controlnet_important", "balance"])
+@pytest.mark.slow
 def test_one_call_of_the_appearance_network_a_step_and_one_of_the_encoder(pipe, monkeypatch, mode):
     """For 40 frames in 3 windows; the released code makes 3 x 16 x 2 and 80."""
     appearance, hook = counted(pipe.reference_unet)
@@ -71,12 +74,14 @@ def test_several_references_share_one_call(pipe):
 
 
 @pytest.mark.parametrize("options", [{}, {"official": True, "offsets": [7]}])
+@pytest.mark.slow
 def test_windows_in_batches_make_the_same_video(exact, options):
     given = {"num_inference_steps": 1, "window_size": 4, "window_overlap": 1, **options}
     one, three = (run(exact, 9, window_batch=n, control_mode="balance", output_type="latent", **given) for n in (1, 3))
     torch.testing.assert_close(one, three, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_batched_windows_are_one_call(pipe):
     calls, hook = counted(pipe.unet)
     run(pipe, 40, window_batch=2, output_type="latent", **ALONE)
@@ -93,11 +98,13 @@ def moved_frames(pipe, frames, **options):
     return (before - after).abs().amax((1, 2, 3)).gt(0).nonzero().flatten().tolist()
 
 
+@pytest.mark.slow
 def test_the_ends_of_a_video_are_not_joined_unless_official(pipe):
     assert moved_frames(pipe, 30) == list(range(16))
     assert moved_frames(pipe, 30, official=True, offsets=[20]) == [*range(6), *range(20, 30)]  # and 2 .. 17, 14 .. 29
 
 
+@pytest.mark.slow
 def test_official_offsets(pipe):
     def latents(**options):
         windows = {"window_size": 4, "window_overlap": 1, "official": True}
@@ -150,6 +157,7 @@ def test_a_callback_sees_every_step_and_may_change_it(pipe):
     assert steps == [(0, 667), (1, 334), (2, 1)] and not latents.any()
 
 
+@pytest.mark.slow
 def test_given_latents_are_the_start(pipe):
     start = torch.randn(3, 4, 8, 16)
     own, again, other = (run(pipe, latents=x, output_type="latent") for x in (start, start.clone(), start + 1))
@@ -166,6 +174,7 @@ def test_the_size_is_that_of_the_networks_by_default(pipe):
     assert run(pipe, 1, height=None, width=None)[0].size == (128, 128)
 
 
+@pytest.mark.slow
 def test_pictures_may_be_arrays_and_tensors(pipe):
     driving = np.stack([np.asarray(frame) for frame in pictures(3, 128, 64, seed=1)])
     want = run(pipe, driving=pictures(3, 128, 64, seed=1), output_type="latent")
@@ -193,6 +202,7 @@ def test_the_decoder_works_on_a_few_frames_at_a_time(pipe):
     torch.testing.assert_close(sliced, whole, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_offloading_changes_nothing():
     """To the CPU, which stands for an accelerator: the hooks run."""
     pipe = tiny_portrait.pipeline()
@@ -203,6 +213,7 @@ def test_offloading_changes_nothing():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.slow
 def test_half_precision_runs_without_nan(dtype):
     pipe = tiny_portrait.pipeline().to(dtype)
     latents = run(pipe, 2, output_type="latent")
@@ -255,6 +266,7 @@ def test_parts_of_unlike_models_are_refused(pipe):
         XPortraitPipeline(**{**parts, "vae": small})
 
 
+@pytest.mark.slow
 def test_a_custom_pipeline_of_diffusers(pipe, tmp_path):
     """In a process of its own, for folders of custom pipelines share a module name."""
     pipe.save_pretrained(tmp_path / "saved")

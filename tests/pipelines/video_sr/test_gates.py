@@ -26,6 +26,7 @@ def networks(deviation: float | None = 1.0) -> tuple[STARUNet3DConditionModel, S
     return made
 
 
+@pytest.mark.slow
 def test_small_gates_do_nothing_and_large_ones_do() -> None:
     """The order of the magnitudes recorded for a random network: 1e-4 at first and for 0.1, then 0.04 and 0.26."""
     first, *changes = [measure_gates(*networks(deviation), **SIZE).change for deviation in (None, 0.1, 0.3, 1.0)]
@@ -68,6 +69,7 @@ def test_a_shut_gate_shows_in_its_row_alone() -> None:
     assert shut[0].network == "unet" and shut[0].low == 0 and shut[0].acting > 0.5
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_report() -> None:
     unet, controlnet = networks()
     one = measure_gates(unet, controlnet, seed=3, **SIZE)

@@ -43,6 +43,7 @@ def test_help_shows_examples_and_the_common_options() -> None:
     assert all(option in text for option in ("--timestep", "--seed", "--device", "--dtype", "--output"))
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_that_are_measured(folder: Path, tmp_path: Path) -> None:
     result = invoke(folder, "--timestep", 100, "--seed", 3, "--output", tmp_path / "gates.json")
     assert result.exit_code == 0 and result.stderr == "", result.output
@@ -65,6 +66,7 @@ def test_modules_are_named_whole_where_there_is_little_room(folder: Path) -> Non
     assert "…" not in text
 
 
+@pytest.mark.slow
 def test_an_official_file_gives_the_same(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opening, "STARSizes", lambda: TINY)
     file = tmp_path / "light_deg.pt"

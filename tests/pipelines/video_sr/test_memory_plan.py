@@ -82,6 +82,7 @@ def test_a_longer_clip_needs_more_disk_alone(checkpoint: Path) -> None:
     assert (long.device, long.frames) == (short.device, short.frames)
 
 
+@pytest.mark.slow
 def test_disk_holds_the_latents_before_and_after_a_step(checkpoint: Path) -> None:
     made, _ = sizes()
     latents = 12 * 4 * made.latent[0] * made.latent[1] * 4

@@ -153,6 +153,7 @@ def test_length_rate_size_and_sound_are_the_inputs(made: Path) -> None:
     assert sorted(path.name for path in made.iterdir()) == ["out.mp4"]
 
 
+@pytest.mark.slow
 def test_colours_are_the_inputs(inputs: Path, made: Path) -> None:
     means = [video_of(path).mean((1, 2)) for path in (inputs / "in.mp4", made / "out.mp4")]
     assert np.abs(means[0] - means[1]).max() < 8
@@ -181,6 +182,7 @@ def test_one_frame_of_a_folder(inputs: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("room")
 @pytest.mark.parametrize(("height", "width"), [(44, 36), (15, 21)], ids=["portrait", "odd"])
+@pytest.mark.slow
 def test_portrait_and_odd_sizes(inputs: Path, tmp_path: Path, height: int, width: int) -> None:
     """H.264 has even sides: an odd one repeats its last pixels, in the input as in the result."""
     (tmp_path / "frames").mkdir()
@@ -259,6 +261,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_video(
 
 
 @pytest.mark.usefixtures("room")
+@pytest.mark.slow
 def test_numbers_that_are_not_finite_end_the_run_on_the_way(inputs: Path, tmp_path: Path) -> None:
     checkpoint = files.write_checkpoint(tmp_path / "broken", broken=True)
     text = refusal(inputs, tmp_path / "out.mp4", code=1, checkpoint=checkpoint)
@@ -324,6 +327,7 @@ def test_sound_that_the_output_cannot_hold_is_told_before_anything(inputs: Path,
     ],
     ids=["memory", "disk"],
 )
+@pytest.mark.slow
 def test_too_little_room_is_refused_unless_forced(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, message: str
 ) -> None:

@@ -31,6 +31,7 @@ def load(weights, **options):
     return load_networks(weights, "model_state.th", tiny_portrait.SIZES, **options)
 
 
+@pytest.mark.slow
 def test_a_converted_checkpoint_makes_the_same_frames(made, text, weights, tmp_path):
     file = tiny_portrait.write_official(tmp_path / "model_state-415001.th", weights)
     folder = convert(file, tmp_path / "new" / "x-portrait", sizes=tiny_portrait.SIZES)

@@ -110,6 +110,7 @@ def test_the_driving_face_lies_where_the_animated_one_does(inputs: Path, tmp_pat
 
 
 @pytest.mark.parametrize("checkpoint", ["ddim", "lcm"])
+@pytest.mark.slow
 def test_a_run_that_stopped_goes_on(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: str
 ) -> None:

@@ -112,6 +112,7 @@ def test_one_chunk_is_the_whole_clip_bit_for_bit(own):
         assert torch.equal(encode(own, frames, size), sample)
 
 
+@pytest.mark.slow
 def test_chunks_of_a_smooth_clip_leave_no_jumps(own):
     """From frame to frame, a fade changes no more than the whole clip does there; a cut changes nearly twice as much.
 

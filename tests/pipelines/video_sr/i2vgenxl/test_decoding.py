@@ -88,6 +88,7 @@ def test_tiles_of_the_decoder_are_near_the_whole(vae):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.slow
 def test_half_precision_decodes_to_float32(dtype):
     z = tiny_star.latents(2, 10, 8)[0].transpose(0, 1)
     with torch.no_grad():

@@ -46,6 +46,7 @@ def work(pipe, store, video, upscale=2, prompt="boats", **settings):
 
 
 @pytest.mark.parametrize("frames", [1, 2, 31, 32, 33, 36, 40, 41, 64, 100])
+@pytest.mark.slow
 def test_a_clip_of_any_length(frames):
     """In windows of 32."""
     pipe = stubbed()
@@ -58,6 +59,7 @@ def test_a_clip_of_any_length(frames):
 
 
 @pytest.mark.parametrize("frames", [1, 2, 31, 32, 33, 36, 40])
+@pytest.mark.slow
 def test_the_networks_take_clips_of_any_length(pipe, frames):
     video = run(pipe, clip(frames, 8, 8))
     assert video.shape == (frames, 3, 16, 16) and torch.isfinite(video).all() and video.std() > 0.01
@@ -221,6 +223,7 @@ def test_noise_belongs_to_the_frame_and_the_step(tmp_path):
     assert not torch.equal(states[0][0][0], states[0][0][1])
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_the_scheduler(pipe):
     """One window through its own `step`, with the noise of each step."""
     settings, store = UpscaleSettings(num_inference_steps=3, seed=5), MemoryStore()
@@ -255,6 +258,7 @@ def test_official_latents_are_sampled_by_frame():
     assert 0.08 < noise[:, :, :30].std() < 0.12  # white padding
 
 
+@pytest.mark.slow
 def test_steps_are_taken_and_callbacks_see_them(pipe):
     seen = []
 
@@ -313,11 +317,13 @@ def test_embeddings_stand_in_for_texts(pipe):
     assert not torch.equal(run(pipe, clip(1), negative_prompt="dust", **options), want)
 
 
+@pytest.mark.slow
 def test_halves_of_guidance_in_one_call(pipe):
     one, two = (run(pipe, clip(5), **GUIDED, guidance_batch=batch, num_inference_steps=2) for batch in (True, False))
     torch.testing.assert_close(one, two, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_windows_over_everything_are_no_windows(pipe):
     whole = run(pipe, clip(6), window=6, overlap=2)
     assert torch.equal(run(pipe, clip(6)), whole)
@@ -343,6 +349,7 @@ def test_colours_are_those_of_the_same_frame():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.slow
 def test_half_precision(dtype):
     video = run(pipeline().to(dtype), clip(2), num_inference_steps=2, guidance_scale=7.5)
     assert video.dtype == torch.float32 and torch.isfinite(video).all() and video.std() > 0.01
@@ -366,6 +373,7 @@ def test_offloading_changes_nothing():
         assert torch.equal(run(pipe, clip(2), output_type="latent"), want)
 
 
+@pytest.mark.slow
 def test_exchanged_attention(pipe):
     """Windows over everything are the model's own attention; small ones are not; restored is as before.
 

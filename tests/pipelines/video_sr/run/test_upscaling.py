@@ -120,6 +120,7 @@ def test_a_run_writes_what_the_pipeline_gives(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4"]
 
 
+@pytest.mark.slow
 def test_latents_are_kept_after_each_step(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, seen = upscaling(inputs, tmp_path / "a.mp4"), []
     note = WorkFolder.note
@@ -201,6 +202,7 @@ def test_progress_goes_by_frames_and_time_is_told(inputs: Path, tmp_path: Path) 
     assert len(told) == 2 and told[1].startswith("a step takes ") and "; 2 more take " in told[1]
 
 
+@pytest.mark.slow
 def test_too_little_room_is_refused_unless_forced(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
