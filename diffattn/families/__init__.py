@@ -13,10 +13,12 @@ from torch import nn
 
 from . import controlnets, image_transformers, unets, video_transformers
 from .layout import Arguments, Family, Layers, Layout, Read, TokenPath, arguments, find_layers, owner_of
+from .refused import REFUSED
 from .readers import feature_map, flux_ids, frames_of, picture, video
 
 __all__ = [
     "FAMILIES",
+    "REFUSED",
     "Arguments",
     "Family",
     "Layers",
@@ -41,6 +43,8 @@ FAMILIES: list[Family] = [*image_transformers.ROWS, *video_transformers.ROWS, *c
 def family_of(model: nn.Module) -> Family:
     """The row of a model, by the names of its class and base classes; unknown ones raise `ValueError`."""
     names = {cls.__name__ for cls in type(model).__mro__}
+    if type(model).__name__ in REFUSED:
+        raise ValueError(f"{type(model).__name__} cannot be swapped: {REFUSED[type(model).__name__]}")
     for family in FAMILIES:
         if names & set(family.models):
             return family

@@ -1,7 +1,7 @@
 """Image transformers, and those of their ControlNets that are built alike."""
 
 from .layout import Arguments, Family, Layers, TokenPath, transformer
-from .readers import flux_ids, lumina, picture, qwen_shapes, z_image
+from .readers import flux_ids, glm_image, image_or_video, last_ids, lumina, picture, qwen_shapes, z_image
 
 
 def sd3(argument: str) -> tuple[Layers, ...]:
@@ -37,7 +37,15 @@ FLUX_RESIDUALS = "controlnet_block_samples", "controlnet_single_block_samples"
 ROWS: tuple[Family, ...] = (
     Family(
         "Flux",
-        ("FluxTransformer2DModel", "FluxControlNetModel"),
+        (
+            "FluxTransformer2DModel",
+            "FluxControlNetModel",
+            "ChromaTransformer2DModel",
+            "BriaTransformer2DModel",
+            "BriaFiboTransformer2DModel",
+            "OvisImageTransformer2DModel",
+            "LongCatImageTransformer2DModel",
+        ),
         transformer(r"(single_)?transformer_blocks\.\d+\.attn", flux_ids),
         rope="pos_embed",
         tokens=TokenPath(
@@ -102,7 +110,7 @@ ROWS: tuple[Family, ...] = (
         ),
         timestep="t",
     ),
-    Family("PixArt", ("PixArtTransformer2DModel",), transformer(r"transformer_blocks\.\d+\.attn1", picture(before=0))),
+    Family("PixArt", ("PixArtTransformer2DModel", "DiTTransformer2DModel"), transformer(r"transformer_blocks\.\d+\.attn1", picture(before=0))),
     Family("Sana", ("SanaTransformer2DModel",), transformer(r"transformer_blocks\.\d+\.attn1", picture(before=0))),
     Family(
         "Lumina2",
@@ -116,5 +124,28 @@ ROWS: tuple[Family, ...] = (
         "HunyuanDiT",
         ("HunyuanDiT2DModel", "HunyuanDiT2DControlNetModel"),
         transformer(r"blocks\.\d+\.attn1", picture(before=0)),
+    ),
+    # registers and text before
+    Family(
+        "AuraFlow",
+        ("AuraFlowTransformer2DModel",),
+        transformer(r"(joint|single)_transformer_blocks\.\d+\.attn", picture()),
+    ),
+    Family(
+        "CogView",
+        ("CogView3PlusTransformer2DModel", "CogView4Transformer2DModel"),
+        transformer(r"transformer_blocks\.\d+\.attn1", picture()),
+    ),
+    Family(
+        "HunyuanImage",
+        ("HunyuanImageTransformer2DModel",),
+        transformer(r"(single_)?transformer_blocks\.\d+\.attn", image_or_video),
+    ),
+    Family("Krea2", ("Krea2Transformer2DModel",), transformer(r"transformer_blocks\.\d+\.attn", last_ids)),
+    Family("GLM-Image", ("GlmImageTransformer2DModel",), transformer(r"transformer_blocks\.\d+\.attn1", glm_image)),
+    Family(
+        "ERNIE-Image",
+        ("ErnieImageTransformer2DModel",),
+        transformer(r"layers\.\d+\.self_attention", picture(before=0, after=None)),
     ),
 )

@@ -164,6 +164,46 @@ def _video(coordinates: Tensor) -> Layout:
     return Layout(height, width, frames, before, after)
 
 
+def image_or_video(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+    """(b, c, height, width), or (b, c, frames, height, width) in a refiner; text behind."""
+    *frames, height, width = call["hidden_states"].shape[2:]
+    sides = [size // _patch(module, "patch_size", axis) for axis, size in ((-2, height), (-1, width))]
+    count = frames[0] // _patch(module, "patch_size", 0) if frames else 1
+    return (Layout(sides[0], sides[1], count, before=0, after=None),)
+
+
+def last_ids(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+    """`position_ids` (n, 3) of all tokens: text first, then the cells of `hidden_states` (b, cells, c)."""
+    cells = call["hidden_states"].shape[1]
+    _, rows, columns = _values(call, "position_ids")[-cells:].unbind(1)
+    size = picture_size(rows, columns)
+    if size is None:
+        raise ValueError(f"position_ids must list an image row by row at their end; the last {cells} do not")
+    return (Layout(*size),)
+
+
+def channels_last(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+    """(b, frames, height, width, c) in patches of `patch_size`, cells alone; their own sparse modes reorder tokens."""
+    if call.get("sparse_params") is not None:
+        raise NotImplementedError(
+            f"{type(module).__name__} computes its own sparse attention (NABLA), which reorders the tokens: leave its "
+            "attention_type regular, or call diffattn.restore first"
+        )
+    sides = call["hidden_states"].shape[1:4]
+    frames, height, width = (size // _patch(module, "patch_size", axis) for axis, size in enumerate(sides))
+    return (Layout(height, width, frames, before=0),)
+
+
+def glm_image(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+    """GLM-Image: text, then the image. Edits keep the keys of references, which the queries are fewer than."""
+    if call.get("kv_caches") is not None:
+        raise NotImplementedError(
+            "GLM-Image's edits read kept keys of their references, so that queries are fewer than keys: not supported, "
+            "call diffattn.restore first"
+        )
+    return picture()(module, call)
+
+
 def feature_map(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
     """One level of a UNet: (b, c, height, width) features."""
     height, width = call["hidden_states"].shape[-2:]
@@ -177,5 +217,14 @@ def frames_of(argument: str) -> Read:
         value = call[argument]
         frames = value.shape[-1] if isinstance(value, Tensor) else value
         return (Layout(1, 1, int(frames), before=0, after=0),)
+
+    return read
+
+
+def frames_on(axis: int) -> Read:
+    """The same where `hidden_states` have the frames on an axis."""
+
+    def read(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+        return (Layout(1, 1, call["hidden_states"].shape[axis], before=0, after=0),)
 
     return read

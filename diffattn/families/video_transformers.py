@@ -1,7 +1,7 @@
 """Video transformers."""
 
-from .layout import Arguments, Family, TokenPath, transformer
-from .readers import ltx, video
+from .layout import Arguments, Family, Layers, TokenPath, transformer
+from .readers import channels_last, frames_on, ltx, picture, video
 
 
 def one_timestep(call: Arguments) -> str | None:
@@ -13,13 +13,19 @@ def one_timestep(call: Arguments) -> str | None:
 ROWS: tuple[Family, ...] = (
     Family(
         "Wan",
-        ("WanTransformer3DModel",),
-        transformer(r"blocks\.\d+\.attn1", video(2, before=0, patch_t="patch_size")),
+        (
+            "WanTransformer3DModel",
+            "WanVACETransformer3DModel",
+            "WanAnimateTransformer3DModel",
+            "ChronoEditTransformer3DModel",
+            "SkyReelsV2Transformer3DModel",
+        ),
+        transformer(r"(vace_)?blocks\.\d+\.attn1", video(2, before=0, patch_t="patch_size")),
         tokens=TokenPath(("WanTransformer3DModel",), "patch_embedding", "proj_out", "rope", refuses=one_timestep),
     ),
     Family(
         "HunyuanVideo",
-        ("HunyuanVideoTransformer3DModel",),
+        ("HunyuanVideoTransformer3DModel", "HunyuanVideo15Transformer3DModel"),
         transformer(r"(single_)?transformer_blocks\.\d+\.attn", video(2, before=0, after=None, patch_t="patch_size_t")),
         rope="rope",
     ),
@@ -40,4 +46,33 @@ ROWS: tuple[Family, ...] = (
         ("MochiTransformer3DModel",),
         transformer(r"transformer_blocks\.\d+\.attn1", video(2, before=0, after=None)),
     ),
+    Family(
+        "AnyFlow",
+        ("AnyFlowTransformer3DModel",),
+        transformer(r"blocks\.\d+\.attn1", video(1, before=0, patch_t="patch_size")),
+    ),
+    Family(
+        "Allegro",
+        ("AllegroTransformer3DModel",),
+        transformer(r"transformer_blocks\.\d+\.attn1", video(2, before=0, patch_t="patch_size_t")),
+    ),
+    Family(
+        "Latte",
+        ("LatteTransformer3DModel",),
+        (
+            Layers(r"transformer_blocks\.\d+\.attn1", "spatial", picture(before=0)),
+            Layers(r"temporal_transformer_blocks\.\d+\.attn1", "temporal", frames_on(2)),
+        ),
+    ),
+    Family(
+        "Kandinsky5",
+        ("Kandinsky5Transformer3DModel",),
+        transformer(r"visual_transformer_blocks\.\d+\.self_attention", channels_last),
+    ),
+    Family(
+        "Cosmos",
+        ("CosmosTransformer3DModel",),
+        transformer(r"transformer_blocks\.\d+\.attn1", video(2, before=0, patch_t="patch_size")),
+    ),
+    Family("EasyAnimate", ("EasyAnimateTransformer3DModel",), transformer(r"transformer_blocks\.\d+\.attn1", video(2))),
 )
