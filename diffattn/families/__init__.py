@@ -13,8 +13,8 @@ from torch import nn
 
 from . import controlnets, image_transformers, unets, video_transformers
 from .layout import Arguments, Family, Layers, Layout, Read, TokenPath, arguments, find_layers, owner_of
-from .refused import REFUSED
 from .readers import feature_map, flux_ids, frames_of, picture, video
+from .refused import REFUSED
 
 __all__ = [
     "FAMILIES",
@@ -42,12 +42,15 @@ FAMILIES: list[Family] = [*image_transformers.ROWS, *video_transformers.ROWS, *c
 
 def family_of(model: nn.Module) -> Family:
     """The row of a model, by the names of its class and base classes; unknown ones raise `ValueError`."""
-    names = {cls.__name__ for cls in type(model).__mro__}
-    if type(model).__name__ in REFUSED:
-        raise ValueError(f"{type(model).__name__} cannot be swapped: {REFUSED[type(model).__name__]}")
+    names = [cls.__name__ for cls in type(model).__mro__]
     for family in FAMILIES:
-        if names & set(family.models):
+        if not set(family.models).isdisjoint(names):
             return family
+    for name in names:
+        if name in REFUSED:
+            raise ValueError(
+                f"{type(model).__name__} has no row in diffattn.families.FAMILIES: {REFUSED[name]}; run it as it is"
+            )
     known = ", ".join(sorted(name for family in FAMILIES for name in family.models))
     raise ValueError(
         f"{type(model).__name__} belongs to no known model family; known: {known}. "

@@ -1,7 +1,20 @@
 """Image transformers, and those of their ControlNets that are built alike."""
 
 from .layout import Arguments, Family, Layers, TokenPath, transformer
-from .readers import flux_ids, glm_image, image_or_video, last_ids, lumina, picture, qwen_shapes, z_image
+from .readers import (
+    bria_fibo2,
+    flux3,
+    flux_ids,
+    glm_image,
+    hidream,
+    ideogram,
+    image_or_video,
+    last_ids,
+    lumina,
+    picture,
+    qwen_shapes,
+    z_image,
+)
 
 
 def sd3(argument: str) -> tuple[Layers, ...]:
@@ -40,7 +53,6 @@ ROWS: tuple[Family, ...] = (
         (
             "FluxTransformer2DModel",
             "FluxControlNetModel",
-            "ChromaTransformer2DModel",
             "BriaTransformer2DModel",
             "BriaFiboTransformer2DModel",
             "OvisImageTransformer2DModel",
@@ -59,6 +71,20 @@ ROWS: tuple[Family, ...] = (
         ),
     ),
     Family(
+        "Chroma",
+        ("ChromaTransformer2DModel",),
+        transformer(r"(single_)?transformer_blocks\.\d+\.attn", flux_ids, mask="padding"),
+        rope="pos_embed",
+    ),
+    Family(
+        "Fibo2",
+        ("BriaFibo2Transformer2DModel",),
+        (
+            Layers(r"noise_refiner\.\d+\.attention", "spatial", bria_fibo2(joint=False)),
+            Layers(r"layers\.\d+\.attention", "spatial", bria_fibo2(joint=True)),
+        ),
+    ),
+    Family(
         "Flux2",
         ("Flux2Transformer2DModel",),
         transformer(r"(single_)?transformer_blocks\.\d+\.attn", flux_ids),
@@ -70,6 +96,14 @@ ROWS: tuple[Family, ...] = (
             "pos_embed",
             others_behind=True,
             refuses=own_arguments,
+        ),
+    ),
+    Family(
+        "Flux3",
+        ("Flux3Transformer2DModel",),
+        (
+            Layers(r"mode_blocks\.image\.\d+\.attn", "spatial", flux3(joint=False)),
+            Layers(r"single_transformer_blocks\.\d+\.attn", "spatial", flux3(joint=True)),
         ),
     ),
     Family(
@@ -110,7 +144,11 @@ ROWS: tuple[Family, ...] = (
         ),
         timestep="t",
     ),
-    Family("PixArt", ("PixArtTransformer2DModel", "DiTTransformer2DModel"), transformer(r"transformer_blocks\.\d+\.attn1", picture(before=0))),
+    Family(
+        "PixArt",
+        ("PixArtTransformer2DModel", "DiTTransformer2DModel"),
+        transformer(r"transformer_blocks\.\d+\.attn1", picture(before=0)),
+    ),
     Family("Sana", ("SanaTransformer2DModel",), transformer(r"transformer_blocks\.\d+\.attn1", picture(before=0))),
     Family(
         "Lumina2",
@@ -142,7 +180,26 @@ ROWS: tuple[Family, ...] = (
         transformer(r"(single_)?transformer_blocks\.\d+\.attn", image_or_video),
     ),
     Family("Krea2", ("Krea2Transformer2DModel",), transformer(r"transformer_blocks\.\d+\.attn", last_ids)),
+    Family(
+        "Ideogram4",
+        ("Ideogram4Transformer2DModel",),
+        transformer(r"layers\.\d+\.attention", ideogram, mask="padding"),
+    ),
     Family("GLM-Image", ("GlmImageTransformer2DModel",), transformer(r"transformer_blocks\.\d+\.attn1", glm_image)),
+    Family(
+        "LuminaNext", ("LuminaNextDiT2DModel",), transformer(r"layers\.\d+\.attn1", picture(before=0), mask="padding")
+    ),
+    # text and images that are given before
+    Family(
+        "OmniGen", ("OmniGenTransformer2DModel",), transformer(r"layers\.\d+\.self_attn", picture(), mask="queries")
+    ),
+    # padding up to the largest size, then text
+    Family(
+        "HiDream",
+        ("HiDreamImageTransformer2DModel",),
+        transformer(r"(double|single)_stream_blocks\.\d+\.block\.attn1", hidream),
+        timestep="timesteps",
+    ),
     Family(
         "ERNIE-Image",
         ("ErnieImageTransformer2DModel",),

@@ -4,7 +4,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -49,6 +49,8 @@ class Layout:
 Read = Callable[[nn.Module, Arguments], tuple[Layout, ...]]
 """Module and the named arguments of its forward -> one layout for the whole batch, or one per sample."""
 
+MaskKind = Literal["keys", "padding", "queries"]
+
 
 @dataclass(frozen=True)
 class Layers:
@@ -61,6 +63,9 @@ class Layers:
     """Regular expression for the module whose forward is read: a group of `name`'s match start; None: the model."""
     has_features: bool = True
     """Is the first argument of the block around the layer its input, which some mechanisms compare?"""
+    mask: MaskKind = "keys"
+    """What a mask of the layer's own is: the same for all queries; one over queries and keys that only says what is
+    padding, so that one over keys does; or of every query its own."""
 
 
 def nothing_refused(call: Arguments) -> str | None:
@@ -115,8 +120,8 @@ def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return bound.arguments
 
 
-def transformer(pattern: str, read: Read) -> tuple[Layers, ...]:
-    return (Layers(pattern, "spatial", read),)
+def transformer(pattern: str, read: Read, mask: MaskKind = "keys") -> tuple[Layers, ...]:
+    return (Layers(pattern, "spatial", read, mask=mask),)
 
 
 def find_layers(family: Family, names: Iterable[str]) -> dict[str, Layers]:

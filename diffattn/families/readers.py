@@ -1,5 +1,6 @@
 """Readers: from the arguments of a module's forward to the layout of its tokens."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,14 +30,20 @@ def picture(argument: str = "hidden_states", before: int | None = None, after: i
     return read
 
 
-def video(frames_axis: int, before: int | None = None, after: int | None = 0, patch_t: str | None = None) -> Read:
+def video(
+    frames_axis: int,
+    before: int | None = None,
+    after: int | None = 0,
+    patch_t: str | None = None,
+    argument: str = "hidden_states",
+) -> Read:
     """5-D latents with frames on `frames_axis`, in patches of `patch_size` and the frames that `patch_t` names.
 
     Text lies before them unless told otherwise.
     """
 
     def read(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
-        latents = call["hidden_states"]
+        latents = call[argument]
         height, width = latents.shape[-2:]
         patch = _patch(module, "patch_size")
         frames = latents.shape[frames_axis] // (_patch(module, patch_t, axis=0) if patch_t else 1)
@@ -51,6 +58,18 @@ def flux_ids(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
     Images after the first are references. Text comes before.
     """
     return _common(_first_picture(module, ids) for ids in _samples(_values(call, "img_ids"), axes=2))
+
+
+def flux3(joint: bool) -> Read:
+    """FLUX.3: the image of `img_ids`, alone or, in joint layers, between text and the tokens of `image_cond_ids`."""
+
+    def read(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+        references = call["image_cond_ids"] if joint else None
+        after = 0 if references is None else references.shape[-2]
+        before = None if joint else 0
+        return tuple(Layout(image.height, image.width, before=before, after=after) for image in flux_ids(module, call))
+
+    return read
 
 
 def _first_picture(module: nn.Module, ids: Tensor) -> Layout:
@@ -128,6 +147,45 @@ def z_image(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
     )
 
 
+def joy_image(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+    """`shape_list`: per sample a list of (frames, height, width), the image first; references and text behind."""
+    shapes = call["shape_list"]
+    if shapes is None:
+        raise ValueError("the grid is read from shape_list, which this call of the model leaves out")
+    return _common(Layout(height, width, frames, before=0, after=None) for (frames, height, width), *_ in shapes)
+
+
+def bria_fibo2(joint: bool) -> Read:
+    """Fibo 2's image before the tokens of `context_latents`, and in joint layers with the gist of the text.
+
+    The gist lies before both, or behind both where a batch has gists of several lengths.
+    """
+
+    def read(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+        patch = _patch(module, "patch_size")
+        sizes = [(x.shape[-2] // patch, x.shape[-1] // patch) for x in call["context_latents"] or []]
+        context = sum(height * width for height, width in sizes)
+        if not joint:
+            return picture(before=0, after=context)(module, call)
+        before, after = (0, None) if len(set(_gist_lengths(module, call))) > 1 else (None, context)
+        return picture(before=before, after=after)(module, call)
+
+    return read
+
+
+def _gist_lengths(module: nn.Module, call: Arguments) -> list[int]:
+    """Tokens of each sample's gist: from the shortest to the longest text they grow evenly, in steps."""
+    mask = call["encoder_attention_mask"]
+    if mask is None:
+        return [0]
+    config: Any = module.config
+    least, most, step = config["min_num_gist_tokens"], config["max_num_gist_tokens"], config["gist_step"]
+    shortest, longest = config["gist_min_text_len"], config["gist_max_text_len"]
+    shares = [(length - shortest) / (longest - shortest) for length in mask.sum(dim=1).tolist()]
+    wanted = (math.ceil((least + min(1.0, max(0.0, share)) * (most - least)) / step) * step for share in shares)
+    return [max(least, min(most, length)) for length in wanted]
+
+
 def lumina(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
     """Lumina2: each sample is its own caption without padding, the image, then padding."""
     height, width = (side // _patch(module, "patch_size") for side in call["hidden_states"].shape[-2:])
@@ -151,6 +209,25 @@ def ltx(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
     return _common(_video(coordinates) for coordinates in _samples(_values(call, "video_coords"), axes=2))
 
 
+def ltx2(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+    """LTX-2's num_frames, height and width; keyframes and references lie behind."""
+    frames, height, width = (call[name] for name in ("num_frames", "height", "width"))
+    if frames is None or height is None or width is None:
+        raise ValueError("the grid is read from num_frames, height and width, which this call of the model leaves out")
+    return (Layout(height, width, frames, before=0, after=None),)
+
+
+def framepack(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+    """FramePack: earlier frames before the cells, in patches that grow with their age; image and text behind."""
+    earlier = {"latents_clean": (1, 2, 2), "latents_history_2x": (2, 4, 4), "latents_history_4x": (4, 8, 8)}
+    before = 0
+    for name, patch in earlier.items():
+        if call[name] is not None and call[f"indices_{name}"] is not None:
+            sizes = call[name].shape[-3:]
+            before += math.prod(math.ceil(size / side) for size, side in zip(sizes, patch, strict=True))
+    return video(2, before=before, after=None, patch_t="patch_size_t")(module, call)
+
+
 def _video(coordinates: Tensor) -> Layout:
     size = video_size(coordinates)
     if size is None:
@@ -172,14 +249,37 @@ def image_or_video(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
     return (Layout(sides[0], sides[1], count, before=0, after=None),)
 
 
+def hidream(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+    """HiDream's (b, c, height, width), or its tokens (b, n, c) with the `img_sizes` (rows, columns) of each sample.
+
+    Behind them lie padding up to the largest size, and text.
+    """
+    if call["hidden_states"].ndim == 4:
+        return picture(before=0, after=None)(module, call)
+    sizes = _values(call, "img_sizes") if isinstance(call["img_sizes"], Tensor) else call["img_sizes"]
+    return _common(Layout(int(rows), int(columns), before=0, after=None) for rows, columns in sizes)
+
+
 def last_ids(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
     """`position_ids` (n, 3) of all tokens: text first, then the cells of `hidden_states` (b, cells, c)."""
-    cells = call["hidden_states"].shape[1]
-    _, rows, columns = _values(call, "position_ids")[-cells:].unbind(1)
+    return (_last_picture(_values(call, "position_ids"), call["hidden_states"].shape[1]),)
+
+
+def ideogram(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+    """Ideogram's `position_ids` (b, n, 3) and `indicator` (b, n), which is 2 at the image's tokens: the last."""
+    counts = (_values(call, "indicator") == 2).sum(dim=1).tolist()
+    return _common(_last_picture(ids, count) for ids, count in zip(_values(call, "position_ids"), counts, strict=True))
+
+
+def _last_picture(ids: Tensor, cells: int) -> Layout:
+    _, rows, columns = ids[-cells:].unbind(1)
     size = picture_size(rows, columns)
     if size is None:
-        raise ValueError(f"position_ids must list an image row by row at their end; the last {cells} do not")
-    return (Layout(*size),)
+        raise ValueError(
+            f"position_ids must list an image row by row at their end; the last {cells} do not: call diffattn.restore "
+            "first"
+        )
+    return Layout(*size)
 
 
 def channels_last(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:

@@ -34,11 +34,25 @@ _UNET_LAYERS = (
 ROWS: tuple[Family, ...] = (
     Family(
         "Stable Diffusion UNet",
-        ("UNet2DConditionModel", "ControlNetModel", "ControlNetUnionModel"),
+        (
+            "UNet2DConditionModel",
+            "ControlNetModel",
+            "ControlNetUnionModel",
+            "UNetControlNetXSModel",
+            "AudioLDM2UNet2DConditionModel",
+            "DreamLiteUNetModel",
+        ),
         _UNET_LAYERS,
         latent="sample",
     ),
-    Family("AnimateDiff", ("UNetMotionModel",), _UNET_LAYERS, latent="sample"),
+    # layers without blocks around them, which get the feature maps themselves
+    Family(
+        "UNet2D",
+        ("UNet2DModel",),
+        (Layers(r".*attentions\.\d+", "spatial", feature_map, r"(.*)", has_features=False),),
+        latent="sample",
+    ),
+    Family("AnimateDiff", ("UNetMotionModel", "SparseControlNetModel"), _UNET_LAYERS, latent="sample"),
     Family("SVD", ("UNetSpatioTemporalConditionModel",), _UNET_LAYERS, latent="sample"),
     Family("I2VGen-XL", ("I2VGenXLUNet",), _UNET_LAYERS, latent="sample"),
     Family("UNet3D", ("UNet3DConditionModel", "STARControlNetModel"), _UNET_LAYERS, latent="sample"),

@@ -1,7 +1,7 @@
 """Video transformers."""
 
 from .layout import Arguments, Family, Layers, TokenPath, transformer
-from .readers import channels_last, frames_on, ltx, picture, video
+from .readers import channels_last, framepack, frames_on, joy_image, ltx, ltx2, picture, video
 
 
 def one_timestep(call: Arguments) -> str | None:
@@ -25,9 +25,18 @@ ROWS: tuple[Family, ...] = (
     ),
     Family(
         "HunyuanVideo",
-        ("HunyuanVideoTransformer3DModel", "HunyuanVideo15Transformer3DModel"),
-        transformer(r"(single_)?transformer_blocks\.\d+\.attn", video(2, before=0, after=None, patch_t="patch_size_t")),
+        ("HunyuanVideoTransformer3DModel", "HunyuanVideo15Transformer3DModel", "MotifVideoTransformer3DModel"),
+        transformer(
+            r"(single_)?transformer_blocks\.\d+\.attn",
+            video(2, before=0, after=None, patch_t="patch_size_t"),
+            mask="padding",
+        ),
         rope="rope",
+    ),
+    Family(
+        "FramePack",
+        ("HunyuanVideoFramepackTransformer3DModel",),
+        transformer(r"(single_)?transformer_blocks\.\d+\.attn", framepack),
     ),
     Family(
         "LTX",
@@ -36,9 +45,10 @@ ROWS: tuple[Family, ...] = (
         rope="rope",
         tokens=TokenPath(("LTXVideoTransformer3DModel",), "proj_in", "proj_out", "rope", refuses=one_timestep),
     ),
+    Family("LTX-2", ("LTX2VideoTransformer3DModel",), transformer(r"transformer_blocks\.\d+\.attn1", ltx2)),
     Family(
         "CogVideoX",
-        ("CogVideoXTransformer3DModel",),
+        ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
         transformer(r"transformer_blocks\.\d+\.attn1", video(1, patch_t="patch_size_t")),
     ),
     Family(
@@ -65,9 +75,30 @@ ROWS: tuple[Family, ...] = (
         ),
     ),
     Family(
+        "JoyImage",
+        ("JoyImageEditTransformer3DModel",),
+        transformer(r"double_blocks\.\d+\.attn", video(2, before=0, after=None, patch_t="patch_size")),
+    ),
+    Family(
+        "JoyImage-Plus",
+        ("JoyImageEditPlusTransformer3DModel",),
+        transformer(r"double_blocks\.\d+\.attn", joy_image),
+    ),
+    Family(
         "Kandinsky5",
         ("Kandinsky5Transformer3DModel",),
         transformer(r"visual_transformer_blocks\.\d+\.self_attention", channels_last),
+    ),
+    Family(
+        "Kandinsky6",
+        ("Kandinsky6Transformer3DModel",),
+        transformer(r"visual_transformer_blocks\.\d+\.video_dec_block\.self_attention", channels_last),
+    ),
+    # frames that were made before lie before
+    Family(
+        "Helios",
+        ("HeliosTransformer3DModel",),
+        transformer(r"blocks\.\d+\.attn1", video(2, patch_t="patch_size")),
     ),
     Family(
         "Cosmos",

@@ -33,7 +33,7 @@ weights) have files of their own.
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,6 +87,8 @@ class AgentAttention(Mechanism):
     >>> AgentAttention(num_agents=256).plan(TokenGrid(64, 64, before=512))
     Plan(tokens=4096, agents=256)
     """
+
+    one_mask: ClassVar[bool] = True
 
     agents: Literal["pool", "merge"] = "pool"
     """"pool": averages of the queries over the grid; "merge": similar tokens merged."""

@@ -69,6 +69,8 @@ class Mechanism:
     """Layers that `apply` gives it by default: "spatial" (images, and video cells seen at once) or "temporal"."""
     across_frames: ClassVar[bool] = False
     """Does it change nothing within a frame? Then models with layers along the frames keep the others by default."""
+    one_mask: ClassVar[bool] = False
+    """Must a mask be the same for all queries?"""
 
     @property
     def exact(self) -> bool:

@@ -26,7 +26,7 @@ Time O(m^2 d + src dst h d) for m merged tokens, memory O(n d) and a bounded pie
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,8 @@ class TokenMergeAttention(Mechanism):
     >>> TokenMergeAttention(ratio=0.5).merged(TokenGrid(64, 64, before=512))
     2048
     """
+
+    one_mask: ClassVar[bool] = True
 
     ratio: float = 0.5
     """Share of the cells merged away, at most 1 - 1 / (cells of a block): 0.75 for stride (2, 2)."""

@@ -132,7 +132,7 @@ def apply(
             `strength=0.5` image-to-image begins at 0.5. None: 0, or what `quality` says.
         shares: of `routing`: its `share`, in equal parts of the schedule from `start` to `end`, one after the other.
         backend: kernel by name, see `diffattn.kernels`; "auto" chooses and logs its choice.
-        components: name or names of the pipeline's parts to swap. None: unet, transformer and transformer_2.
+        components: name or names of the pipeline's parts to swap. None: its unet and its transformers.
         min_tokens: leave the model's own attention in calls with fewer tokens.
         reuse: compute a layer's attention in one of so many steps, the first and the last included, and use its output
             again between them: one output for each layer and sample is kept. Works with `"softmax"` too. None: 1, or

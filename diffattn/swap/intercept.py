@@ -353,3 +353,8 @@ def as_four_axes(mask: Tensor | None) -> Tensor | None:
     if mask is None or mask.ndim == 4:
         return mask
     return mask[:, None, None] if mask.ndim == 2 else mask[:, None]
+
+
+def mask_on_keys(mask: Tensor | None, cell: int) -> Tensor | None:
+    """What a mask (b, 1, 1 or n, m) on padding says of the keys: the row of the query `cell`, which is none."""
+    return mask if mask is None or mask.shape[2] == 1 else mask[:, :, cell : cell + 1]

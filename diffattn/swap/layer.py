@@ -36,6 +36,7 @@ class SwappedLayer:
     index: int
     min_tokens: int = 0
     weights: nn.Module | None = None
+    padding: bool = False
     active: bool = True
     """False after `restore`: diffusers may set the processor again, which is then the model's own attention."""
     reached: bool = False
@@ -250,6 +251,7 @@ class SwappedLayer:
         if situation is None:
             situation, call = self._look_up(query)
             features = call.take_features(self.index, len(query)) if features is None else features
+        mask = intercept.mask_on_keys(mask, situation.grids[0].before) if self.padding else mask
         record = Record(situation, without_data(query), None if mask is None else without_data(mask))
         part = self.schedule.parts[situation.part]
         memories = keeping.memories(id(self), part, call, situation, query)
@@ -284,8 +286,7 @@ class SwappedLayer:
         samples = []
         for i in range(len(situation.grids)):
             q, k, v = (x[i : i + 1] for x in (query, key, value))
-            own_features = None if features is None else features[i : i + 1]
-            own_mask = mask if mask is None or mask.shape[0] == 1 else mask[i : i + 1]
+            own_mask, own_features = (None if x is None else x[i % len(x)][None] for x in (mask, features))
             samples.append(self._attend(q, k, v, own_mask, own_features, scale, situation, i, several[i]))
         return torch.cat(samples)
 
@@ -329,9 +330,8 @@ class SwappedLayer:
         features = self.traced_features
         if features is None:
             return None
-        samples = query.shape[0]
-        self.traced_features = features[samples:] if features.shape[0] > samples else None
-        return features[:samples]
+        self.traced_features = features[query.shape[0] :] if features.shape[0] > query.shape[0] else None
+        return features[: query.shape[0]]
 
     def _attend(
         self,

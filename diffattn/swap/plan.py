@@ -23,7 +23,7 @@ from .settings.recipe import ModelRecipe, Recipe
 from .settings.schedule import Schedule
 from .unsupported import check_processor, check_supported
 
-COMPONENTS = ("unet", "transformer", "transformer_2")
+COMPONENTS = ("unet", "transformer", "transformer_2", "unconditional_transformer")
 """Parts of a pipeline that `apply` takes unless told otherwise."""
 
 EVERY = "*"
@@ -271,6 +271,7 @@ def plan(model: nn.Module, schedule: Schedule, placement: Placement) -> ModelSwa
             index=len(swap.layers),
             min_tokens=placement.min_tokens,
             weights=_weights(schedule, name, module),
+            padding=entry.mask == "padding",
         )
     if not swap.layers:
         reasons = "; ".join(sorted(set(swap.kept.values()))) or "it has no attention layers"
@@ -302,6 +303,8 @@ def _reason_to_keep(
         return f"attention within one frame: {mechanism.type} would change nothing"
     if "features" in mechanism.needs and not entries[name].has_features:
         return f"its block is not called with the block's input, which {mechanism.type} compares"
+    if mechanism.one_mask and entries[name].mask == "queries":
+        return f"each query has a mask of its own, and {mechanism.type} takes one for all"
     processor = intercept.original_of(module.processor)
     if not intercept.has_exit(processor):
         return f"{type(processor).__name__} computes no softmax attention by a call that can be swapped"

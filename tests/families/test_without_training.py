@@ -8,6 +8,7 @@ import pytest
 import torch
 from hand_masks import TOLERANCE, HandReference, error, under_masks
 from models import BUILDERS, Tiny
+from releases import built
 from torch import Tensor
 
 import diffattn
@@ -46,7 +47,7 @@ def own_output(name: str) -> Tensor:
         return build(name).run()
 
 
-@pytest.fixture(params=BUILDERS)
+@pytest.fixture(params=built(BUILDERS))
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
