@@ -19,6 +19,16 @@ class Tokens:
     rows: int
     columns: int
     after: int = 0
+    silent: tuple[int, int] = (0, 0)
+    """So many of the first and the last have no query."""
+    aside: int = 0
+    """So many tokens attend to each other in a call of their own."""
+    further: tuple[tuple[int, int, int, int], ...] = ()
+    """Further grids among the others: their first token, frames, rows, columns."""
+
+    @property
+    def asking(self) -> slice:
+        return slice(self.silent[0], self.total - self.silent[1])
 
     @property
     def total(self) -> int:
@@ -49,7 +59,7 @@ def flat(output: Any) -> Tensor:
         return output.flatten()
     if isinstance(output, dict):
         output = list(output.values())
-    return torch.cat([flat(part) for part in output if part is not None])
+    return torch.cat([flat(part) for part in output if isinstance(part, (Tensor, dict, list, tuple))])
 
 
 def draw(*shape: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Video transformers."""
 
 from .layout import Arguments, Family, Layers, TokenPath, transformer
-from .readers import channels_last, framepack, frames_on, joy_image, ltx, ltx2, picture, video
+from .readers import channels_last, cosmos3, framepack, frames_on, joy_image, ltx, ltx2, picture, video
 
 
 def one_timestep(call: Arguments) -> str | None:
@@ -106,4 +106,10 @@ ROWS: tuple[Family, ...] = (
         transformer(r"transformer_blocks\.\d+\.attn1", video(2, before=0, patch_t="patch_size")),
     ),
     Family("EasyAnimate", ("EasyAnimateTransformer3DModel",), transformer(r"transformer_blocks\.\d+\.attn1", video(2))),
+    Family(
+        "Cosmos 3",
+        ("Cosmos3OmniTransformer",),
+        transformer(r"layers\.\d+\.self_attn", cosmos3, fewer_queries=True),
+        timestep="vision_timesteps",
+    ),
 )
