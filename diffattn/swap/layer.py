@@ -258,8 +258,8 @@ class SwappedLayer:
             features = call.take_features(self.index, len(query)) if given.features is None else given.features
             given = replace(given, features=features)
         if self.row is not None and self.row.mask == "padding":
-            cell = situation.grids[0].before - situation.grids[0].silent[0]
-            given = replace(given, mask=intercept.mask_on_keys(given.mask, cell))
+            cells = [grid.before - grid.silent[0] for grid in situation.grids]
+            given = replace(given, mask=intercept.mask_on_keys(given.mask, cells))
         mask = None if given.mask is None else without_data(given.mask)
         record = Record(situation, without_data(query), given.key.shape[2], mask)
         part = self.schedule.parts[situation.part]
