@@ -393,4 +393,6 @@ class SwappedLayer:
             return self.backend
         query, situation = self.last.query, self.last.situation
         context, own = self._context(situation, self.last.mask, None), self.schedule.parts[situation.part].mechanism
-        return own.explain_backend(query, query, query, situation.grids[0], self.backend, context)
+        grid = situation.grids[0]
+        whole = query[:, :, :1].expand(-1, -1, grid.tokens, -1)
+        return own.explain_backend(whole, whole, whole, grid, self.backend, context)
