@@ -34,6 +34,7 @@ __all__ = [
     "frames_of",
     "owner_of",
     "picture",
+    "row_of",
     "video",
 ]
 
@@ -41,12 +42,17 @@ FAMILIES: list[Family] = [*image_transformers.ROWS, *video_transformers.ROWS, *c
 """All known families; `FAMILIES.append(Family(...))` adds one at run time."""
 
 
+def row_of(model: object) -> Family | None:
+    """The row of a model, by the names of its class and base classes; None where there is none."""
+    names = {cls.__name__ for cls in type(model).__mro__}
+    return next((family for family in FAMILIES if not names.isdisjoint(family.models)), None)
+
+
 def family_of(model: nn.Module) -> Family:
-    """The row of a model, by the names of its class and base classes; unknown ones raise `ValueError`."""
-    names = [cls.__name__ for cls in type(model).__mro__]
-    for family in FAMILIES:
-        if not set(family.models).isdisjoint(names):
-            return family
+    """The same; unknown ones raise `ValueError`."""
+    family, names = row_of(model), [cls.__name__ for cls in type(model).__mro__]
+    if family is not None:
+        return family
     for name in names:
         if name in REFUSED:
             raise ValueError(

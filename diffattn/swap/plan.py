@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import config
-from ..families import Layers, Read, family_of, find_layers, owner_of
+from ..families import Layers, Read, family_of, find_layers, owner_of, row_of
 from ..mechanisms.base import Mechanism
 from ..options import check_fields, read
 from . import intercept
@@ -25,6 +25,9 @@ from .unsupported import check_processor, check_supported
 
 COMPONENTS = ("unet", "transformer", "transformer_2", "unconditional_transformer")
 """Parts of a pipeline that `apply` takes unless told otherwise."""
+
+STAGES = ("prior", "prior_prior", "decoder")
+"""Parts that it takes of a pipeline without those, where their classes have a row."""
 
 EVERY = "*"
 Mechanisms = Mechanism | Schedule | Recipe | Mapping[str, Mechanism | Schedule]
@@ -76,6 +79,7 @@ def models_of(target: Any, components: ComponentChoice = None) -> list[nn.Module
     if not isinstance(parts, dict):
         raise TypeError(f"expected a diffusers pipeline or model, got {type(target).__name__}")
     usual = [name for name in COMPONENTS if parts.get(name) is not None]
+    usual = usual or [name for name in STAGES if row_of(parts.get(name)) is not None]
     chosen = usual if components is None else names_in(components)
     for name in chosen:
         if not isinstance(parts.get(name), nn.Module):
