@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from tiny_model import Tiny
 
-from . import flux_like, images, unets, videos, wan_like
+from . import audio, flux_like, images, older, unets, videos, wan_like
 
 FURTHER: dict[str, Callable[[], Tiny]] = {
     "Chroma": flux_like.chroma,
@@ -53,6 +53,15 @@ FURTHER: dict[str, Callable[[], Tiny]] = {
     "AudioLDM2": unets.audio_ldm2,
     "DreamLite": unets.dream_lite,
     "UNet2D": unets.unet2d,
+    "Stable-Audio": audio.stable_audio,
+    "Stable-Audio-3": audio.stable_audio3,
+    "Stable-Audio-3-patches": audio.stable_audio3_patches,
+    "ACE-Step": audio.ace_step,
+    "LongCat-Audio": audio.longcat_audio,
+    "MiniMax-Music3": audio.minimax_music3,
+    "UVit2D": older.uvit2d,
+    "UniDiffuser": older.unidiffuser,
+    "Kandinsky3": older.kandinsky3,
 }
 """Name -> builder."""
 
@@ -67,6 +76,9 @@ NEWER = {
     "JoyImage-Plus": "0.40",
     "Kandinsky6": "0.42",
     "Krea2": "0.39",
+    "MiniMax-Music3": "0.40",
     "Motif-Video": "0.39",
+    "Stable-Audio-3": "0.40",
+    "Stable-Audio-3-patches": "0.40",
 }
 """Those that the lowest diffusers does not have -> the first release that does."""
