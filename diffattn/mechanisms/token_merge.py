@@ -105,10 +105,11 @@ class TokenMergeAttention(Mechanism):
         return min(frames, grid.frames), min(rows, grid.height), min(columns, grid.width)
 
     def check(self, grid: TokenGrid, *, context: Context = Context()) -> None:
-        if grid.cells > 1 and math.prod(self.block(grid)) == 1 and not self._too_coarse(context):
+        is_line = grid.frames == grid.height == 1 and grid.width > 1
+        if is_line and math.prod(self.block(grid)) == 1 and not self._too_coarse(context):
             raise ValueError(
                 f"token_merge: a block of stride {self.stride} is a single cell of the grid {grid}, with nothing to "
-                "merge; give a stride along the axes that the grid has"
+                "merge; give a stride with several columns, such as (1, 4)"
             )
 
     def merged(self, grid: TokenGrid, context: Context = Context()) -> int:
