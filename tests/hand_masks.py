@@ -138,6 +138,7 @@ class HandReference(HandMask):
         **kwargs: Any,
     ) -> Tensor:
         layout = layout * len(query) if len(layout) == 1 else layout
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         outputs = []
         for i, tokens in enumerate(layout):
             grid = TokenGrid(tokens.rows, tokens.columns, tokens.frames, tokens.before, tokens.after, tokens.silent)
@@ -179,8 +180,8 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 def gradients(model: nn.Module, output: Tensor) -> Tensor:
-    """Gradients of all parameters in one flat tensor."""
-    parameters = list(model.parameters())
+    """Gradients of all parameters but frozen ones in one flat tensor."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.cat(
         [g.flatten() for g in torch.autograd.grad(output.square().mean(), parameters, materialize_grads=True)]
     )

@@ -11,7 +11,7 @@ that come are an error: they would be taken for text.
 
 from torch import nn
 
-from . import controlnets, image_transformers, unets, video_transformers
+from . import audio_transformers, controlnets, image_transformers, unets, video_transformers
 from .layout import Arguments, Family, Layers, Layout, Read, TokenPath, arguments, find_layers, owner_of
 from .readers import feature_map, flux2_ids, flux_ids, frames_of, picture, video
 from .refused import REFUSED
@@ -38,7 +38,13 @@ __all__ = [
     "video",
 ]
 
-FAMILIES: list[Family] = [*image_transformers.ROWS, *video_transformers.ROWS, *controlnets.ROWS, *unets.ROWS]
+FAMILIES: list[Family] = [
+    *image_transformers.ROWS,
+    *video_transformers.ROWS,
+    *audio_transformers.ROWS,
+    *controlnets.ROWS,
+    *unets.ROWS,
+]
 """All known families; `FAMILIES.append(Family(...))` adds one at run time."""
 
 

@@ -14,6 +14,7 @@ from .readers import (
     nucleus,
     picture,
     qwen_shapes,
+    vector_ids,
     z_image,
 )
 
@@ -154,6 +155,18 @@ ROWS: tuple[Family, ...] = (
         "PixArt",
         ("PixArtTransformer2DModel", "DiTTransformer2DModel"),
         transformer(r"transformer_blocks\.\d+\.attn1", picture(before=0)),
+    ),
+    # the layers of its blocks before and behind see the text alone
+    Family("UVit2D", ("UVit2DModel",), transformer(r"transformer_layers\.\d+\.attn1", vector_ids), timestep=None),
+    # the times of denoising, text and an embedded image before
+    Family(
+        "UniDiffuser",
+        ("UniDiffuserModel",),
+        transformer(
+            r"transformer\.transformer_(in_blocks\.\d+|mid_block|out_blocks\.\d+\.block)\.attn1",
+            picture("latent_image_embeds"),
+        ),
+        timestep="timestep_img",
     ),
     Family("Sana", ("SanaTransformer2DModel",), transformer(r"transformer_blocks\.\d+\.attn1", picture(before=0))),
     Family(

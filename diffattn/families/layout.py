@@ -95,6 +95,15 @@ class Layers:
     a layer is its text's own."""
     helpers: tuple[str, ...] = ()
     """Functions beside the processor that ask for attention, whose calls `read` knows."""
+    masked_by: str | None = None
+    """Attribute of the attention module that is None where a layer has no such mask; None: all have it."""
+    line: bool = False
+    """Are the cells a line in time, one row of one frame, in every call?"""
+
+    def mask_of(self, module: nn.Module) -> MaskKind:
+        """What a mask of this layer's own is."""
+        unmasked = self.masked_by is not None and getattr(module, self.masked_by, None) is None
+        return "keys" if unmasked else self.mask
 
 
 def nothing_refused(call: Arguments) -> str | None:
@@ -132,8 +141,8 @@ class Family:
     models: tuple[str, ...]
     """Class names of the models, subclasses included."""
     layers: tuple[Layers, ...]
-    timestep: str = "timestep"
-    """Argument of the model's forward that carries the timestep."""
+    timestep: str | None = "timestep"
+    """Argument of the model's forward that carries the timestep; None: the model is not told."""
     rope: str | None = None
     """Dotted name of a rotary embedding whose `theta` is read at every forward."""
     tokens: TokenPath | None = None

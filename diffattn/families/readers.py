@@ -324,10 +324,26 @@ def channels_last(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
     return (Layout(height, width, frames, before=0),)
 
 
-def feature_map(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
-    """One level of a UNet: (b, c, height, width) features."""
-    height, width = call["hidden_states"].shape[-2:]
-    return (Layout(height, width, after=0, before=0),)
+def vector_ids(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+    """`input_ids` (b, height, width) of a codebook's vectors, halved where the model does so at its entrance."""
+    config: Any = module.config
+    step = 2 if config["downsample"] else 1
+    height, width = (-(-side // step) for side in call["input_ids"].shape[-2:])
+    return (Layout(height, width, before=0),)
+
+
+def features_in(argument: str) -> Read:
+    """One level of a UNet: (b, c, height, width) features, cells alone."""
+
+    def read(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+        height, width = call[argument].shape[-2:]
+        return (Layout(height, width, before=0),)
+
+    return read
+
+
+feature_map = features_in("hidden_states")
+"""The same in blocks that call them so."""
 
 
 def beside_map(before: int | None, after: int | None) -> Read:

@@ -8,7 +8,6 @@ NO_GRID = "its tokens lie on no grid"
 PART = "it is a part of other models: give the model that runs it"
 OWN_SOFTMAX = "it computes its softmax by itself, without an attention processor"
 IN_TURN = "it makes one token after the other"
-AUDIO = "its tokens are audio, a line in time, where windows of rows and columns say nothing"
 
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
@@ -18,14 +17,7 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "PriorTransformer": f"{NO_GRID}: they are embeddings of a text and an image",
         "RFD4ProteinaTransformer": f"{NO_GRID}: they are residues of proteins",
         "MiniMaxMusic3RVQDepthDecoder": IN_TURN,
-        "AceStepTransformer1DModel": AUDIO,
-        "LongCatAudioDiTTransformer": AUDIO,
-        "MiniMaxMusic3Transformer1DModel": AUDIO,
-        "StableAudioDiTModel": AUDIO,
-        "StableAudio3DiTModel": AUDIO,
         "MiniMaxH3Transformer3DModel": "it packs video, audio and text into a sequence that no reader here knows",
-        "UVit2DModel": "its images have a few hundred tokens, too few for a gain",
-        "Kandinsky3UNet": "its attention to itself and to the text has the same name on every level",
         "UNet1DModel": OWN_SOFTMAX,
         "T5FilmDecoder": OWN_SOFTMAX,
         "Transformer2DModel": PART,

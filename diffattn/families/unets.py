@@ -1,7 +1,7 @@
 """UNets: attention within feature maps, and along the frames of motion modules."""
 
 from .layout import Family, Layers
-from .readers import MAP_THEN_TEXT, TEXT_THEN_MAP, feature_map, frames_of
+from .readers import MAP_THEN_TEXT, TEXT_THEN_MAP, feature_map, features_in, frames_of
 
 _BLOCK = r"\.transformer_blocks\.\d+\."
 
@@ -70,6 +70,21 @@ ROWS: tuple[Family, ...] = (
             ),
         ),
         timestep="timestep_ratio",
+        latent="sample",
+    ),
+    # the first of each level's layers sees the features, the others the text
+    Family(
+        "Kandinsky 3",
+        ("Kandinsky3UNet",),
+        (
+            Layers(
+                r"(down|up)_blocks\.\d+\.attentions\.0\.attention",
+                "spatial",
+                features_in("x"),
+                r"(.*)\.attention",
+                has_features=False,
+            ),
+        ),
         latent="sample",
     ),
     Family("AnimateDiff", ("UNetMotionModel", "SparseControlNetModel"), _UNET_LAYERS, latent="sample"),

@@ -47,6 +47,8 @@ from .softmax import softmax_reference
 TILE, BLOCK = 8, 4
 """Sides of tiles and blocks unless told otherwise. They have the tokens of one frame: at 9 x 24 x 24 tokens tiles of
 (1, 8, 8) left half the error of (8, 8, 8), at 35% and at 15% of all pairs (a small Wan model in training)."""
+LINE_TILE, LINE_BLOCK = 64, 16
+"""The same on a single row of one frame, such as audio: as many tokens."""
 SHARE = Must("a number above 0 and at most 1", lambda share: 0 < share <= 1)
 
 
@@ -69,12 +71,12 @@ class RoutingAttention(Mechanism):
     """The same as a share of all tiles, and at least the tiles that it lies on: fits every size and text."""
     tile: Annotated[PerAxis | None, sizes(1)] = None
     """Sides of a tile of keys in tokens: (rows, columns), (frames, rows, columns), or one int for all of them. None:
-    8 x 8 of one frame, or of as many frames as a block has."""
+    8 x 8 of one frame, or of as many frames as a block has, and 64 of a single row."""
     query_tile: Annotated[PerAxis | None, sizes(1)] = None
     """The same of the queries that choose together; None: `tile`. Larger ones are faster and choose less well."""
     pool: Annotated[PerAxis | None, sizes(1)] = None
-    """The same of a block, whose keys and values have one mean; it divides the tile. None: 4 x 4 of one frame, or a
-    side of the tile that 4 does not divide."""
+    """The same of a block, whose keys and values have one mean; it divides the tile. None: 4 x 4 of one frame, or 16
+    of a single row, or a side of the tile that these do not divide."""
     blocks: Annotated[int | None, at_least(1)] = None
     """The same as a number: the tile halved along each axis for as long as the grid has no more blocks than these.
     With `top_share`, what is computed beside the tiles grows like the grid and no longer like its square."""
@@ -92,7 +94,7 @@ class RoutingAttention(Mechanism):
             raise ValueError(f"routing: give top_k={self.top_k} or top_share={self.top_share}, not both")
         if self.pool is not None and self.blocks is not None:
             raise ValueError(f"routing: give pool={self.pool} or blocks={self.blocks}, not both")
-        tile, pool = self._tile_and_block
+        tile, pool = self._tile_and_block(TILE, BLOCK)
         check_divides(self.type, tile if self.tile is None else self.tile, pool if self.pool is None else self.pool)
 
     @property
@@ -111,19 +113,19 @@ class RoutingAttention(Mechanism):
     def backends(self) -> tuple[str, ...]:
         return BACKENDS
 
-    @property
-    def _tile_and_block(self) -> tuple[Shape, Shape]:
-        """Sides of a tile and of a block on an endless grid."""
+    def _tile_and_block(self, tile_side: int, block_side: int) -> tuple[Shape, Shape]:
+        """Sides of a tile and of a block on an endless grid; those given are for what the options leave open."""
         frames = 1 if self.pool is None else per_axis(self.pool, 1)[0]
-        tile = (frames, TILE, TILE) if self.tile is None else per_axis(self.tile, 1)
+        tile = (frames, tile_side, tile_side) if self.tile is None else per_axis(self.tile, 1)
         if self.pool is not None:
             return tile, per_axis(self.pool, 1)
-        rows, columns = (side if side % BLOCK else BLOCK for side in tile[1:])
+        rows, columns = (side if side % block_side else block_side for side in tile[1:])
         return tile, (1, rows, columns)
 
     def sides(self, grid: TokenGrid) -> Sides:
         """Sides of the query tiles, the tiles and the blocks on a grid: no longer than the grid."""
-        whole, block = self._tile_and_block
+        is_line = grid.frames == grid.height == 1
+        whole, block = self._tile_and_block(*((LINE_TILE, LINE_BLOCK) if is_line else (TILE, BLOCK)))
         if self.blocks is not None:
             block = _halved(whole, grid.shape, self.blocks)
         tile, pool = within(whole, block, grid.shape)

@@ -119,6 +119,7 @@ class Exit:
                 parallel_config=parallel_config,
             )
         _refuse(dropout_p, is_causal)
+        attn_mask = _with_window(attn_mask, attention_kwargs or {}, q, k)
         k, v = repeat_heads(k, v, q.shape[1]) if enable_gqa and not layer.grouped_heads else (k, v)
         self._leave_prompts()
         return layer.attend(q, k, v, attn_mask, scale, parallel_config).transpose(1, 2)
@@ -162,6 +163,25 @@ def _refuse(dropout_p: float, is_causal: bool) -> None:
             f"swapped attention has neither dropout nor a causal order, but the model asks for "
             f"dropout_p={dropout_p}, is_causal={is_causal}; leave this layer out with layers="
         )
+
+
+def _with_window(mask: Tensor | None, kernel: dict[str, Any], query: Tensor, key: Tensor) -> Tensor | None:
+    """The mask together with a window (left, right) that a processor asks of the kernel itself (ACE-Step, flash)."""
+    unknown = sorted(kernel.keys() - {"window_size"})
+    if unknown:
+        raise NotImplementedError(
+            f"swapped attention has no options of the model's own kernel, but the model asks for {', '.join(unknown)}; "
+            "leave this layer out with layers="
+        )
+    left, right = kernel.get("window_size", (-1, -1))
+    if max(left, right) < 0:
+        return mask
+    ahead = torch.arange(key.shape[2], device=key.device) - torch.arange(query.shape[2], device=key.device)[:, None]
+    seen = (ahead >= -(left if left >= 0 else key.shape[2])) & (ahead <= (right if right >= 0 else key.shape[2]))
+    own = as_four_axes(mask)
+    if own is None:
+        return seen[None, None]
+    return own & seen if own.dtype == torch.bool else own.masked_fill(~seen, -torch.inf)
 
 
 def has_exit(processor: object) -> bool:

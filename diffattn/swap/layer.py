@@ -17,7 +17,7 @@ from ..grid import TokenGrid
 from ..mechanisms.base import Context, Mechanism
 from ..mechanisms.sequences import attend_sequence, flops_of_sequence
 from . import compiled, context_parallel, intercept, keeping
-from .calls.frames import Call, Frame, Reading, Ref, Scope, find, in_backward, pop
+from .calls.frames import Call, Frame, Given, Reading, Ref, Scope, find, in_backward, next_samples, pop
 from .calls.inputs import Inputs
 from .calls.records import (
     ASIDE,
@@ -59,7 +59,7 @@ class SwappedLayer:
     """Has a forward ever come to this layer's exit?"""
     traced: bool = False
     """Has torch.compile gone through this layer's own attention, where nobody counts calls?"""
-    traced_features: Tensor | None = field(default=None, repr=False)
+    traced_features: Given = field(default=None, repr=False)
     """The block's input while torch.compile traces the block; the graph holds it, not the layer."""
     last: "Record | None" = field(default=None, repr=False)
     """What the last call was, for `diffattn.summary`."""
@@ -257,7 +257,7 @@ class SwappedLayer:
             situation, call = self._look_up(query, given.key)
             features = call.take_features(self.index, len(query)) if given.features is None else given.features
             given = replace(given, features=features)
-        if self.row is not None and self.row.mask == "padding":
+        if self.row is not None and self.row.mask_of(self.module) == "padding":
             cells = [grid.before - grid.silent[0] for grid in situation.grids]
             given = replace(given, mask=intercept.mask_on_keys(given.mask, cells))
         mask = None if given.mask is None else without_data(given.mask)
@@ -315,21 +315,19 @@ class SwappedLayer:
         number = self.schedule.number(None if call.moment is None else call.moment.progress)
         return number, self.schedule.parts[number]
 
-    def keep_features(self, block_input: Tensor) -> None:
-        """Note the block's input until the layer has used it; dense steps need none."""
+    def keep_features(self, block_input: Tensor | None) -> None:
+        """Note the block's input, None at its end; dense steps need none."""
+        kept = None if block_input is None else (block_input, 0)
         if compiled.opaque():
-            self.traced_features = block_input
+            self.traced_features = kept
             return
         frame = find(self.scope)
-        if frame is not None and not frame.call.dense and not self.state.paused:
-            frame.call.features[self.index] = block_input
+        if frame is not None and (kept is None or not (frame.call.dense or self.state.paused)):
+            frame.call.features[self.index] = kept
 
     def _take_traced_features(self, query: Tensor) -> Tensor | None:
-        features = self.traced_features
-        if features is None:
-            return None
-        self.traced_features = features[query.shape[0] :] if features.shape[0] > query.shape[0] else None
-        return features[: query.shape[0]]
+        features, self.traced_features = next_samples(self.traced_features, query.shape[0])
+        return features
 
     def _attend(self, given: Inputs, situation: Situation, grid: TokenGrid, memory: dict[str, Any] | None) -> Tensor:
         context = self._context(situation, given.mask, given.features, memory)

@@ -21,7 +21,7 @@ from .model_swap import ModelSwap
 from .settings.placement import ComponentChoice, LayerChoice, Placement
 from .settings.recipe import ModelRecipe, Recipe
 from .settings.schedule import Schedule
-from .unsupported import check_processor, check_supported
+from .unsupported import check_processor, check_supported, check_told, reason_on_a_line
 
 COMPONENTS = ("unet", "transformer", "transformer_2", "unconditional_transformer")
 """Parts of a pipeline that `apply` takes unless told otherwise."""
@@ -116,6 +116,7 @@ def plan_all(target: Any, mechanism: Mechanisms, placement: Placement | None = N
         ]
     for swap in swaps:
         _check_sigma(target, swap)
+        check_told(target, swap.family, swap.mechanisms, placement.counts_steps)
     _leave_shared_layers(swaps)
     runs = Runs(None if isinstance(target, nn.Module) else target)
     parts = [] if isinstance(target, nn.Module) else target.components.values()
@@ -309,8 +310,10 @@ def _reason_to_keep(
         return f"attention within one frame: {mechanism.type} would change nothing"
     if "features" in mechanism.needs and not entries[name].has_features:
         return f"its block is not called with the block's input, which {mechanism.type} compares"
-    if mechanism.one_mask and entries[name].mask == "queries":
+    if mechanism.one_mask and entries[name].mask_of(module) == "queries":
         return f"each query has a mask of its own, and {mechanism.type} takes one for all"
+    if entries[name].line and (reason := reason_on_a_line(mechanism)) is not None:
+        return reason
     processor = intercept.original_of(module.processor)
     if not intercept.has_exit(processor):
         return f"{type(processor).__name__} computes no softmax attention by a call that can be swapped"
@@ -367,7 +370,7 @@ def _heads(module: nn.Module) -> tuple[int, int] | None:
         return None
     query = getattr(module, "to_q", None) or getattr(module, "to_query", None)
     width = _first_number(module, "inner_dim") or (None if query is None else _first_number(query, "out_features"))
-    head_dim = _first_number(module, "head_dim") if width is None else width // heads
+    head_dim = _first_number(module, "head_dim", "dim_heads") if width is None else width // heads
     return None if head_dim is None else (heads, head_dim)
 
 

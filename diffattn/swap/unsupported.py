@@ -4,10 +4,15 @@ They are refused by name before anything is changed, with a row of one's own in 
 lie on the wrong tokens, or the attention would stay dense without a word. A name counts for its subclasses.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
+from ..families import Family
+from ..grid import TokenGrid
+from ..mechanisms.base import Mechanism
 from .helpers import attending_helpers
 
 _CACHE = "it keeps keys of earlier calls: it has fewer queries than keys"
@@ -52,6 +57,34 @@ def check_processor(processor: Any, known: Collection[str] = ()) -> None:
         raise ValueError(
             f"the attention of {type(processor).__name__} can't be swapped: part of it is computed in "
             f"{helpers[0]}(), whose calls are not known; leave its layers out by layers="
+        )
+
+
+LINE = TokenGrid(1, 4096)
+"""Stands for all lines in time."""
+
+
+def reason_on_a_line(mechanism: Mechanism) -> str | None:
+    """What a mechanism has against grids of one row of one frame, however long; None where it has nothing."""
+    if mechanism.across_frames:
+        return f"its tokens are a line in time, one row of one frame, within which {mechanism.type} changes nothing"
+    try:
+        mechanism.check(LINE)
+    except ValueError as error:
+        return f"its tokens are a line in time, one row such as {LINE}: {error}"
+    return None
+
+
+def check_told(target: Any, family: Family, mechanisms: Sequence[Mechanism], counting: str | None) -> None:
+    """Raise `ValueError` where something depends on a timestep or step that nothing tells the model."""
+    if family.timestep is not None:
+        return
+    names = {"timestep"} if isinstance(target, nn.Module) else {"timestep", "progress", "sigma", "memory"}
+    asking = [str(own) for own in mechanisms if own.needs & names]
+    if asking or counting is not None:
+        raise ValueError(
+            f"no layer of a {family.name} model can carry {asking[0] if asking else counting}: it is not told its "
+            "timestep, from which steps are counted; use options that need none, in every step"
         )
 
 

@@ -94,4 +94,6 @@ def test_the_model_with_the_reference_in_its_layers(
     got = tiny.run()
     assert calls > 0
     assert error(got, want) < TOLERANCE
-    assert error(got, own_output(family)) > 1e-3
+    # on a line in time a block across two rows is a single cell, its own mean
+    exact = mechanism.pool == (1, 2, 1) and all(t.rows == 1 for layout in tiny.spatial.values() for t in layout)
+    assert (error(got, own_output(family)) > 1e-3) != exact

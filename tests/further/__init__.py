@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from tiny_model import Tiny
 
-from . import flux_like, images, rectangular, unets, videos, wan_like
+from . import audio, flux_like, images, older, rectangular, unets, videos, wan_like
 
 FURTHER: dict[str, Callable[[], Tiny]] = {
     "Chroma": flux_like.chroma,
@@ -64,6 +64,15 @@ FURTHER: dict[str, Callable[[], Tiny]] = {
     "Flux2-cached": rectangular.flux2_cached,
     "VisualCloze": rectangular.visual_cloze,
     "Qwen-Image-Layered": rectangular.qwen_image_layered,
+    "Stable-Audio": audio.stable_audio,
+    "Stable-Audio-3": audio.stable_audio3,
+    "Stable-Audio-3-patches": audio.stable_audio3_patches,
+    "ACE-Step": audio.ace_step,
+    "LongCat-Audio": audio.longcat_audio,
+    "MiniMax-Music3": audio.minimax_music3,
+    "UVit2D": older.uvit2d,
+    "UniDiffuser": older.unidiffuser,
+    "Kandinsky3": older.kandinsky3,
 }
 """Name -> builder."""
 
@@ -78,6 +87,9 @@ NEWER = {
     "JoyImage-Plus": "0.40",
     "Kandinsky6": "0.42",
     "Krea2": "0.39",
+    "MiniMax-Music3": "0.40",
     "Motif-Video": "0.39",
+    "Stable-Audio-3": "0.40",
+    "Stable-Audio-3-patches": "0.40",
 }
 """Those that the lowest diffusers does not have -> the first release that does."""

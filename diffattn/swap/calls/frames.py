@@ -102,6 +102,21 @@ class Reading:
         return context_parallel.splits_text(module)
 
 
+Given = tuple[Tensor, int] | None
+"""A block's input and how many of its samples were taken; None outside of the block."""
+
+
+def next_samples(given: Given, samples: int) -> tuple[Tensor | None, Given]:
+    """The next samples of a block's input and what is left, which begins again after the last.
+
+    Some families (Mochi) call sample by sample, others (Stable Audio 3) several times with the whole batch.
+    """
+    if given is None:
+        return None, None
+    features, taken = given
+    return features[taken : taken + samples], (features, (taken + samples) % features.shape[0])
+
+
 @dataclass(eq=False)
 class Call:
     """One forward of a model with swapped layers; outside a pipeline it has neither run nor moment."""
@@ -119,21 +134,17 @@ class Call:
     """The order in which its tokens are, see `diffattn.swap.ordering`; None: row-major."""
     placed: bool = False
     """Are the positions in it already?"""
-    features: dict[int, Tensor] = field(default_factory=dict)
-    """Index of a layer -> its block's input, until the layer has used it."""
+    features: dict[int, Given] = field(default_factory=dict)
+    """Index of a layer -> its block's input, while the block runs."""
     turns: dict[int, int] = field(default_factory=dict)
     """Layer -> number of its last call in this forward: some families (Mochi) call sample by sample."""
     done: dict[Any, Any] = field(default_factory=dict)
     """What the layers did: see `diffattn.swap.calls.records`."""
 
     def take_features(self, layer: int, samples: int) -> Tensor | None:
-        """The input of a layer's block for the next samples; some families (Mochi) call sample by sample."""
-        features = self.features.pop(layer, None)
-        if features is None:
-            return None
-        if len(features) > samples:
-            self.features[layer] = features[samples:]
-        return features[:samples]
+        """The input of a layer's block for the next samples."""
+        features, self.features[layer] = next_samples(self.features.get(layer), samples)
+        return features
 
 
 @dataclass(frozen=True, eq=False)
