@@ -23,7 +23,6 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "MiniMaxMusic3Transformer1DModel": AUDIO,
         "StableAudioDiTModel": AUDIO,
         "StableAudio3DiTModel": AUDIO,
-        "MiniMaxH3Transformer3DModel": "it packs video, audio and text into a sequence that no reader here knows",
         "UVit2DModel": "its images have a few hundred tokens, too few for a gain",
         "Kandinsky3UNet": "its attention to itself and to the text has the same name on every level",
         "UNet1DModel": OWN_SOFTMAX,

@@ -11,7 +11,11 @@ from typing import Any
 from .intercept import DISPATCH, SDPA
 
 _KEYS_BESIDE = "its image is asked alone and answered by text and image: it has fewer queries than keys"
-_CACHE = "it keeps keys of earlier calls: it has fewer queries than keys"
+_ASKED_ALONE = "its image is asked alone, of text, condition images and itself: it has fewer queries than keys"
+_FRAMES_IN_TURN = "it makes a few frames at a time, and most of their keys are kept ones of earlier frames"
+_FAR = f"{_FRAMES_IN_TURN}, in coarser patches; where it fills its cache it attends by a flex block mask of its own"
+_REFINER = f"{_FRAMES_IN_TURN}; its forward tells no grid"
+_BLOCK_MASK = "it attends to its own frames and to kept keys of a reference, padded, by a flex block mask of its own"
 _NABLA = "it puts its tokens into blocks and attends sparsely by itself (NABLA)"
 _REFERENCE_CACHE = "it attends in a helper beside the processor, to cached keys of reference images in most steps"
 _EXAMPLES = "it puts example images and the image it makes into one sequence, and a window would lie on an example"
@@ -33,10 +37,10 @@ UNSUPPORTED: list[Unsupported] = [
     Unsupported("NucleusMoEImageTransformer2DModel", _KEYS_BESIDE),
     Unsupported("StableCascadeUNet", _KEYS_BESIDE),
     Unsupported("Cosmos3OmniTransformer", _KEYS_BESIDE),
-    Unsupported("QwenImage21Transformer2DModel", _CACHE),
-    Unsupported("AnyFlowFARTransformer3DModel", _CACHE),
-    Unsupported("WanAnimate2Transformer3DModel", _CACHE),
-    Unsupported("SanaWMLTX2RefinerTransformer3DModel", _CACHE),
+    Unsupported("QwenImage21Transformer2DModel", _ASKED_ALONE),
+    Unsupported("AnyFlowFARTransformer3DModel", _FAR),
+    Unsupported("WanAnimate2Transformer3DModel", _BLOCK_MASK),
+    Unsupported("SanaWMLTX2RefinerTransformer3DModel", _REFINER),
     Unsupported("Kandinsky5Transformer3DModel", _NABLA, "attention_type", "nabla"),
     Unsupported("Kandinsky6SRTransformer3DModel", _NABLA),
     Unsupported("QwenImageTransformer2DModel", _SEVERAL, "use_layer3d_rope", True),
