@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .layout import Arguments, Layout
@@ -36,11 +37,13 @@ def _one_video(places: Tensor, ids: Tensor) -> tuple[int, int, int] | None:
     """Frames, height and width of tokens at `places` (n,) with `ids` (n, 3) that are a video and nothing else."""
     if not len(ids) or (places[1:] != places[:-1] + 1).any():
         return None
-    size = video_size(ids.T)
-    if size is None or math.prod(size[:3]) != len(ids):
+    times, rows, columns = ids.unbind(1)
+    size = video_size(torch.stack([times - times[0], rows, columns]))
+    if size is None:
         return None
-    times = ids[:: size[1] * size[2], 0]
-    return size[:3] if bool((times[1:] > times[:-1]).all()) else None
+    frames, height, width = size[:3]
+    times = times[:: height * width]
+    return (frames, height, width) if bool((times[1:] > times[:-1]).all()) else None
 
 
 def qwen_image21(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:

@@ -76,6 +76,13 @@ def test_the_video_of_a_pipeline(anchors: tuple[str, ...], dtype: torch.dtype) -
     assert layout_of(minimax_h3(), **call) == Layout(5, 6, 4, before=TEXT + 30 * len(anchors) + 14, after=0)
 
 
+@pytest.mark.parametrize("first", [-7.0, 0.0, 400.0])
+def test_a_video_that_begins_at_any_time(first: float) -> None:
+    times = [first + time - FRAMES[0] for time in FRAMES]
+    call = pack(WORDS, SOUND, (VIDEO_TAG, frames_at(times, 4, 5)))
+    assert layout_of(minimax_h3(), **call) == Layout(4, 5, 3, before=TEXT + 6, after=0)
+
+
 REFERENCES = {
     ("image",): 6,
     ("audio",): 6,
@@ -119,6 +126,7 @@ def wrong_videos() -> dict[str, dict[str, Any]]:
         "a token short": ids[:-1],
         "a token behind the first": ids[1:],
         "backwards in time": ids.view(3, 20, 3).flip(0).reshape(60, 3),
+        "another video behind it": torch.cat([ids, ids]),
         "two frames at one time": frames_at([FRAMES[0], FRAMES[1], FRAMES[1]], 4, 5),
         "a frame of another size": torch.cat([ids, frames_at([20], 3, 4)]),
     }
@@ -249,14 +257,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 """Class -> config and reason."""
 
 
-@pytest.mark.parametrize("mechanism", ["clear", "softmax"])
+@pytest.mark.parametrize("mechanism", [diffattn.ClearAttention(radius=2), diffattn.SoftmaxAttention()], ids=str)
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_no_reader_makes_right_is_refused(name: str, mechanism: str) -> None:
+def test_what_no_reader_makes_right_is_refused(name: str, mechanism: Any) -> None:
     config, reason = REFUSED[name]
     model = getattr(diffusers, name)(**config)
     before = {key: module.processor for key, module in model.named_modules() if hasattr(module, "processor")}
     assert before
     with pytest.raises(ValueError, match=f"attention of {name} can't be swapped: .*{reason}"):
-        diffattn.apply(model, mechanism, **({"radius": 2} if mechanism == "clear" else {}))
+        diffattn.apply(model, mechanism)
     assert all(model.get_submodule(key).processor is own for key, own in before.items())
     assert not hasattr(model, "_diffattn")
