@@ -69,8 +69,8 @@ NEWER = {
     "JoyImage-Plus": "0.40",
     "Kandinsky6": "0.42",
     "Krea2": "0.39",
-    "MiniMax-H3": "0.42",
-    "MiniMax-H3-references": "0.42",
+    "MiniMax-H3": "0.40",
+    "MiniMax-H3-references": "0.40",
     "Motif-Video": "0.39",
 }
 """Those that the lowest diffusers does not have -> the first release that does."""
