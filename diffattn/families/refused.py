@@ -17,7 +17,6 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "PriorTransformer": f"{NO_GRID}: they are embeddings of a text and an image",
         "RFD4ProteinaTransformer": f"{NO_GRID}: they are residues of proteins",
         "MiniMaxMusic3RVQDepthDecoder": IN_TURN,
-        "MiniMaxH3Transformer3DModel": "it packs video, audio and text into a sequence that no reader here knows",
         "UNet1DModel": OWN_SOFTMAX,
         "T5FilmDecoder": OWN_SOFTMAX,
         "Transformer2DModel": PART,

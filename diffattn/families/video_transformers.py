@@ -1,6 +1,7 @@
 """Video transformers."""
 
 from .layout import Arguments, Family, Layers, TokenPath, transformer
+from .packed import minimax_h3
 from .readers import channels_last, cosmos3, frames_on, joy_image, ltx, picture, video
 from .video_readers import framepack, helios, ltx2
 
@@ -108,6 +109,7 @@ ROWS: tuple[Family, ...] = (
         ("CosmosTransformer3DModel",),
         transformer(r"transformer_blocks\.\d+\.attn1", video(2, before=0, patch_t="patch_size")),
     ),
+    Family("MiniMax-H3", ("MiniMaxH3Transformer3DModel",), transformer(r"transformer_blocks\.\d+\.attn", minimax_h3)),
     Family("EasyAnimate", ("EasyAnimateTransformer3DModel",), transformer(r"transformer_blocks\.\d+\.attn1", video(2))),
     Family(
         "Cosmos 3",

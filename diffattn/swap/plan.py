@@ -23,7 +23,7 @@ from .settings.recipe import ModelRecipe, Recipe
 from .settings.schedule import Schedule
 from .unsupported import check_processor, check_supported, check_told, reason_on_a_line
 
-COMPONENTS = ("unet", "transformer", "transformer_2", "unconditional_transformer")
+COMPONENTS = ("unet", "transformer", "transformer_2", "transformer_ref", "unconditional_transformer")
 """Parts of a pipeline that `apply` takes unless told otherwise."""
 
 STAGES = ("prior", "prior_prior", "decoder")

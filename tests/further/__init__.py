@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from tiny_model import Tiny
 
-from . import audio, flux_like, images, older, rectangular, unets, videos, wan_like
+from . import audio, flux_like, images, older, packed, rectangular, unets, videos, wan_like
 
 FURTHER: dict[str, Callable[[], Tiny]] = {
     "Chroma": flux_like.chroma,
@@ -48,6 +48,8 @@ FURTHER: dict[str, Callable[[], Tiny]] = {
     "ConsisID": videos.consisid,
     "Helios": wan_like.helios,
     "FramePack": videos.framepack,
+    "MiniMax-H3": packed.minimax_h3,
+    "MiniMax-H3-references": packed.minimax_h3_references,
     "SparseCtrl-ControlNet": unets.sparse_controlnet,
     "ControlNet-XS": unets.controlnet_xs,
     "AudioLDM2": unets.audio_ldm2,
@@ -87,6 +89,8 @@ NEWER = {
     "JoyImage-Plus": "0.40",
     "Kandinsky6": "0.42",
     "Krea2": "0.39",
+    "MiniMax-H3": "0.40",
+    "MiniMax-H3-references": "0.40",
     "MiniMax-Music3": "0.40",
     "Motif-Video": "0.39",
     "Stable-Audio-3": "0.40",
