@@ -63,7 +63,9 @@ def support_table(build: Callable[[str], Tiny] = lambda name: BUILDERS[name]()) 
     for family in FAMILIES:
         own = [tiny for tiny in tinies if family_of(tiny.model) is family]
         if {type(tiny.model).__name__ for tiny in own} != set(family.models):
-            raise RuntimeError(f"tests/models.py and tests/further must build every model of {family.name}: {', '.join(family.models)}")
+            raise RuntimeError(
+                f"tests/models.py and tests/further must build every model of {family.name}: {', '.join(family.models)}"
+            )
         cells = ["yes" if all([runs(tiny, column) for tiny in own]) else "no" for column in columns]
         setter = all(hasattr(tiny.model, "set_attn_processor") for tiny in own)
         cells.append("yes" if setter and "yes" in cells else "no")

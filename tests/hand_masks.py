@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +31,10 @@ def near(tokens: Tokens, radius: float) -> Tensor:
     mask = torch.ones(tokens.total, tokens.total, dtype=torch.bool)
     inside = slice(tokens.before, tokens.before + len(cells))
     mask[inside, inside] = ((cells[:, None] - cells[None]) ** 2).sum(-1) < radius**2
-    return mask
+    for start, *sides in tokens.further:
+        own = near(Tokens(0, *sides), radius)
+        mask[start : start + len(own), start : start + len(own)] = own
+    return mask[tokens.asking]
 
 
 class HandMask(TorchFunctionMode):
@@ -72,10 +76,11 @@ class HandMask(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention and self._layer is not None:
+        if func is F.scaled_dot_product_attention and self._layer is not None and not kwargs.get("is_causal"):
             query, key, value, *rest = (*args, *(kwargs.pop(n) for n in ("query", "key", "value") if n in kwargs))
             own = rest[0] if rest else kwargs.pop("attn_mask", None)
-            if not (self._prompts and self._calls):
+            aside = query.shape[2] == key.shape[2] == self._layouts[self._layer][0].aside
+            if not (self._prompts and self._calls) and not aside:
                 return self._attend(self._tokens(query, key), query, key, value, own, *rest[1:], **kwargs)
             args = (query, key, value, own, *rest[1:])
         return func(*args, **kwargs)
@@ -87,7 +92,8 @@ class HandMask(TorchFunctionMode):
             layout = (layout[self._calls],)
         self._calls += 1
         self.masked.add(self._layer)
-        assert {query.shape[2], key.shape[2]} == {tokens.total for tokens in layout}
+        assert {key.shape[2]} == {tokens.total for tokens in layout}
+        assert {query.shape[2]} == {tokens.total - sum(tokens.silent) for tokens in layout}
         return layout
 
     def _attend(
@@ -134,14 +140,20 @@ class HandReference(HandMask):
         layout = layout * len(query) if len(layout) == 1 else layout
         outputs = []
         for i, tokens in enumerate(layout):
-            grid = TokenGrid(tokens.rows, tokens.columns, tokens.frames, tokens.before, tokens.after)
-            qkv = [tensor[i : i + 1] for tensor in (query, key, value)]
+            grid = TokenGrid(tokens.rows, tokens.columns, tokens.frames, tokens.before, tokens.after, tokens.silent)
+            if tokens.further:  # grids of one size are the frames of one to what chooses by content
+                assert self._mechanism.joins_grids
+                first, frames = tokens.further[0][0], 1 + len(tokens.further)
+                before = min(first, tokens.before)
+                grid = replace(grid, frames=frames, before=before, after=tokens.total - before - frames * grid.cells)
+            qkv = [F.pad(query[i : i + 1], (0, 0, *tokens.silent)), *(tensor[i : i + 1] for tensor in (key, value))]
             mask = None if own is None else own.expand(len(query), *own.shape[1:])[i : i + 1]
             context, chosen = Context(mask=mask), {}
             if hasattr(self._mechanism, "choose"):
                 chosen["chosen"] = self._mechanism.choose(*qkv, grid, scale, context)
             wide = [tensor.double() for tensor in qkv]
-            outputs.append(self._mechanism.reference(*wide, grid, scale=scale, context=context, **chosen))
+            out = self._mechanism.reference(*wide, grid, scale=scale, context=context, **chosen)
+            outputs.append(out[:, :, tokens.asking])
         return torch.cat(outputs).to(query.dtype)
 
 

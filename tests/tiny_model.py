@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +20,24 @@ class Tokens:
     rows: int
     columns: int
     after: int = 0
+    silent: tuple[int, int] = (0, 0)
+    """So many of the first and the last have no query."""
+    aside: int = 0
+    """So many tokens attend to each other in a call of their own."""
+    further: tuple[tuple[int, int, int, int], ...] = ()
+    """Further grids among the others: their first token, frames, rows, columns."""
+
+    @property
+    def asking(self) -> slice:
+        return slice(self.silent[0], self.total - self.silent[1])
 
     @property
     def total(self) -> int:
         return self.before + self.frames * self.rows * self.columns + self.after
+
+
+def everything(output: Any, inputs: dict[str, Any]) -> Any:
+    return output
 
 
 @dataclass
@@ -35,12 +50,15 @@ class Tiny:
     """Regular expression on layer names -> layout of the whole batch, or one per sample."""
     temporal: dict[str, tuple[Tokens, ...]] = field(default_factory=dict)
     """The same for layers that attend along the frames at one place."""
+    select: Callable[[Any, dict[str, Any]], Any] = everything
+    """What counts of the output of a call with these inputs: some models compute padding too."""
 
     def run(self, model: nn.Module | None = None, **changes: Any) -> Tensor:
         """All outputs of one forward in one flat tensor."""
         model = self.model if model is None else model
         plain = {} if "return_dict" not in inspect.signature(type(model).forward).parameters else {"return_dict": False}
-        return flat(model(**{**self.inputs, **changes}, **plain))
+        inputs = {**self.inputs, **changes}
+        return flat(self.select(model(**inputs, **plain), inputs))
 
 
 def flat(output: Any) -> Tensor:
@@ -49,7 +67,7 @@ def flat(output: Any) -> Tensor:
         return output.flatten()
     if isinstance(output, dict):
         output = list(output.values())
-    return torch.cat([flat(part) for part in output if part is not None])
+    return torch.cat([flat(part) for part in output if isinstance(part, (Tensor, dict, list, tuple))])
 
 
 def draw(*shape: int) -> Tensor:

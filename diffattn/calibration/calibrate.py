@@ -213,7 +213,7 @@ def _fits(mechanism: Mechanism, grid: Any) -> bool:
         mechanism.check(grid)
     except ValueError:
         return False
-    return mechanism.flops(grid, 1, 64) < 4 * 64 * grid.tokens**2
+    return mechanism.flops(grid, 1, 64) < 4 * 64 * grid.pairs
 
 
 def _setup(

@@ -13,7 +13,7 @@ from torch import nn
 
 from . import controlnets, image_transformers, unets, video_transformers
 from .layout import Arguments, Family, Layers, Layout, Read, TokenPath, arguments, find_layers, owner_of
-from .readers import feature_map, flux_ids, frames_of, picture, video
+from .readers import feature_map, flux2_ids, flux_ids, frames_of, picture, video
 from .refused import REFUSED
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "family_of",
     "feature_map",
     "find_layers",
+    "flux2_ids",
     "flux_ids",
     "frames_of",
     "owner_of",

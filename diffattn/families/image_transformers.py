@@ -3,14 +3,15 @@
 from .layout import Arguments, Family, Layers, TokenPath, transformer
 from .readers import (
     bria_fibo2,
+    flux2_ids,
     flux3,
     flux_ids,
-    glm_image,
     hidream,
     ideogram,
     image_or_video,
     last_ids,
     lumina,
+    nucleus,
     picture,
     qwen_shapes,
     z_image,
@@ -87,7 +88,12 @@ ROWS: tuple[Family, ...] = (
     Family(
         "Flux2",
         ("Flux2Transformer2DModel",),
-        transformer(r"(single_)?transformer_blocks\.\d+\.attn", flux_ids),
+        transformer(
+            r"(single_)?transformer_blocks\.\d+\.attn",
+            flux2_ids,
+            fewer_queries=True,
+            helpers=("_flux2_kv_causal_attention",),
+        ),
         rope="pos_embed",
         tokens=TokenPath(
             ("Flux2Transformer2DModel",),
@@ -185,9 +191,20 @@ ROWS: tuple[Family, ...] = (
         ("Ideogram4Transformer2DModel",),
         transformer(r"layers\.\d+\.attention", ideogram, mask="padding"),
     ),
-    Family("GLM-Image", ("GlmImageTransformer2DModel",), transformer(r"transformer_blocks\.\d+\.attn1", glm_image)),
+    # edits put the kept keys of their references first
+    Family(
+        "GLM-Image",
+        ("GlmImageTransformer2DModel",),
+        transformer(r"transformer_blocks\.\d+\.attn1", picture(), fewer_queries=True),
+    ),
     Family(
         "LuminaNext", ("LuminaNextDiT2DModel",), transformer(r"layers\.\d+\.attn1", picture(before=0), mask="padding")
+    ),
+    Family("PRX", ("PRXTransformer2DModel",), transformer(r"blocks\.\d+\.attention", picture(), fewer_queries=True)),
+    Family(
+        "NucleusMoE",
+        ("NucleusMoEImageTransformer2DModel",),
+        transformer(r"transformer_blocks\.\d+\.attn", nucleus, fewer_queries=True),
     ),
     # text and images that are given before
     Family(

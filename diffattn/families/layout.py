@@ -25,9 +25,16 @@ class Layout:
     frames: int = 1
     before: int | None = None
     after: int | None = 0
+    also: tuple[tuple[int, int, int, int], ...] = ()
+    """Further grids among the other tokens: tokens from the first cell to their first, then frames, height, width."""
+    aside: int = 0
+    """A call of so many queries and keys is one of other tokens among themselves."""
 
-    def grid(self, tokens: int) -> TokenGrid:
-        """The grid of a call with this many tokens; raises `ValueError` where they are not the layout's."""
+    def grid(self, tokens: int, queries: int | None = None) -> TokenGrid:
+        """The grid of a call with this many tokens; raises `ValueError` where they are not the layout's.
+
+        With fewer queries than tokens those that lie before the cells, then the last ones, do not ask.
+        """
         cells = self.frames * self.height * self.width
         known = (self.before or 0) + (self.after or 0)
         rest = tokens - cells - known
@@ -38,7 +45,24 @@ class Layout:
                 f"model that is not known; call diffattn.restore first"
             )
         before = rest if self.before is None else self.before
-        return TokenGrid(self.height, self.width, self.frames, before, tokens - cells - before)
+        after, silent = tokens - cells - before, tokens - (tokens if queries is None else queries)
+        if silent > before + after:
+            raise ValueError(
+                f"the layer has {queries} queries, and the model was called for a grid of {self.frames} x "
+                f"{self.height} x {self.width} = {cells} cells: a use of the model that is not known; call "
+                "diffattn.restore first"
+            )
+        first = min(before, silent)
+        return TokenGrid(self.height, self.width, self.frames, before, after, (first, silent - first))
+
+    def further(self, grid: TokenGrid) -> tuple[TokenGrid, ...]:
+        """The grids of `also` in a call whose first grid is `grid`."""
+        found = []
+        for start, frames, height, width in self.also:
+            before = grid.before + start
+            after = grid.tokens - before - frames * height * width
+            found.append(TokenGrid(height, width, frames, before, after))
+        return tuple(found)
 
     def _others(self, known: int) -> str:
         if self.before is None or self.after is None:
@@ -66,6 +90,11 @@ class Layers:
     mask: MaskKind = "keys"
     """What a mask of the layer's own is: the same for all queries; one over queries and keys that only says what is
     padding, so that one over keys does; or of every query its own."""
+    fewer_queries: bool = False
+    """May a call have fewer queries than keys, those of its first and last other tokens missing? A causal call of such
+    a layer is its text's own."""
+    helpers: tuple[str, ...] = ()
+    """Functions beside the processor that ask for attention, whose calls `read` knows."""
 
 
 def nothing_refused(call: Arguments) -> str | None:
@@ -120,8 +149,8 @@ def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return bound.arguments
 
 
-def transformer(pattern: str, read: Read, mask: MaskKind = "keys") -> tuple[Layers, ...]:
-    return (Layers(pattern, "spatial", read, mask=mask),)
+def transformer(pattern: str, read: Read, **more: Any) -> tuple[Layers, ...]:
+    return (Layers(pattern, "spatial", read, **more),)
 
 
 def find_layers(family: Family, names: Iterable[str]) -> dict[str, Layers]:

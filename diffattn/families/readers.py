@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,9 +56,17 @@ def video(
 def flux_ids(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
     """Flux's `img_ids` (n, 3 or 4) or (b, n, 3 or 4): image number, row, column, ...
 
-    Images after the first are references. Text comes before.
+    Images after the first are references, unless numbers begin with 1: then each is a grid, and the last is made
+    (VisualCloze). Text comes before.
     """
-    return _common(_first_picture(module, ids) for ids in _samples(_values(call, "img_ids"), axes=2))
+    return _common(_pictures(module, ids) for ids in _samples(_values(call, "img_ids"), axes=2))
+
+
+def flux2_ids(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+    """The same, where keys of references are kept: the first `num_ref_tokens`, which see themselves alone."""
+    references = call.get("num_ref_tokens") or 0 if call.get("kv_cache_mode") == "extract" else 0
+    samples = _samples(_values(call, "img_ids"), axes=2)
+    return _common(replace(_first_picture(ids[references:]), aside=references) for ids in samples)
 
 
 def flux3(joint: bool) -> Read:
@@ -72,15 +81,24 @@ def flux3(joint: bool) -> Read:
     return read
 
 
-def _first_picture(module: nn.Module, ids: Tensor) -> Layout:
+def _pictures(module: nn.Module, ids: Tensor) -> Layout:
+    """The first image, with references behind; or the last, with examples before, each a grid."""
+    number = ids[:, 0]
+    counts = number.unique_consecutive(return_counts=True)[1].tolist()
+    if number[0] != 1 or len(counts) == 1 or not _is_a(module, "FluxTransformer2DModel"):
+        return _first_picture(ids)
+    *examples, made = (_first_picture(part) for part in ids.split(counts))
+    also, start = [], -sum(counts[:-1])
+    for count, one in zip(counts, examples, strict=False):
+        also.append((start, 1, one.height, one.width))
+        start += count
+    return replace(made, also=tuple(also))
+
+
+def _first_picture(ids: Tensor) -> Layout:
     number, rows, columns = ids[:, :3].unbind(1)
     others = torch.nonzero(number != number[0])
     tokens = int(others[0]) if len(others) else len(ids)
-    if len(others) and number[0] == 1 and _is_a(module, "FluxTransformer2DModel"):
-        raise ValueError(
-            f"img_ids list {len(number.unique())} images that begin with number 1, as those of VisualCloze do: "
-            f"examples first, what is made last; a window would lie on an example: call diffattn.restore first"
-        )
     size = picture_size(rows[:tokens], columns[:tokens])
     if size is None:
         raise ValueError(
@@ -92,6 +110,11 @@ def _first_picture(module: nn.Module, ids: Tensor) -> Layout:
 
 def _is_a(module: nn.Module, name: str) -> bool:
     return any(cls.__name__ == name for cls in type(module).__mro__)
+
+
+def _config(module: nn.Module, name: str) -> Any:
+    config: Any = getattr(module, "config", {})
+    return config.get(name)
 
 
 def _values(call: Arguments, name: str) -> Tensor:
@@ -130,7 +153,31 @@ def qwen_shapes(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
         shapes[0] if isinstance(shapes[0], (list, tuple)) and isinstance(shapes[0][0], (list, tuple)) else shapes[:1]
     )
     frames, height, width = first
-    return (Layout(height, width, frames, after=sum(f * h * w for f, h, w in others)),)
+    after = sum(f * h * w for f, h, w in others)
+    if not _config(module, "use_layer3d_rope"):
+        return (Layout(height, width, frames, after=after),)
+    cells = frames * height * width  # layers that are made, then the image that they are of
+    also = tuple((number * cells, *shape) for number, shape in enumerate(others[:-1], start=1))
+    return (Layout(height, width, frames, after=after, also=also),)
+
+
+def nucleus(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+    """Nucleus' `img_shapes`, one (frames, height, width) or a list of them, one per sample; text behind."""
+    shapes = call["img_shapes"]
+    each = [shapes] if isinstance(shapes[0], int) else shapes
+    return _common(Layout(height, width, frames, before=0, after=None) for frames, height, width in each)
+
+
+def cosmos3(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+    """Cosmos 3: `und_len` tokens of text, the video of `vision_token_shapes`, then sound and actions."""
+    shapes = call["vision_token_shapes"]
+    if len(shapes) != 1:
+        raise NotImplementedError(
+            f"the sequence holds {len(shapes)} videos, and windows are known for one: call the model for each by "
+            "itself, or call diffattn.restore first"
+        )
+    ((frames, height, width),) = shapes
+    return (Layout(height, width, frames, before=call["und_len"], after=None),)
 
 
 def z_image(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
@@ -209,25 +256,6 @@ def ltx(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
     return _common(_video(coordinates) for coordinates in _samples(_values(call, "video_coords"), axes=2))
 
 
-def ltx2(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
-    """LTX-2's num_frames, height and width; keyframes and references lie behind."""
-    frames, height, width = (call[name] for name in ("num_frames", "height", "width"))
-    if frames is None or height is None or width is None:
-        raise ValueError("the grid is read from num_frames, height and width, which this call of the model leaves out")
-    return (Layout(height, width, frames, before=0, after=None),)
-
-
-def framepack(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
-    """FramePack: earlier frames before the cells, in patches that grow with their age; image and text behind."""
-    earlier = {"latents_clean": (1, 2, 2), "latents_history_2x": (2, 4, 4), "latents_history_4x": (4, 8, 8)}
-    before = 0
-    for name, patch in earlier.items():
-        if call[name] is not None and call[f"indices_{name}"] is not None:
-            sizes = call[name].shape[-3:]
-            before += math.prod(math.ceil(size / side) for size, side in zip(sizes, patch, strict=True))
-    return video(2, before=before, after=None, patch_t="patch_size_t")(module, call)
-
-
 def _video(coordinates: Tensor) -> Layout:
     size = video_size(coordinates)
     if size is None:
@@ -267,8 +295,10 @@ def last_ids(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
 
 def ideogram(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
     """Ideogram's `position_ids` (b, n, 3) and `indicator` (b, n), which is 2 at the image's tokens: the last."""
-    counts = (_values(call, "indicator") == 2).sum(dim=1).tolist()
-    return _common(_last_picture(ids, count) for ids, count in zip(_values(call, "position_ids"), counts, strict=True))
+    begins = (_values(call, "indicator") == 2).long().argmax(dim=1).tolist()
+    return _common(
+        _last_picture(ids, len(ids) - begin) for ids, begin in zip(_values(call, "position_ids"), begins, strict=True)
+    )
 
 
 def _last_picture(ids: Tensor, cells: int) -> Layout:
@@ -294,20 +324,23 @@ def channels_last(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
     return (Layout(height, width, frames, before=0),)
 
 
-def glm_image(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
-    """GLM-Image: text, then the image. Edits keep the keys of references, which the queries are fewer than."""
-    if call.get("kv_caches") is not None:
-        raise NotImplementedError(
-            "GLM-Image's edits read kept keys of their references, so that queries are fewer than keys: not supported, "
-            "call diffattn.restore first"
-        )
-    return picture()(module, call)
-
-
 def feature_map(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
     """One level of a UNet: (b, c, height, width) features."""
     height, width = call["hidden_states"].shape[-2:]
     return (Layout(height, width, after=0, before=0),)
+
+
+def beside_map(before: int | None, after: int | None) -> Read:
+    """One level of a UNet with keys of a text beside those of the features."""
+
+    def read(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+        height, width = call["hidden_states"].shape[-2:]
+        return (Layout(height, width, before=before, after=after),)
+
+    return read
+
+
+TEXT_THEN_MAP, MAP_THEN_TEXT = beside_map(None, 0), beside_map(0, None)
 
 
 def frames_of(argument: str) -> Read:

@@ -1,7 +1,7 @@
 """UNets: attention within feature maps, and along the frames of motion modules."""
 
 from .layout import Family, Layers
-from .readers import feature_map, frames_of
+from .readers import MAP_THEN_TEXT, TEXT_THEN_MAP, feature_map, frames_of
 
 _BLOCK = r"\.transformer_blocks\.\d+\."
 
@@ -28,6 +28,10 @@ _UNET_LAYERS = (
         feature_map,
         rf"(.*){_BLOCK}.*",
     ),
+    # layers without blocks around them, which put keys of the text before their own
+    Layers(r".*attentions\.\d+", "spatial", TEXT_THEN_MAP, r"(.*)", has_features=False, fewer_queries=True),
+    # those of the upscaler, in blocks that get feature maps
+    Layers(r".*attentions\.\d+\.attn1", "spatial", feature_map, r"(.*)\.attn1", has_features=False),
 )
 
 
@@ -50,6 +54,22 @@ ROWS: tuple[Family, ...] = (
         "UNet2D",
         ("UNet2DModel",),
         (Layers(r".*attentions\.\d+", "spatial", feature_map, r"(.*)", has_features=False),),
+        latent="sample",
+    ),
+    Family(
+        "Stable Cascade",
+        ("StableCascadeUNet",),
+        (
+            Layers(
+                r"(down|up)_blocks\.\d+\.\d+\.attention",
+                "spatial",
+                MAP_THEN_TEXT,
+                r"((?:down|up)_blocks\..*)",
+                has_features=False,
+                fewer_queries=True,
+            ),
+        ),
+        timestep="timestep_ratio",
         latent="sample",
     ),
     Family("AnimateDiff", ("UNetMotionModel", "SparseControlNetModel"), _UNET_LAYERS, latent="sample"),

@@ -18,7 +18,7 @@ there by clusters of unequal size, here by a balanced k-d tree.
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ class RoutingAttention(Mechanism):
     >>> RoutingAttention(share=0.3).exact_tiles(TokenGrid(64, 64, before=512))
     3
     """
+
+    joins_grids: ClassVar[bool] = True
 
     share: Annotated[float, SHARE] = 0.35
     """Of all pairs of tokens, at most: those with other tokens, with keys of chosen tiles, and with blocks. 1: all."""
@@ -148,7 +150,7 @@ class RoutingAttention(Mechanism):
         if self.share == 1:
             return count
         rest, tile_pairs = self._pairs_beside_tiles(grid), grid.cells * math.prod(tile)
-        floor = (rest + least * tile_pairs) / grid.tokens**2
+        floor = (rest + least * tile_pairs) / grid.pairs
         if floor >= 1:  # a grid so small that nothing could be saved
             return count
         if self.share < floor:
@@ -157,19 +159,19 @@ class RoutingAttention(Mechanism):
                 f"{math.ceil(floor * 1000) / 1000:.3f} of all, above share={self.share}; give at least that, larger "
                 "blocks by pool=, or leave layers of few tokens out by min_tokens="
             )
-        return min(max(int((self.share * grid.tokens**2 - rest) / tile_pairs), least), count)
+        return min(max(int((self.share * grid.pairs - rest) / tile_pairs), least), count)
 
     def _pairs_beside_tiles(self, grid: TokenGrid) -> int:
         """Pairs with other tokens and with blocks."""
         blocks = self.tiles_in(grid) * self.sides(grid).blocks_per_tile
-        return grid.tokens**2 - grid.cells**2 + grid.cells * blocks
+        return grid.other_pairs + grid.cells * blocks
 
     def share_on(self, grid: TokenGrid) -> float:
         """The share of all pairs that is computed, blocks counted as a key each."""
         if self.is_exact(grid):
             return 1.0
         exact = grid.cells * self.exact_tiles(grid) * math.prod(self.sides(grid).tile)
-        return (self._pairs_beside_tiles(grid) + exact) / grid.tokens**2
+        return (self._pairs_beside_tiles(grid) + exact) / grid.pairs
 
     def check(self, grid: TokenGrid, *, context: Context = Context()) -> None:
         for name in ("tile", "query_tile", "pool"):
@@ -338,7 +340,7 @@ class RoutingAttention(Mechanism):
     def flops(self, grid: TokenGrid, heads: int, head_dim: int, *, context: Context = Context()) -> int:
         """Products of the softmax; of the choice, its pass over the blocks' weights and the products of the spreads."""
         if self.is_exact(grid):
-            return 4 * grid.tokens**2 * heads * head_dim
+            return 4 * grid.pairs * heads * head_dim
         asking, tile, pool = self.sides(grid)
         blocks = self.tiles_in(grid) * (math.prod(tile) // math.prod(pool))
         pairs = self._pairs_beside_tiles(grid) + grid.cells * self.exact_tiles(grid) * math.prod(tile)

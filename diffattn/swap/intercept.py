@@ -25,7 +25,7 @@ import itertools
 import pickle
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, NoReturn, Protocol
 
@@ -33,8 +33,7 @@ import torch.nn.functional
 from torch import Tensor
 
 from ..kernels.call import repeat_heads
-
-DISPATCH, SDPA = "dispatch_attention_fn", "scaled_dot_product_attention"
+from .helpers import DISPATCH, SDPA, attending_helpers
 
 _serial = itertools.count()
 
@@ -47,7 +46,7 @@ class Layer(Protocol):
         """May several heads of queries share one of keys, or does each need its own?"""
         ...
 
-    def wants(self, query: Tensor, key: Tensor, parallel_config: Any = None) -> bool:
+    def wants(self, query: Tensor, key: Tensor, parallel_config: Any = None, is_causal: bool = False) -> bool:
         """Is this call the mechanism's, or the model's own attention? Both tensors are (b, h, n, d)."""
         ...
 
@@ -104,7 +103,7 @@ class Exit:
         """diffusers' dispatcher, tensors (b, n, h, d)."""
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         layer = self.layer
-        if layer is None or not layer.wants(q, k, parallel_config):
+        if layer is None or not layer.wants(q, k, parallel_config, is_causal):
             own: Callable[..., Tensor] = self._names[DISPATCH]
             return own(
                 query,
@@ -137,7 +136,7 @@ class Exit:
     ) -> Tensor:
         """torch's function, tensors (b, h, n, d)."""
         layer = self.layer
-        if layer is None or not layer.wants(query, key):
+        if layer is None or not layer.wants(query, key, None, is_causal):
             return torch.nn.functional.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
@@ -293,15 +292,18 @@ def _rebind(function: Any, exit_: Exit) -> tuple[Callable[..., Any], Callable[[]
         functional.__dict__[SDPA] = exit_.scaled_dot_product_attention
         ours["F"] = functional
 
+    def bound(own: Any) -> Any:
+        new = types.FunctionType(own.__code__, module.__dict__, own.__name__, own.__defaults__, own.__closure__)
+        new.__kwdefaults__ = own.__kwdefaults__
+        return new
+
+    ours |= {name: bound(helper) for name, helper in attending_helpers(function).items()}
+
     def refresh() -> None:
         module.__dict__.update({**function.__globals__, **ours})
 
     refresh()
-    bound = types.FunctionType(
-        function.__code__, module.__dict__, function.__name__, function.__defaults__, function.__closure__
-    )
-    bound.__kwdefaults__ = function.__kwdefaults__
-    return bound, refresh
+    return bound(function), refresh
 
 
 def own_attention(
@@ -355,6 +357,13 @@ def as_four_axes(mask: Tensor | None) -> Tensor | None:
     return mask[:, None, None] if mask.ndim == 2 else mask[:, None]
 
 
-def mask_on_keys(mask: Tensor | None, cell: int) -> Tensor | None:
-    """What a mask (b, 1, 1 or n, m) on padding says of the keys: the row of the query `cell`, which is none."""
-    return mask if mask is None or mask.shape[2] == 1 else mask[:, :, cell : cell + 1]
+def mask_on_keys(mask: Tensor | None, cells: Sequence[int]) -> Tensor | None:
+    """What a mask (b, 1, 1 or n, m) on padding says of the keys: the row of a query that is none, a cell's.
+
+    `cells` has one of the whole batch, or one of each sample.
+    """
+    if mask is None or mask.shape[2] == 1:
+        return mask
+    if len(set(cells)) == 1:
+        return mask[:, :, cells[0] : cells[0] + 1]
+    return torch.stack([mask[i % len(mask), :, cell : cell + 1] for i, cell in enumerate(cells)])

@@ -258,8 +258,8 @@ def plan(model: nn.Module, schedule: Schedule, placement: Placement) -> ModelSwa
         if reason is not None:
             swap.kept[name] = reason
             continue
-        check_processor(intercept.original_of(module.processor))
         entry, owner = entries[name], owner_of(entries[name], name)
+        check_processor(intercept.original_of(module.processor), known=entry.helpers)
         swap.layers[name] = SwappedLayer(
             name=name,
             ref=Ref(module),
@@ -271,7 +271,7 @@ def plan(model: nn.Module, schedule: Schedule, placement: Placement) -> ModelSwa
             index=len(swap.layers),
             min_tokens=placement.min_tokens,
             weights=_weights(schedule, name, module),
-            padding=entry.mask == "padding",
+            row=entry,
         )
     if not swap.layers:
         reasons = "; ".join(sorted(set(swap.kept.values()))) or "it has no attention layers"
@@ -285,8 +285,10 @@ def _scales_rope(mechanism: Mechanism) -> bool:
 
 
 def _in_cross_block(model: nn.Module, name: str) -> bool:
-    """Is the layer in a UNet block that attends to text alone, twice?"""
-    return bool(vars(model.get_submodule(name.rpartition(".")[0])).get("only_cross_attention", False))
+    """Does the layer attend to text alone, by itself or by the UNet block around it?"""
+    block, layer = vars(model.get_submodule(name.rpartition(".")[0])), vars(model.get_submodule(name))
+    alone = block.get("only_cross_attention", False) or layer.get("only_cross_attention", False)
+    return bool(alone) or block.get("self_attn") is False
 
 
 def _reason_to_keep(

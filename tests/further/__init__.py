@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from tiny_model import Tiny
 
-from . import flux_like, images, packed, unets, videos, wan_like
+from . import flux_like, images, packed, rectangular, unets, videos, wan_like
 
 FURTHER: dict[str, Callable[[], Tiny]] = {
     "Chroma": flux_like.chroma,
@@ -55,6 +55,17 @@ FURTHER: dict[str, Callable[[], Tiny]] = {
     "AudioLDM2": unets.audio_ldm2,
     "DreamLite": unets.dream_lite,
     "UNet2D": unets.unet2d,
+    "PRX": rectangular.prx,
+    "NucleusMoE": rectangular.nucleus,
+    "Stable-Cascade": rectangular.stable_cascade,
+    "Cosmos3": rectangular.cosmos3,
+    "Cosmos3-sound": rectangular.cosmos3_sound,
+    "UNet-added-keys": rectangular.unet_added_keys,
+    "GLM-Image-edit": rectangular.glm_image_edit,
+    "Flux2-extract": rectangular.flux2_extract,
+    "Flux2-cached": rectangular.flux2_cached,
+    "VisualCloze": rectangular.visual_cloze,
+    "Qwen-Image-Layered": rectangular.qwen_image_layered,
 }
 """Name -> builder."""
 

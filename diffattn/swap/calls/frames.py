@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from diffattn.families import Layout, Read, arguments, flux_ids
+from diffattn.families import Layout, Read, arguments, flux2_ids, flux_ids
 from diffattn.grid import TokenGrid
 
 from .. import context_parallel
@@ -70,19 +70,30 @@ class Reading:
             self._unread = None
         return self._layouts
 
-    def grids(self, tokens: int) -> tuple[TokenGrid, ...]:
+    def grids(self, tokens: int, queries: int) -> tuple[TokenGrid, ...]:
         """One grid for the whole batch, or one per sample where they differ."""
-        first, *others = (layout.grid(tokens) for layout in self.layouts)
+        first, *others = (layout.grid(tokens, queries) for layout in self.layouts)
         return (first, *others) if any(grid != first for grid in others) else (first,)
+
+    def also(self, grid: TokenGrid) -> tuple[TokenGrid, ...]:
+        """Further grids of sequences whose first is `grid`."""
+        first, *others = self.layouts
+        if any(layout.also != first.also for layout in others):
+            raise NotImplementedError(
+                "the samples of a call hold several images each, of other sizes: not supported; call the model sample "
+                "by sample, or call diffattn.restore first"
+            )
+        return first.further(grid)
 
     @property
     def ids(self) -> Tensor | None:
         """The position ids that the layouts would be read from; None where something else tells them."""
         module = self._module()
-        if self._unread is None or self._unread[0] is not flux_ids or module is None:
+        if self._unread is None or self._unread[0] not in (flux_ids, flux2_ids) or module is None:
             return None
-        ids: Tensor = arguments(module, *self._unread[1:])["img_ids"]
-        return ids
+        call = arguments(module, *self._unread[1:])
+        ids: Tensor = call["img_ids"]
+        return ids if call.get("kv_cache_mode") is None else None
 
     def splits_text(self) -> bool:
         """Does context parallelism split text as a stream of its own?"""
