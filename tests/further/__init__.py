@@ -66,6 +66,8 @@ FURTHER: dict[str, Callable[[], Tiny]] = {
     "Flux2-cached": rectangular.flux2_cached,
     "VisualCloze": rectangular.visual_cloze,
     "Qwen-Image-Layered": rectangular.qwen_image_layered,
+    "Qwen-Image-2.1": packed.qwen_image21,
+    "Qwen-Image-2.1-edit": packed.qwen_image21_edit,
 }
 """Name -> builder."""
 
@@ -83,5 +85,7 @@ NEWER = {
     "MiniMax-H3": "0.40",
     "MiniMax-H3-references": "0.40",
     "Motif-Video": "0.39",
+    "Qwen-Image-2.1": "0.41",
+    "Qwen-Image-2.1-edit": "0.41",
 }
 """Those that the lowest diffusers does not have -> the first release that does."""
