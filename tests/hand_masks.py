@@ -79,7 +79,8 @@ class HandMask(TorchFunctionMode):
         if func is F.scaled_dot_product_attention and self._layer is not None and not kwargs.get("is_causal"):
             query, key, value, *rest = (*args, *(kwargs.pop(n) for n in ("query", "key", "value") if n in kwargs))
             own = rest[0] if rest else kwargs.pop("attn_mask", None)
-            aside = query.shape[2] == key.shape[2] == self._layouts[self._layer][0].aside
+            first = self._layouts[self._layer][0]
+            aside = query.shape[2] == key.shape[2] == first.aside or (first.apart and key.shape[2] < first.total)
             if not (self._prompts and self._calls) and not aside:
                 return self._attend(self._tokens(query, key), query, key, value, own, *rest[1:], **kwargs)
             args = (query, key, value, own, *rest[1:])

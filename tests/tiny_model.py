@@ -24,6 +24,8 @@ class Tokens:
     """So many of the first and the last have no query."""
     aside: int = 0
     """So many tokens attend to each other in a call of their own."""
+    apart: bool = False
+    """Are calls with fewer keys those of the others among themselves?"""
     further: tuple[tuple[int, int, int, int], ...] = ()
     """Further grids among the others: their first token, frames, rows, columns."""
 

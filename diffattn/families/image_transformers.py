@@ -1,6 +1,7 @@
 """Image transformers, and those of their ControlNets that are built alike."""
 
 from .layout import Arguments, Family, Layers, TokenPath, transformer
+from .packed import qwen_image21
 from .readers import (
     bria_fibo2,
     flux2_ids,
@@ -212,6 +213,11 @@ ROWS: tuple[Family, ...] = (
     ),
     Family(
         "LuminaNext", ("LuminaNextDiT2DModel",), transformer(r"layers\.\d+\.attn1", picture(before=0), mask="padding")
+    ),
+    Family(
+        "Qwen-Image-2.1",
+        ("QwenImage21Transformer2DModel",),
+        transformer(r"transformer_blocks\.\d+\.attn", qwen_image21, fewer_queries=True),
     ),
     Family("PRX", ("PRXTransformer2DModel",), transformer(r"blocks\.\d+\.attention", picture(), fewer_queries=True)),
     Family(

@@ -29,6 +29,8 @@ class Layout:
     """Further grids among the other tokens: tokens from the first cell to their first, then frames, height, width."""
     aside: int = 0
     """A call of so many queries and keys is one of other tokens among themselves."""
+    apart: bool = False
+    """Is every call with fewer keys one of other tokens among themselves?"""
 
     def grid(self, tokens: int, queries: int | None = None) -> TokenGrid:
         """The grid of a call with this many tokens; raises `ValueError` where they are not the layout's.
@@ -54,6 +56,12 @@ class Layout:
             )
         first = min(before, silent)
         return TokenGrid(self.height, self.width, self.frames, before, after, (first, silent - first))
+
+    def is_aside(self, queries: int, keys: int) -> bool:
+        """Is a call of so many queries and keys one of other tokens among themselves?"""
+        if self.apart:
+            return keys < self.frames * self.height * self.width + (self.before or 0) + (self.after or 0)
+        return queries == keys == self.aside
 
     def further(self, grid: TokenGrid) -> tuple[TokenGrid, ...]:
         """The grids of `also` in a call whose first grid is `grid`."""

@@ -50,7 +50,8 @@ def qwen_image21(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
     """Qwen-Image 2.1: text and condition images, then the image that is made, the last of `img_shapes`.
 
     `img_mask` (b, n) says where the text encoder keeps places for images, of `SLOT` tokens each; all samples have the
-    layout of the first. The keys are all tokens, in every call; of the queries those of the image alone are cells.
+    layout of the first. The image alone asks of all tokens; text and condition images ask of those up to their own, in
+    calls apart.
     """
     shapes: Any = call["img_shapes"]
     frames, height, width = shapes[0][-1]
@@ -62,4 +63,4 @@ def qwen_image21(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
             f"by img_shapes, and does not; call diffattn.restore first"
         )
     tokens = len(places) + (SLOT - 1) * int(places.sum())
-    return (Layout(height, width, frames, before=tokens - cells),)
+    return (Layout(height, width, frames, before=tokens - cells, apart=True),)

@@ -186,9 +186,9 @@ class SwappedLayer:
 
     def _is_aside(self, frame: Frame | None, query: Tensor, key: Tensor) -> bool:
         """Is this a call of other tokens among themselves, beside the layer's own?"""
-        if self.row is None or not self.row.fewer_queries or frame is None or query.shape[2] != key.shape[2]:
+        if self.row is None or not self.row.fewer_queries or frame is None:
             return False
-        return frame.readings[self.scope].layouts[0].aside == query.shape[2]
+        return frame.readings[self.scope].layouts[0].is_aside(query.shape[2], key.shape[2])
 
     def _refuse_other_keys(self, query: Tensor, key: Tensor, parallel_config: Any) -> None:
         """Raise for a call with other keys than the queries' own tokens, unless it is dense anyway."""

@@ -15,10 +15,10 @@ from ..grid import TokenGrid
 from ..mechanisms.base import Mechanism
 from .helpers import attending_helpers
 
-_ASKED_ALONE = "its image is asked alone, of text, condition images and itself: it has fewer queries than keys"
 _FRAMES_IN_TURN = "it makes a few frames at a time, and most of their keys are kept ones of earlier frames"
 _FAR = f"{_FRAMES_IN_TURN}, in coarser patches; where it fills its cache it attends by a flex block mask of its own"
 _REFINER = f"{_FRAMES_IN_TURN}; its forward tells no grid"
+_ALL_IN_ONE = "it attends by a flex block mask of its own; set QwenImage21AttnProcessor on its layers"
 _BLOCK_MASK = "it attends to its own frames and to kept keys of a reference, padded, by a flex block mask of its own"
 _NABLA = "it puts its tokens into blocks and attends sparsely by itself (NABLA)"
 
@@ -34,7 +34,7 @@ class Unsupported:
 
 
 UNSUPPORTED: list[Unsupported] = [
-    Unsupported("QwenImage21Transformer2DModel", _ASKED_ALONE),
+    Unsupported("QwenImage21FlexAttnProcessor", _ALL_IN_ONE),
     Unsupported("AnyFlowFARTransformer3DModel", _FAR),
     Unsupported("WanAnimate2Transformer3DModel", _BLOCK_MASK),
     Unsupported("SanaWMLTX2RefinerTransformer3DModel", _REFINER),

@@ -20,14 +20,13 @@ from further.packed import (
     qwen_image21,
     words_at,
 )
-from hand_masks import RADIUS, TOLERANCE, HandMask, by_hand, error, under_masks
+from hand_masks import RADIUS, TOLERANCE, by_hand, error
 from models import TEXT, Tiny, Tokens
 from releases import needs
 from torch import Tensor
 
 import diffattn
 from diffattn.families import Layout, arguments, family_of
-from diffattn.families.packed import qwen_image21 as read_qwen_image21
 
 pytestmark = needs("diffusers", "0.42", "models that pack their sequences")
 
@@ -168,55 +167,52 @@ def test_both_transformers_of_its_pipeline() -> None:
         assert len(handle.layers) == 2
 
 
-class AskedAlone(HandMask):
-    """Masks for layers whose queries are the cells alone, in the call that has all keys; their others stay."""
-
-    def _tokens(self, query: Tensor, key: Tensor) -> tuple[Tokens, ...]:
-        assert self._layer is not None
-        [tokens] = self._layouts[self._layer]
-        asked = query.shape[2], key.shape[2]
-        if asked != (tokens.total - tokens.before - tokens.after, tokens.total):
-            return ()
-        self.masked.add(self._layer)
-        return (tokens,)
-
-    def _combine(self, layout: tuple[Tokens, ...], query: Tensor, own: Tensor | None) -> Any:
-        if not layout:
-            return own
-        mask = super()._combine(layout, query, None)[:, :, layout[0].before : layout[0].total - layout[0].after]
-        return mask if own is None else mask & own
-
-
-def qwen_by_hand(tiny: Tiny, radius: float = RADIUS, **changes: Any) -> Tensor:
-    """The image's tokens of the output."""
-    model, cells = (tiny.model, tiny.spatial), tiny.inputs["img_shapes"][0][-1]
-    output = under_masks(lambda: tiny.run(**changes), model, mode=AskedAlone, radius=radius)
-    return output.view(2, -1, 4)[:, -cells[1] * cells[2] :]
+def image_of(output: Tensor) -> Tensor:
+    """Qwen-Image 2.1's, of the output for all tokens that ask."""
+    return output.view(2, -1, 4)[:, -48:]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("images", [0, 1, 2])
-def test_masks_by_hand_where_the_image_is_asked_alone(images: int) -> None:
-    """With kept keys or without, the image is the same."""
+def test_the_image_is_the_same_by_kept_keys(images: int) -> None:
     from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
 
     tiny = qwen_image21(images)
-    dense = tiny.run().view(2, -1, 4)[:, -48:]
-    assert error(qwen_by_hand(tiny, radius=100), dense) < TOLERANCE
-    want = qwen_by_hand(tiny)
+    dense, want = (image_of(output) for output in (tiny.run(), by_hand(tiny, tiny.spatial)))
     assert error(want, dense) > 1e-3
-    cache = QwenImage21KVCache(2)
-    for mode in ("extract", "cached"):
-        assert error(qwen_by_hand(tiny, kv_cache=cache, kv_cache_mode=mode), want) < TOLERANCE
+
+    def kept() -> list[Tensor]:
+        cache = QwenImage21KVCache(2)
+        return [image_of(tiny.run(kv_cache=cache, kv_cache_mode=mode)) for mode in ("extract", "cached")]
+
+    own = kept()
+    with diffattn.apply(tiny.model, "softmax"):
+        assert all(map(torch.equal, kept(), own))
+    with diffattn.apply(tiny.model, "clear", radius=RADIUS):
+        for image in (image_of(tiny.run()), *kept()):
+            assert error(image, want) < TOLERANCE
+
+
+def test_one_call_for_the_whole_sequence_is_refused() -> None:
+    from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21FlexAttnProcessor
+
+    model = qwen_image21().model
+    model.transformer_blocks[1].attn.set_processor(QwenImage21FlexAttnProcessor())
+    with pytest.raises(ValueError, match="QwenImage21FlexAttnProcessor can't be swapped: .* set QwenImage21AttnProc"):
+        diffattn.apply(model, "clear", radius=RADIUS)
+    with diffattn.apply(model, "clear", radius=RADIUS, layers="transformer_blocks.0.attn") as handle:
+        assert len(handle.layers) == 1
 
 
 @pytest.mark.parametrize("mode", [None, "extract", "cached"])
 @pytest.mark.parametrize("images", [0, 1, 2])
 def test_where_the_image_lies_among_the_keys(images: int, mode: str | None) -> None:
     tiny = qwen_image21(images)
-    [tokens] = tiny.spatial[r"transformer_blocks\.\d+\.attn"]
-    call = arguments(tiny.model, (), {**tiny.inputs, "kv_cache_mode": mode})
-    assert read_qwen_image21(tiny.model, call) == (Layout(tokens.rows, tokens.columns, 1, tokens.before, 0),)
+    layout = layout_of(tiny, kv_cache_mode=mode)
+    before = TEXT + images * (8 + TEXT)
+    assert layout == Layout(6, 8, 1, before, 0, apart=True)
+    grid = layout.grid(before + 48, queries=48)
+    assert (grid.queries, grid.query_slice) == (48, slice(before, before + 48))
 
 
 def test_an_image_that_is_not_the_last() -> None:
@@ -224,14 +220,10 @@ def test_an_image_that_is_not_the_last() -> None:
     mask, wider = tiny.inputs["img_mask"], [[(1, 2, 4), (1, 6, 20)]] * 2
     for changes in ({"img_mask": mask.roll(1, dims=1)}, {"img_shapes": wider}, {"img_shapes": [[(1, 3, 3)]] * 2}):
         with pytest.raises(ValueError, match="img_mask must end with the .* places of the image that is made"):
-            read_qwen_image21(tiny.model, arguments(tiny.model, (), {**tiny.inputs, **changes}))
+            layout_of(tiny, **changes)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "QwenImage21Transformer2DModel": (
-        dict(num_layers=1, attention_head_dim=16, num_attention_heads=2, context_in_dim=12, axes_dims_rope=(4, 6, 6)),
-        "its image is asked alone.* fewer queries than keys",
-    ),
     "Kandinsky6SRTransformer3DModel": (
         dict(in_visual_dim=2, out_visual_dim=2, time_dim=16, model_dim=32, ff_dim=32, num_visual_blocks=1)
         | dict(axes_dims=(4, 6, 6)),

@@ -75,6 +75,8 @@ FURTHER: dict[str, Callable[[], Tiny]] = {
     "UVit2D": older.uvit2d,
     "UniDiffuser": older.unidiffuser,
     "Kandinsky3": older.kandinsky3,
+    "Qwen-Image-2.1": packed.qwen_image21,
+    "Qwen-Image-2.1-edit": packed.qwen_image21_edit,
 }
 """Name -> builder."""
 
@@ -95,5 +97,7 @@ NEWER = {
     "Motif-Video": "0.39",
     "Stable-Audio-3": "0.40",
     "Stable-Audio-3-patches": "0.40",
+    "Qwen-Image-2.1": "0.41",
+    "Qwen-Image-2.1-edit": "0.41",
 }
 """Those that the lowest diffusers does not have -> the first release that does."""

@@ -102,10 +102,7 @@ def _minimax_h3() -> Any:
 
 
 def qwen_image21(images: int = 0) -> Tiny:
-    """Text, then so many condition images of 2 x 4 tokens with text behind each, then the image that is made.
-
-    Not among those that can be swapped yet: in every call the queries are fewer than the keys.
-    """
+    """Text, then so many condition images of 2 x 4 tokens with text behind each, then the image that is made."""
     model = _make(
         "QwenImage21Transformer2DModel",
         in_channels=4,
@@ -128,4 +125,10 @@ def qwen_image21(images: int = 0) -> Tiny:
         img_mask=mask,
     )
     before = TEXT + images * (8 + TEXT)
-    return Tiny(model, inputs, {r"transformer_blocks\.\d+\.attn": (Tokens(before, 1, 6, 8),)})
+    return Tiny(
+        model, inputs, {r"transformer_blocks\.\d+\.attn": (Tokens(before, 1, 6, 8, silent=(before, 0), apart=True),)}
+    )
+
+
+def qwen_image21_edit() -> Tiny:
+    return qwen_image21(images=2)
