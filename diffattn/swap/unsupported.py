@@ -16,6 +16,8 @@ _NABLA = "it puts its tokens into blocks and attends sparsely by itself (NABLA)"
 _REFERENCE_CACHE = "it attends in a helper beside the processor, to cached keys of reference images in most steps"
 _EXAMPLES = "it puts example images and the image it makes into one sequence, and a window would lie on an example"
 _SEVERAL = "it makes several images in one sequence (layers), and a window would lie on the first alone"
+_WINDOWS = "it attends in windows already, which it was trained with"
+_EXACT = "diffattn.apply_exact computes them in bounded memory, to the same numbers"
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Unsupported:
     reason: str
     option: str | None = None
     value: Any = None
+    remedy: str = "run it as it is"
 
 
 UNSUPPORTED: list[Unsupported] = [
@@ -42,6 +45,8 @@ UNSUPPORTED: list[Unsupported] = [
     Unsupported("QwenImageTransformer2DModel", _SEVERAL, "use_layer3d_rope", True),
     Unsupported("QwenImageLayeredPipeline", _SEVERAL),
     Unsupported("QwenImageLayeredModularPipeline", _SEVERAL),
+    Unsupported("LTX2VideoDiffusionDecoderModel", _WINDOWS, remedy=_EXACT),
+    Unsupported("LTX2VideoDiffusionDecodePipeline", _WINDOWS, remedy=_EXACT),
     Unsupported("VisualClozePipeline", _EXAMPLES),
     Unsupported("VisualClozeGenerationPipeline", _EXAMPLES),
     Unsupported("Flux2KleinKVPipeline", _REFERENCE_CACHE),
@@ -56,7 +61,7 @@ def check_supported(target: Any) -> None:
     for entry in UNSUPPORTED:
         if entry.name in names and (entry.option is None or _option(target, entry.option) == entry.value):
             raise ValueError(
-                f"the attention of {type(target).__name__} can't be swapped: {entry.reason}; run it as it is"
+                f"the attention of {type(target).__name__} can't be swapped: {entry.reason}; {entry.remedy}"
             )
 
 
