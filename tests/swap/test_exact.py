@@ -254,18 +254,24 @@ def test_what_cannot_be_served_is_refused_with_nothing_changed() -> None:
     assert processors(model) == {**before, last: other}
 
 
+def choose(model: Any, backend: str) -> None:
+    """As `set_attention_backend` of the model, which sets diffusers' own default too."""
+    for name in processors(model):
+        model.get_submodule(name).set_attention_backend(backend)
+
+
 def test_settings_of_diffusers_that_cannot_be_served_are_refused() -> None:
     model = decoder()
-    model.set_attention_backend("native")
+    choose(model, "native")
     with pytest.raises(ValueError, match="expected the attention backend of the decoder's own, flex;"):
         diffattn.apply_exact(model)
-    model.set_attention_backend("flex")
+    choose(model, "flex")
     diffattn.apply_exact(model)
     decode(model)
-    model.set_attention_backend("native")
+    choose(model, "native")
     with pytest.raises(ValueError, match=re.escape("choose a kernel by diffattn.apply_exact(backend=)")):
         decode(model)
-    model.set_attention_backend("flex")
+    choose(model, "flex")
     model.decoder.diff_blocks[0].attn.processor._parallel_config = object()
     with pytest.raises(ValueError, match="decode on one rank"):
         decode(model)
