@@ -82,6 +82,9 @@ def test_what_attends_is_read_from_the_code() -> None:
     found = others()
     assert {"AutoencoderKL", "AutoencoderKLWan", "AutoencoderRAE", "LTX2VideoDiffusionDecoderModel"} <= found.keys()
     assert not {"AutoencoderTiny", "AutoencoderKLLTXVideo", "T2IAdapter", "MMAudioVocoder"} & found.keys()
+    rows = {name for family in FAMILIES for name in family.models}
+    models = {name: model for folder in FOLDERS for name, model in classes(folder).items() if name in rows}
+    assert len(models) > 40 and all(attends(model) for model in models.values())
 
 
 @pytest.mark.parametrize("name", REFUSED)

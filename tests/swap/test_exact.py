@@ -1,6 +1,7 @@
 """The own windows of LTX-2.5's decoder: the model's numbers, without a mask of tokens x tokens."""
 
 import copy
+import itertools
 import pickle
 import re
 import subprocess
@@ -15,7 +16,7 @@ from compiling import Graphs
 from memory import largest_tensor
 from models import flux
 from releases import needs
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import diffattn
@@ -32,6 +33,18 @@ SIZES: dict[str, tuple[tuple[int, ...], tuple[int, int, int]]] = {
     "larger than the grid": ((2, 4, 6, 11), (11, 11, 11)),
     "one frame": ((1, 1, 24, 41), (3, 5, 5)),
 }
+
+
+def hand_mask(shape: tuple[int, ...], window: tuple[int, int, int]) -> Tensor:
+    """Which cells a cell sees: along each axis a window that is moved inward at the edges, `(tokens, tokens)`."""
+    widths = [min(width, size) for width, size in zip(window, shape, strict=True)]
+    cells = list(itertools.product(*(range(size) for size in shape)))
+    first = [
+        [max(0, min(at - width // 2, size - width)) for at, size, width in zip(cell, shape, widths, strict=True)]
+        for cell in cells
+    ]
+    behind = torch.tensor(cells) - torch.tensor(first)[:, None]
+    return ((behind >= 0) & (behind < torch.tensor(widths))).all(2)
 
 
 def module() -> Any:
@@ -89,6 +102,27 @@ def test_a_layer_has_the_numbers_of_its_own_processor(name: str) -> None:
         for backend in ("auto", "dense", "tiled"):
             with diffattn.apply_exact(own, backend=backend):
                 torch.testing.assert_close(own.processor(own, hidden), want, atol=NEAR, rtol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["odd", "even window"])
+def test_half_precision_is_no_farther_off_than_the_layers_own_processor(name: str, dtype: torch.dtype) -> None:
+    shape, window = SIZES[name]
+    own = layer(window).to(dtype)
+    hidden = torch.randn(*shape, 16, dtype=dtype)
+    # the projections in half precision, attention in float32 by a mask, then the projection back
+    q, k, v = (part.flatten(1, 3).transpose(1, 2).float() for part in own.project_qkv(hidden))
+    inside = hand_mask(shape[1:], window)
+    attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=inside, scale=1.0)
+    want = copy.deepcopy(own).float().to_out[0](attended.transpose(1, 2).flatten(2).unflatten(1, shape[1:]))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stock = (own.processor(own, hidden).float() - want).abs().max()
+        for backend in ("auto", "dense", "tiled"):
+            with diffattn.apply_exact(own, backend=backend):
+                got = own.processor(own, hidden)
+            assert got.dtype == dtype
+            assert (got.float() - want).abs().max() <= 1.5 * stock + torch.finfo(dtype).eps
 
 
 def test_a_decode_has_the_models_numbers_and_restore_is_bit_for_bit() -> None:
@@ -190,6 +224,32 @@ def test_a_pipeline_and_its_summary() -> None:
         diffattn.restore(pipe)
 
 
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, NEAR), (torch.bfloat16, 2e-2)])
+def test_a_pipeline_makes_the_same_video(dtype: torch.dtype, near: float) -> None:
+    """Moved to its dtype after the call, and before it."""
+    pipe = pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    latents = torch.randn(1, 4, 2, 3, 5)
+
+    def video() -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            frames: Tensor = pipe(
+                latents, denormalize=False, generator=torch.Generator().manual_seed(0), output_type="pt"
+            ).frames
+        return frames.float()
+
+    handle = diffattn.apply_exact(pipe)
+    pipe.to(dtype)
+    got = video()
+    handle.restore()
+    want = video()
+    assert got.shape == (1, 3, 3, 12, 20) and want.std() > 0.1
+    assert not torch.equal(got, want) and (got - want).abs().max() < near
+    with diffattn.apply_exact(pipe):
+        assert torch.equal(video(), got)
+
+
 def test_a_modular_pipeline() -> None:
     from diffusers.modular_pipelines.ltx2.decoders import LTX2DiffusionVaeDecoderStep
 
@@ -247,6 +307,11 @@ def test_what_cannot_be_served_is_refused_with_nothing_changed() -> None:
         diffattn.apply_exact(flux().model)
     with pytest.raises(ValueError, match="got str with no models"):
         diffattn.apply_exact("decoder")
+    unet = diffusers.UNet2DModel(
+        block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=8
+    )
+    with pytest.raises(ValueError, match="got DDPMPipeline with unet UNet2DModel; diffattn.apply swaps the attention"):
+        diffattn.apply_exact(diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()))
     last = [*before][-1]
     model.get_submodule(last).processor = other = lambda attn, hidden, mask: hidden
     with pytest.raises(ValueError, match=f"expected {re.escape(last)} with a processor of its family.*got function"):
