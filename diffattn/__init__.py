@@ -21,6 +21,7 @@ from .mechanisms import (
     TokenMergeAttention,
 )
 from .swap.apply import Handle, apply, attn_processors, restore
+from .swap.exact import ExactHandle, apply_exact
 from .swap.report import summary
 from .swap.settings.recipe import Recipe
 
@@ -28,6 +29,7 @@ __all__ = [
     "AgentAttention",
     "ClearAttention",
     "DualScopeAttention",
+    "ExactHandle",
     "HaloAttention",
     "Handle",
     "LinearAttention",
@@ -39,6 +41,7 @@ __all__ = [
     "TokenGrid",
     "TokenMergeAttention",
     "apply",
+    "apply_exact",
     "attn_processors",
     "calibrate",
     "compare",

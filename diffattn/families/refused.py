@@ -3,6 +3,33 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+AUTOENCODER = "it is an autoencoder: its attention is not a denoiser's, and runs once for an image, a clip or a sound"
+AUTOENCODERS = (
+    "AsymmetricAutoencoderKL",
+    "AutoencoderKL",
+    "AutoencoderKLAllegro",
+    "AutoencoderKLCosmos",
+    "AutoencoderKLFlux2",
+    "AutoencoderKLHunyuanImage",
+    "AutoencoderKLHunyuanImageRefiner",
+    "AutoencoderKLHunyuanVideo",
+    "AutoencoderKLHunyuanVideo15",
+    "AutoencoderKLKVAEAudio",
+    "AutoencoderKLLTX2Audio",
+    "AutoencoderKLMiniMaxH3Audio",
+    "AutoencoderKLMochi",
+    "AutoencoderKLQwenImage",
+    "AutoencoderKLQwenImage21",
+    "AutoencoderKLTemporalDecoder",
+    "AutoencoderKLWan",
+    "AutoencoderSAME",
+    "AutoencoderVidTok",
+    "ConsistencyDecoderVAE",
+    "MMAudioVAE",
+    "VQModel",
+)
+"""Those whose attention is in one block or two, or over audio."""
+
 LINEAR = "its attention is linear already"
 NO_GRID = "its tokens lie on no grid"
 PART = "it is a part of other models: give the model that runs it"
@@ -24,6 +51,12 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "DreamLiteTransformer2DModel": f"{PART}, DreamLiteUNetModel",
         "MotionAdapter": f"{PART}, UNetMotionModel",
         "ControlNetXSAdapter": f"{PART}, UNetControlNetXSModel",
+        **dict.fromkeys(AUTOENCODERS, AUTOENCODER),
+        "AutoencoderDC": LINEAR,
+        "AutoencoderKLMiniMaxH3": "it decodes tiles of 256 x 256 px and 7 latent frames: too few tokens for a gain",
+        "AutoencoderRAE": "its images have a few hundred tokens, too few for a gain",
+        "RFD4ProteinaAutoencoder": f"{NO_GRID}: they are residues of proteins",
+        "AnimaTextConditioner": f"{NO_GRID}: they are words",
     }
 )
 """Class name -> why there is no row."""

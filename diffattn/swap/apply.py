@@ -16,6 +16,7 @@ from torch import nn
 
 from ..mechanisms.base import Mechanism
 from .calls.steps import single_models
+from .exact import exact_layers, undo
 from .layer import SwappedLayer
 from .model_swap import ModelSwap, current
 from .plan import Mechanisms, attention_modules, plan, plan_all, resolve, resolve_all
@@ -215,15 +216,16 @@ def attn_processors(
 
 
 def restore(target: Any) -> None:
-    """Undo `apply` on a pipeline or model, bit for bit; raises `ValueError` where nothing is swapped.
+    """Undo `apply` and `apply_exact` on a pipeline or model, bit for bit; raises `ValueError` where nothing is swapped.
 
     Layers whose processor something else has replaced since are left alone and named in a warning.
     """
-    swaps = swaps_of(target)
-    if not swaps:
+    swaps, exact = swaps_of(target), exact_layers(target)
+    if not swaps and not exact:
         raise ValueError(f"nothing to restore: no attention of this {type(target).__name__} is swapped")
     for swap in swaps:
         swap.undo()
+    undo(exact)
 
 
 def swaps_of(target: Any) -> list[ModelSwap]:

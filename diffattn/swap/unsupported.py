@@ -21,6 +21,8 @@ _REFINER = f"{_FRAMES_IN_TURN}; its forward tells no grid"
 _ALL_IN_ONE = "it attends by a flex block mask of its own; set QwenImage21AttnProcessor on its layers"
 _BLOCK_MASK = "it attends to its own frames and to kept keys of a reference, padded, by a flex block mask of its own"
 _NABLA = "it puts its tokens into blocks and attends sparsely by itself (NABLA)"
+_WINDOWS = "it attends in windows already, which it was trained with"
+_EXACT = "diffattn.apply_exact computes them in bounded memory, to the same numbers"
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Unsupported:
     reason: str
     option: str | None = None
     value: Any = None
+    remedy: str = "run it as it is"
 
 
 UNSUPPORTED: list[Unsupported] = [
@@ -40,6 +43,8 @@ UNSUPPORTED: list[Unsupported] = [
     Unsupported("SanaWMLTX2RefinerTransformer3DModel", _REFINER),
     Unsupported("Kandinsky5Transformer3DModel", _NABLA, "attention_type", "nabla"),
     Unsupported("Kandinsky6SRTransformer3DModel", _NABLA),
+    Unsupported("LTX2VideoDiffusionDecoderModel", _WINDOWS, remedy=_EXACT),
+    Unsupported("LTX2VideoDiffusionDecodePipeline", _WINDOWS, remedy=_EXACT),
 ]
 
 
@@ -49,7 +54,7 @@ def check_supported(target: Any) -> None:
     for entry in UNSUPPORTED:
         if entry.name in names and (entry.option is None or _option(target, entry.option) == entry.value):
             raise ValueError(
-                f"the attention of {type(target).__name__} can't be swapped: {entry.reason}; run it as it is"
+                f"the attention of {type(target).__name__} can't be swapped: {entry.reason}; {entry.remedy}"
             )
 
 

@@ -5,10 +5,12 @@ import inspect
 import pkgutil
 from types import ModuleType
 
+import diffusers.models
 import diffusers.models.controlnets
 import diffusers.models.transformers
 import diffusers.models.unets
 import pytest
+from attending import attends
 from diffusers import ModelMixin
 from releases import needs
 from torch import nn
@@ -18,11 +20,14 @@ from diffattn.families import FAMILIES, REFUSED
 from diffattn.swap.unsupported import UNSUPPORTED
 
 FOLDERS = (diffusers.models.transformers, diffusers.models.unets, diffusers.models.controlnets)
+"""Every model in them is a denoiser or belongs to one."""
+NO_ATTENTION = {"MiniMaxMusic3ConditionEncoder"}
+"""Classes with a softmax that is none of attention's: this one weighs the layers of a text encoder."""
 
 
 def classes(folder: ModuleType) -> dict[str, type]:
-    """The models that the modules of a folder define, exported or not."""
-    names = [f"{folder.__name__}.{info.name}" for info in pkgutil.iter_modules(folder.__path__)]
+    """The models that the modules of a folder and of those in it define, exported or not."""
+    names = [info.name for info in pkgutil.walk_packages(folder.__path__, f"{folder.__name__}.")]
     modules = [importlib.import_module(name) for name in names]
     return {
         name: value
@@ -30,6 +35,17 @@ def classes(folder: ModuleType) -> dict[str, type]:
         for name, value in vars(module).items()
         if inspect.isclass(value) and issubclass(value, ModelMixin) and value.__module__ == module.__name__
     }
+
+
+def others() -> dict[str, type]:
+    """The other models of diffusers that attend: autoencoders, decoders, and what makes conditions."""
+    folders = tuple(f"{folder.__name__}." for folder in FOLDERS)
+    found = {
+        name: model
+        for name, model in classes(diffusers.models).items()
+        if not model.__module__.startswith(folders) and attends(model)
+    }
+    return {name: model for name, model in found.items() if name not in NO_ATTENTION}
 
 
 def is_list(model: type) -> bool:
@@ -42,13 +58,13 @@ def test_every_class_has_a_row_or_a_reason() -> None:
     rows = {name for family in FAMILIES for name in family.models}
     lists = [rows, set(REFUSED), {entry.name for entry in UNSUPPORTED if entry.option is None}]
     unknown, found = [], 0
-    for folder in FOLDERS:
-        for name, model in classes(folder).items():
+    for models in (*(classes(folder) for folder in FOLDERS), others()):
+        for name, model in models.items():
             found += 1
             places = sum(name in names for names in lists) + is_list(model)
             assert places < 2, f"{name} is in {places} of the lists"
             unknown += [] if places else [name]
-    assert found > 60
+    assert found > 80
     assert not unknown, "give each a row in diffattn/families, or a reason in diffattn/families/refused.py"
 
 
@@ -56,8 +72,19 @@ def test_every_class_has_a_row_or_a_reason() -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_every_name_is_of_diffusers() -> None:
     """A class that is renamed would be told nothing."""
-    known = {name for folder in FOLDERS for name in classes(folder)}
+    known = {name for folder in FOLDERS for name in classes(folder)} | others().keys()
     assert not REFUSED.keys() - known
+
+
+@needs("diffusers", "0.42", "some of the classes")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_attends_is_read_from_the_code() -> None:
+    found = others()
+    assert {"AutoencoderKL", "AutoencoderKLWan", "AutoencoderRAE", "LTX2VideoDiffusionDecoderModel"} <= found.keys()
+    assert not {"AutoencoderTiny", "AutoencoderKLLTXVideo", "T2IAdapter", "MMAudioVocoder"} & found.keys()
+    rows = {name for family in FAMILIES for name in family.models}
+    models = {name: model for folder in FOLDERS for name, model in classes(folder).items() if name in rows}
+    assert len(models) > 40 and all(attends(model) for model in models.values())
 
 
 @pytest.mark.parametrize("name", REFUSED)
