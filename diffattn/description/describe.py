@@ -1,0 +1,162 @@
+"""Describe a model whose family has no row: its attention, its grid, a row to try, and what the row lacks."""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..families import FAMILIES
+from ..swap.calls.steps import unwrap
+from ..swap.model_swap import current
+from ..swap.unsupported import check_supported
+from .checks import Check, batch_check, checks_of
+from .grids import Source, sources
+from .layers import GRID, Layer, Listing, judge, locate, locate_in_levels
+from .report import Description, Kind
+from .rows import Reader, evaluated, join_patterns, row_text
+from .watching import Forward, has_processor, in_evaluation
+
+
+def describe(model: nn.Module, /, **inputs: Any) -> Description:
+    """What a row for `model` needs, found by running it: `print` it, or read its fields.
+
+    Makes a dozen or more forwards without gradients, one for each binary digit of the number of cells among them: take
+    a tiny random model of the class, inputs with a batch of two, and an image that is not square. The model is as it
+    was afterwards.
+
+    Args:
+        model: any model, of a family with a row or without.
+        inputs: the arguments of its forward, by name.
+
+    Raises `ValueError` where its attention is swapped.
+    """
+    model = unwrap(model)
+    if current(model) is not None:
+        raise ValueError(f"expected a {type(model).__name__} with its own attention; call diffattn.restore first")
+    forward = Forward(model, inputs)
+    with in_evaluation(model):
+        with Listing(model) as listing:
+            forward()
+        layers, found = listing.layers(), sources(model, forward.given)
+        locate(forward, layers, found)
+        locate_in_levels(forward, layers, listing)
+        for layer in layers.values():
+            judge(layer, forward, listing)
+        description = _told(forward, layers, listing, found)
+        in_row = {name: layer for name, layer in layers.items() if layer.verdict == GRID}
+        return _with_row(description, forward, in_row, {*layers, *listing.ran}, found) if in_row else description
+
+
+def _told(forward: Forward, layers: dict[str, Layer], listing: Listing, found: list[Source]) -> Description:
+    """All but the row."""
+    model, kinds = forward.model, _kinds(layers.values())
+    in_row = [layer for layer in layers.values() if layer.verdict == GRID]
+    grids = dict.fromkeys(
+        layer.used[0].told
+        for layer in in_row
+        if layer.used is not None and layer.reader is not None and not layer.reader.owned
+    )
+    missing = [*_refused(model), *_silent(layers, listing), *(kind.missing for kind in kinds if kind.missing)]
+    if not in_row and not found:
+        missing.append(f"no grid among the arguments: {_given(forward)}")
+    names = {cls.__name__ for cls in type(model).__mro__}
+    known = next((row.name for row in FAMILIES if names & set(row.models)), None)
+    return Description(type(model).__name__, tuple(kinds), tuple(grids), tuple(missing), known_row=known)
+
+
+def _with_row(
+    description: Description, forward: Forward, in_row: dict[str, Layer], everything: set[str], found: list[Source]
+) -> Description:
+    """With the row to try, and what it was asked."""
+    groups: dict[Reader, list[str]] = {}
+    for name, layer in in_row.items():
+        assert layer.reader is not None
+        groups.setdefault(layer.reader, []).append(name)
+    entries = [(join_patterns(names, everything - set(names)), reader) for reader, names in groups.items()]
+    given, levels = forward.given, any(reader.owned for reader in groups)
+    timestep = next((name for name in ("timestep", "timesteps", "t") if name in given), "timestep")
+    latent = next((name for name in ("sample", "hidden_states", "x") if name in given), None) if levels else None
+    row = row_text(forward.model, entries, timestep, None if levels else _rope(forward), latent)
+    code = "\n\n".join(dict.fromkeys(reader.code for reader in groups if reader.code))
+    family = evaluated(row, code)
+    used = [layer.used[0] for layer in in_row.values() if layer.used is not None]
+    video = any(source.axes is not None and source.axes[0] is not None for source in used)
+    video = video or any(place.size[0] > 1 for layer in in_row.values() for place in layer.places)
+    checks: list[Check] = []
+    if not _refused(forward.model):
+        kinds = {name: reader.kind for reader, names in groups.items() for name in names}
+        places = {name: layer.places for name, layer in in_row.items()}
+        samples = found[0].samples if found else 1
+        checks = [batch_check(samples), *checks_of(forward, family, kinds, places, video and not levels)]
+    file = "unets.py" if levels else f"{'video' if video else 'image'}_transformers.py"
+    return dataclasses.replace(description, row=row, readers=code, family=family, checks=tuple(checks), file=file)
+
+
+def _rope(forward: Forward) -> str | None:
+    """The rotary embedding whose base is read at every forward, where there is one."""
+    found = []
+    for name, module in forward.model.named_modules():
+        theta = vars(module).get("theta")
+        if name and isinstance(theta, (int, float)):
+            before = forward()
+            try:
+                module.theta = 4 * theta  # type: ignore[assignment]
+                found += [] if torch.equal(forward(), before) else [name]
+            finally:
+                module.theta = theta  # type: ignore[assignment]
+    return found[0] if len(found) == 1 else None
+
+
+def _refused(model: nn.Module) -> list[str]:
+    """The reason where `apply` refuses the model by name."""
+    try:
+        check_supported(model)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _silent(layers: dict[str, Layer], listing: Listing) -> list[str]:
+    """Attention modules that ran and made no call of softmax attention that is seen."""
+    found: dict[str, None] = {}
+    for name in dict.fromkeys(listing.ran):
+        if name in layers or any(layer.startswith(f"{name}.") for layer in layers):
+            continue
+        module = listing.module(name)
+        if has_processor(module):
+            own = "computes softmax attention by itself" if name in listing.own_softmax else "no softmax attention"
+            verb = "" if name in listing.own_softmax else "computes "
+            found[f"{spell(name)}: {type(module.processor).__name__} {verb}{own}, by no call that a swap reaches"] = (
+                None
+            )
+        else:
+            found[f"{spell(name)}: {type(module).__name__} attends by itself, without a processor"] = None
+    return list(found)
+
+
+def spell(name: str) -> str:
+    """`transformer_blocks.N.attn1`"""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "N", name)
+
+
+def _kinds(layers: Iterable[Layer]) -> list[Kind]:
+    """Layers of one pattern whose calls are alike are one kind."""
+    groups: dict[Any, list[Layer]] = {}
+    for layer in layers:
+        key = spell(layer.name), layer.verdict, layer.told, *(call.shapes for call in layer.calls)
+        groups.setdefault(key, []).append(layer)
+    return [
+        Kind(spell(own[0].name), tuple(layer.name for layer in own), tuple(own[0].calls), own[0].verdict, own[0].told)
+        for own in groups.values()
+    ]
+
+
+def _given(forward: Forward) -> str:
+    """What the forward was given."""
+    return ", ".join(
+        f"{name} {tuple(value.shape)}" if isinstance(value, Tensor) else f"{name} ({type(value).__name__})"
+        for name, value in forward.inputs.items()
+    )
