@@ -10,6 +10,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,20 +88,17 @@ def checks_of(forward: Forward, family: Family, kinds: dict[str, str], places: P
         own = forward()
         found = [*_inputs(places, video)]
         before = _state(model)
-        steps: list[tuple[str, Callable[[], Check]]] = [
-            ("softmax", lambda: _softmax(forward, own, kinds)),
-            *(
-                (f"clear on {kind} layers", lambda kind=kind: _clear(forward, own, kinds, places, kind))  # type: ignore[misc]
-                for kind in dict.fromkeys(kinds.values())
-            ),
-        ]
+        steps: list[tuple[str, Callable[[], Check]]] = [("softmax", partial(_softmax, forward, own, kinds))]
+        for kind in dict.fromkeys(kinds.values()):
+            steps.append((f"clear on {kind} layers", partial(_clear, forward, own, kinds, places, kind)))
         for name, step in steps:
             try:
                 found.append(step())
-            except Exception as error:
+            except Exception as error:  # of whatever the row does wrong
                 found.append(Check(False, f"{name}: {type(error).__name__}: {error}"))
-                if model_swap.current(model) is not None:
-                    model_swap.current(model).undo()  # type: ignore[union-attr]
+                swap = model_swap.current(model)
+                if swap is not None:
+                    swap.undo()
         same = torch.equal(forward(), own) and _state(model) == before
         found.append(Check(same, "restore leaves processors and hooks as they were, and the output bit for bit"))
     return found

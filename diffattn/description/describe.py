@@ -103,10 +103,10 @@ def _rope(forward: Forward) -> str | None:
         if name and isinstance(theta, (int, float)):
             before = forward()
             try:
-                module.theta = 4 * theta  # type: ignore[assignment]
+                setattr(module, "theta", 4 * theta)  # noqa: B010
                 found += [] if torch.equal(forward(), before) else [name]
             finally:
-                module.theta = theta  # type: ignore[assignment]
+                setattr(module, "theta", theta)  # noqa: B010
     return found[0] if len(found) == 1 else None
 
 
@@ -126,14 +126,13 @@ def _silent(layers: dict[str, Layer], listing: Listing) -> list[str]:
         if name in layers or any(layer.startswith(f"{name}.") for layer in layers):
             continue
         module = listing.module(name)
-        if has_processor(module):
-            own = "computes softmax attention by itself" if name in listing.own_softmax else "no softmax attention"
-            verb = "" if name in listing.own_softmax else "computes "
-            found[f"{spell(name)}: {type(module.processor).__name__} {verb}{own}, by no call that a swap reaches"] = (
-                None
-            )
+        if not has_processor(module):
+            told = f"{type(module).__name__} attends by itself, without a processor"
+        elif name in listing.own_softmax:
+            told = f"{type(module.processor).__name__} computes softmax attention by itself, in no call that a swap reaches"
         else:
-            found[f"{spell(name)}: {type(module).__name__} attends by itself, without a processor"] = None
+            told = f"{type(module.processor).__name__} computes no softmax attention"
+        found[f"{spell(name)}: {told}"] = None
     return list(found)
 
 

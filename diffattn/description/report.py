@@ -1,5 +1,6 @@
 """What was found of a model, to print and to read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..families import Family
@@ -81,6 +82,6 @@ class Description:
         return "\n".join(part for part in parts if part)
 
 
-def _block(title: str, lines: object) -> str:
-    told = [f"  {line}" for line in lines]  # type: ignore[attr-defined]
+def _block(title: str, lines: Sequence[object]) -> str:
+    told = [f"  {line}" for line in lines]
     return "\n".join([f"{title}:", *told]) if told else ""

@@ -192,7 +192,7 @@ def row_text(
     if len(entries) == 1 and not first.owned and first.features and first.kind == "spatial":
         whole = [f'transformer(r"{entries[0][0]}", {first.text})']
     else:
-        whole = ["(", *(line for entry in entries for line in _layers(*entry, room=_WIDTH - 8)), ")"]
+        whole = ["(", *(line for entry in entries for line in _layers(*entry, room=_WIDTH - 4)), ")"]
     parts = [f'"{short_name(model)}"', f'("{type(model).__name__}",)']
     options = [] if timestep == "timestep" else [f'timestep="{timestep}"']
     options += [] if rope is None else [f'rope="{rope}"']

@@ -76,8 +76,13 @@ Family(
     ),
     "CogView4": Case(
         unlisted.cogview4,
-        'Family("CogView4", ("CogView4Transformer2DModel",), transformer(r"transformer_blocks\\.\\d+\\.attn1", '
-        "picture())),",
+        """\
+Family(
+    "CogView4",
+    ("CogView4Transformer2DModel",),
+    transformer(r"transformer_blocks\\.\\d+\\.attn1", picture()),
+    rope="rope",
+),""",
     ),
     "AuraFlow": Case(
         unlisted.auraflow,
@@ -221,7 +226,7 @@ MISSING: dict[str, tuple[Callable[[], Tiny], list[str]]] = {
     ),
     "Sana": (
         sana,
-        ["transformer_blocks.N.attn1: SanaLinearAttnProcessor2_0 computes no softmax attention, by no call that"],
+        ["transformer_blocks.N.attn1: SanaLinearAttnProcessor2_0 computes no softmax attention"],
     ),
     "list": (z_image, ["no grid among the arguments: x (list), t (2,), cap_feats (list)"]),
     "tokens": (lambda: toy(unlisted.Rows), ["no grid among the arguments: hidden_states (2, 54, 4)"]),
