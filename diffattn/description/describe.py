@@ -129,7 +129,8 @@ def _silent(layers: dict[str, Layer], listing: Listing) -> list[str]:
         if not has_processor(module):
             told = f"{type(module).__name__} attends by itself, without a processor"
         elif name in listing.own_softmax:
-            told = f"{type(module.processor).__name__} computes softmax attention by itself, in no call that a swap reaches"
+            kind = type(module.processor).__name__
+            told = f"{kind} computes softmax attention by itself, in no call that a swap reaches"
         else:
             told = f"{type(module.processor).__name__} computes no softmax attention"
         found[f"{spell(name)}: {told}"] = None
