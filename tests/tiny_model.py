@@ -44,11 +44,13 @@ class Tiny:
 
 
 def flat(output: Any) -> Tensor:
-    """Every tensor inside nested lists, tuples and dicts, one after the other."""
+    """Every tensor inside nested lists, tuples, dicts and dataclasses, one after the other."""
     if isinstance(output, Tensor):
         return output.flatten()
+    if not isinstance(output, (dict, list, tuple)):
+        output = vars(output)
     if isinstance(output, dict):
-        output = list(output.values())
+        output = [part for part in output.values() if isinstance(part, (Tensor, dict, list, tuple))]
     return torch.cat([flat(part) for part in output if part is not None])
 
 

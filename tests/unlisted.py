@@ -1,135 +1,15 @@
-"""Tiny random models of classes that `describe` is tried on, and where their tokens lie, by hand."""
+"""Models that have no row, and where their tokens lie, by hand."""
 
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
-from models import _COARSE, _FINE, COLUMNS, ROWS, TEXT, TIME, Tiny, Tokens, _make, draw, picture_ids, randomize
+from models import COLUMNS, ROWS, TEXT, TIME, Tiny, Tokens, _make, draw, picture_ids, randomize
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-
-def chroma() -> Tiny:
-    """Padded text, by a mask over queries and keys."""
-    model = _make(
-        "ChromaTransformer2DModel",
-        in_channels=4,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        axes_dims_rope=(4, 6, 6),
-        approximator_num_channels=8,
-        approximator_hidden_dim=16,
-        approximator_layers=1,
-    )
-    cells = ROWS * COLUMNS
-    inputs = dict(
-        hidden_states=draw(2, cells, 4),
-        encoder_hidden_states=draw(2, TEXT, 12),
-        timestep=TIME,
-        img_ids=picture_ids(),
-        txt_ids=torch.zeros(TEXT, 3),
-        attention_mask=(torch.arange(TEXT + cells) >= torch.tensor([[0], [2]])),
-    )
-    return Tiny(model, inputs, {r"(single_)?transformer_blocks\.\d+\.attn": (Tokens(TEXT, 1, ROWS, COLUMNS),)})
-
-
-def cogview4() -> Tiny:
-    model = _make(
-        "CogView4Transformer2DModel",
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        text_embed_dim=12,
-        time_embed_dim=8,
-        condition_dim=4,
-    )
-    inputs = dict(
-        hidden_states=draw(2, 4, 2 * ROWS, 2 * COLUMNS),
-        encoder_hidden_states=draw(2, TEXT, 12),
-        timestep=torch.tensor([7, 3]),
-        original_size=torch.ones(2, 2),
-        target_size=torch.ones(2, 2),
-        crop_coords=torch.zeros(2, 2),
-    )
-    return Tiny(model, inputs, {r"transformer_blocks\.\d+\.attn1": (Tokens(TEXT, 1, ROWS, COLUMNS),)})
-
-
-REGISTERS = 8
-
-
-def auraflow() -> Tiny:
-    """With tokens of its own before the text."""
-    model = _make(
-        "AuraFlowTransformer2DModel",
-        sample_size=32,
-        in_channels=4,
-        num_mmdit_layers=2,
-        num_single_dit_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        caption_projection_dim=16,
-        out_channels=4,
-        pos_embed_max_size=256,
-    )
-    inputs = dict(
-        hidden_states=draw(2, 4, 2 * ROWS, 2 * COLUMNS), encoder_hidden_states=draw(2, TEXT, 12), timestep=TIME
-    )
-    layout = (Tokens(REGISTERS + TEXT, 1, ROWS, COLUMNS),)
-    return Tiny(model, inputs, {r"(joint|single)_transformer_blocks\.\d+\.attn": layout})
-
-
-def latte() -> Tiny:
-    """Layers within a frame and along the frames, all of them told by the model's own arguments."""
-    model = _make(
-        "LatteTransformer3DModel",
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        cross_attention_dim=16,
-        attention_bias=True,
-        sample_size=16,
-        patch_size=2,
-        activation_fn="gelu-approximate",
-        num_embeds_ada_norm=1000,
-        norm_type="ada_norm_single",
-        norm_elementwise_affine=False,
-        caption_channels=12,
-        video_length=5,
-    )
-    inputs = dict(
-        hidden_states=draw(2, 4, 5, 2 * ROWS, 2 * COLUMNS),
-        timestep=torch.tensor([7, 3]),
-        encoder_hidden_states=draw(2, TEXT, 12),
-    )
-    within = {r"transformer_blocks\.\d+\.attn1": (Tokens(0, 1, ROWS, COLUMNS),)}
-    along = {r"temporal_transformer_blocks\.\d+\.attn1": (Tokens(0, 5, 1, 1),)}
-    return Tiny(model, inputs, within, along)
-
-
-def unet2d() -> Tiny:
-    """Layers that are given feature maps themselves."""
-    model = _make(
-        "UNet2DModel",
-        norm_num_groups=4,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("AttnDownBlock2D",) * 2,
-        up_block_types=("AttnUpBlock2D",) * 2,
-        attention_head_dim=8,
-    )
-    layouts = {
-        r"(down_blocks\.0|up_blocks\.1)\.attentions\.\d+": (_FINE,),
-        r"(down_blocks\.1|mid_block|up_blocks\.0)\.attentions\.\d+": (_COARSE,),
-    }
-    return Tiny(model, dict(sample=draw(2, 3, 8, 12), timestep=torch.tensor([7, 3])), layouts)
 
 
 def prx() -> Tiny:
@@ -147,6 +27,26 @@ def prx() -> Tiny:
     )
     inputs = dict(
         hidden_states=draw(2, 4, 2 * ROWS, 2 * COLUMNS), timestep=TIME, encoder_hidden_states=draw(2, TEXT, 12)
+    )
+    return Tiny(model, inputs, {})
+
+
+def prior() -> Tiny:
+    """Tokens on no grid: embeddings of a text and of an image."""
+    model = _make(
+        "PriorTransformer",
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        embedding_dim=12,
+        num_embeddings=TEXT,
+        additional_embeddings=4,
+    )
+    inputs = dict(
+        hidden_states=draw(2, 12),
+        timestep=torch.tensor([7, 3]),
+        proj_embedding=draw(2, 12),
+        encoder_hidden_states=draw(2, TEXT, 12),
     )
     return Tiny(model, inputs, {})
 
@@ -223,18 +123,81 @@ class CausalProcessor:
 class Tokens3D(Toy):
     """A video (b, frames, height, width, c), text behind it."""
 
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"patch_size": (1, 1, 1)}
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, None]:
         x = self.enter(torch.cat([hidden_states.flatten(1, 3), encoder_hidden_states], dim=1))
-        return self.leave(x + self.attn(x))
+        return self.leave(x + self.attn(x)), None
 
 
 class Listed(Toy):
     """Tokens of an image, listed with those of the text by position ids."""
 
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, position_ids: Tensor) -> Tensor:
-        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        x = self.enter(x + position_ids.sum(dim=-1, keepdim=True))
+    def forward(self, img: Tensor, txt: Tensor, token_ids: Tensor) -> Tensor:
+        x = torch.cat([txt, img], dim=1)
+        x = self.enter(x + token_ids.sum(dim=-1, keepdim=True))
         return self.leave(x + self.attn(x))
+
+
+@dataclass
+class Output:
+    """What `Numbered` gives."""
+
+    sample: Tensor
+    steps: int = 1
+
+
+class Numbered(Toy):
+    """Tokens of a video, with its size in numbers, and text behind."""
+
+    def forward(self, img: Tensor, txt: Tensor, height: int, width: int, num_frames: int = 1) -> Output:
+        assert img.shape[1] == num_frames * height * width
+        x = self.enter(torch.cat([img, txt], dim=1))
+        return Output(self.leave(x + self.attn(x)))
+
+
+class Framed(Toy):
+    """Tokens of a video (b, n, c) with their times, rows and columns."""
+
+    def forward(self, latents: Tensor, coords: Tensor) -> dict[str, Tensor]:
+        x = self.enter(latents + coords.sum(dim=-1, keepdim=True))
+        return {"sample": self.leave(x + self.attn(x))}
+
+
+class Between(Toy):
+    """Text before the cells, and three tokens of its own behind them, or the other way round."""
+
+    def __init__(self, text_first: bool = True) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.randn(1, 3, 4))
+        self.text_first = text_first
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        own = self.own.expand(len(hidden_states), -1, -1)
+        first, last = (encoder_hidden_states, own) if self.text_first else (own, encoder_hidden_states)
+        x = self.enter(torch.cat([first, hidden_states.flatten(2).mT, last], dim=1))
+        return self.leave(x + self.attn(x))
+
+
+class SpaceTime(nn.Module):
+    """A layer within each frame and one along the frames, of a video (b, c, frames, height, width)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(4, 16)
+        self.space = Attention(16, heads=2, dim_head=8)
+        self.time = Attention(16, heads=2, dim_head=8)
+        self.leave = nn.Linear(16, 4)
+
+    def forward(self, video: Tensor, text: Tensor) -> Tensor:
+        batch, _, frames, height, width = video.shape
+        x = self.enter(video.permute(0, 2, 3, 4, 1).flatten(0, 1).flatten(1, 2))
+        both = torch.cat([x, self.enter(text).repeat_interleave(frames, dim=0)], dim=1)
+        x = x + self.space(both)[:, : height * width]
+        x = x.unflatten(0, (batch, frames)).transpose(1, 2).flatten(0, 1)
+        return self.leave(x + self.time(x))
 
 
 class Rows(Toy):
@@ -245,23 +208,113 @@ class Rows(Toy):
         return self.leave(x + self.attn(x))
 
 
+class Masked(Toy):
+    """Text before the cells, which the mask hides in part; `causal`: the text sees what came before."""
+
+    def __init__(self, causal: bool = False) -> None:
+        super().__init__()
+        self.causal = causal
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, text_mask: Tensor) -> Tensor:
+        x = self.enter(torch.cat([encoder_hidden_states, hidden_states.flatten(2).mT], dim=1))
+        seen = F.pad(text_mask, (0, x.shape[1] - text_mask.shape[1]), value=True)
+        mask = (seen[:, :, None] & seen[:, None]) | torch.eye(x.shape[1], dtype=torch.bool)
+        if self.causal:
+            mask = mask & torch.ones_like(mask).tril()
+        x = x + self.attn(x, attention_mask=mask)
+        return self.leave(x[:, -ROWS * COLUMNS :])
+
+
+class Noisy(Toy):
+    """Adds noise, with dropout on its output."""
+
+    def __init__(self, source: Callable[[Tensor], Tensor] = torch.randn_like) -> None:
+        super().__init__()
+        self.source = source
+
+    def forward(self, hidden_states: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        out = super().forward(hidden_states)
+        if generator is not None:
+            return out + torch.randn(out.shape, generator=generator)
+        return F.dropout(out + self.source(out), 0.1, training=self.training)
+
+
+def out_of_torch(x: Tensor) -> Tensor:
+    return torch.full_like(x, random.random())
+
+
+class Failing(Toy):
+    """Fails behind its attention from a certain forward on."""
+
+    def __init__(self, good: int) -> None:
+        super().__init__()
+        self.good = good
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        out = super().forward(hidden_states)
+        self.good -= 1
+        if self.good < 0:
+            raise RuntimeError("the model fails")
+        return out
+
+
+class Writing(Toy):
+    """Writes into what it is given."""
+
+    def forward(self, hidden_states: Tensor) -> list[Tensor]:
+        hidden_states.mul_(0.5)
+        return [super().forward(hidden_states)]
+
+
 def channels_last() -> Tiny:
-    model = randomize(Tokens3D())
-    model.config = {"patch_size": (1, 1, 1)}
     inputs = dict(hidden_states=draw(2, 3, 4, 5, 4), encoder_hidden_states=draw(2, TEXT, 4))
-    return Tiny(model, inputs, {"attn": (Tokens(0, 3, 4, 5, TEXT),)})
+    return Tiny(randomize(Tokens3D()), inputs, {"attn": (Tokens(0, 3, 4, 5, TEXT),)})
 
 
 def listed() -> Tiny:
-    ids = torch.cat([torch.zeros(TEXT, 3), picture_ids()])
     inputs = dict(
-        hidden_states=draw(2, ROWS * COLUMNS, 4), encoder_hidden_states=draw(2, TEXT, 4), position_ids=ids
+        img=draw(2, ROWS * COLUMNS, 4),
+        txt=draw(2, TEXT, 4),
+        token_ids=torch.cat([torch.zeros(TEXT, 3), picture_ids()]),
     )
     return Tiny(randomize(Listed()), inputs, {"attn": (Tokens(TEXT, 1, ROWS, COLUMNS),)})
 
 
-def toy(kind: type[nn.Module] = Toy, processor: Any = None) -> Tiny:
-    model = randomize(kind())
+def numbered(text: int = TEXT) -> Tiny:
+    inputs = dict(img=draw(2, 60, 4), txt=draw(2, text, 4), height=4, width=5, num_frames=3)
+    return Tiny(randomize(Numbered()), inputs, {"attn": (Tokens(0, 3, 4, 5, text),)})
+
+
+def framed() -> Tiny:
+    coords = torch.cartesian_prod(torch.arange(3.0), torch.arange(4.0), torch.arange(5.0))
+    return Tiny(randomize(Framed()), dict(latents=draw(2, 60, 4), coords=coords), {"attn": (Tokens(0, 3, 4, 5),)})
+
+
+def between(text_first: bool = True) -> Tiny:
+    inputs = dict(hidden_states=draw(2, 4, ROWS, COLUMNS), encoder_hidden_states=draw(2, TEXT, 4))
+    sides = (TEXT, 3) if text_first else (3, TEXT)
+    layout = Tokens(sides[0], 1, ROWS, COLUMNS, sides[1])
+    return Tiny(randomize(Between(text_first)), inputs, {"attn": (layout,)})
+
+
+def space_time() -> Tiny:
+    inputs = dict(video=draw(2, 4, 5, ROWS, COLUMNS), text=draw(2, 3, 4))
+    return Tiny(
+        randomize(SpaceTime()), inputs, {"space": (Tokens(0, 1, ROWS, COLUMNS, 3),)}, {"time": (Tokens(0, 5, 1, 1),)}
+    )
+
+
+def masked(causal: bool = False) -> Tiny:
+    inputs = dict(
+        hidden_states=draw(2, 4, ROWS, COLUMNS),
+        encoder_hidden_states=draw(2, TEXT, 4),
+        text_mask=torch.arange(TEXT) < torch.tensor([[TEXT], [3]]),
+    )
+    return Tiny(randomize(Masked(causal)), inputs, {"attn": (Tokens(TEXT, 1, ROWS, COLUMNS),)})
+
+
+def toy(kind: type[nn.Module] = Toy, *options: Any, processor: Any = None) -> Tiny:
+    model = randomize(kind(*options))
     if processor is not None:
         model.attn.set_processor(processor)
     inputs = dict(hidden_states=draw(2, ROWS * COLUMNS, 4) if kind is Rows else draw(2, 4, ROWS, COLUMNS))

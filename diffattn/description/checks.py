@@ -142,7 +142,7 @@ def _clear(forward: Forward, own: Tensor, kinds: dict[str, str], places: Places,
     error, change = _error(got, want), _error(want, own)
     told = f"clear(radius={RADIUS}) on {len(layers)} {kind} layers is the model under masks made from these places"
     if change < _LEAST:
-        return Check(None, f"{told}: they change nothing at this size; give a larger grid")
+        return Check(None, f"{told}: they change nothing; give a larger grid, and weights that are not zero")
     return Check(error < _TOLERANCE.get(own.dtype, 5e-2), f"{told}: error {error:.1e}, the masks change {change:.1e}")
 
 

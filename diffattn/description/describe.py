@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..families import FAMILIES
+from .. import families
 from ..swap.calls.steps import unwrap
 from ..swap.model_swap import current
 from ..swap.unsupported import check_supported
 from .checks import Check, batch_check, checks_of
-from .grids import Source, sources
+from .grids import Source
 from .layers import GRID, Layer, Listing, judge, locate, locate_in_levels
 from .report import Description, Kind
-from .rows import Reader, evaluated, join_patterns, row_text
+from .rows import Reader, distinct, evaluated, join_patterns, row_text
+from .searching import sources
 from .watching import Forward, has_processor, in_evaluation
 
 
@@ -31,20 +32,23 @@ def describe(model: nn.Module, /, **inputs: Any) -> Description:
         model: any model, of a family with a row or without.
         inputs: the arguments of its forward, by name.
 
-    Raises `ValueError` where its attention is swapped.
+    Raises `ValueError` where its attention is swapped, or where a second forward gives another output than the first.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a model, such as pipe.transformer or pipe.unet, got {type(model).__name__}")
     model = unwrap(model)
     if current(model) is not None:
         raise ValueError(f"expected a {type(model).__name__} with its own attention; call diffattn.restore first")
     forward = Forward(model, inputs)
     with in_evaluation(model):
         with Listing(model) as listing:
-            forward()
+            output = forward()
+        forward.check_repeats(output)
         layers, found = listing.layers(), sources(model, forward.given)
         locate(forward, layers, found)
         locate_in_levels(forward, layers, listing)
         for layer in layers.values():
-            judge(layer, forward, listing)
+            judge(layer, listing)
         description = _told(forward, layers, listing, found)
         in_row = {name: layer for name, layer in layers.items() if layer.verdict == GRID}
         return _with_row(description, forward, in_row, {*layers, *listing.ran}, found) if in_row else description
@@ -60,10 +64,18 @@ def _told(forward: Forward, layers: dict[str, Layer], listing: Listing, found: l
         if layer.used is not None and layer.reader is not None and not layer.reader.owned
     )
     missing = [*_refused(model), *_silent(layers, listing), *(kind.missing for kind in kinds if kind.missing)]
+    names = [cls.__name__ for cls in type(model).__mro__]
+    known = next((row.name for row in families.FAMILIES if set(names) & set(row.models)), None)
+    if known is None:
+        missing += [f"apply refuses it: {families.REFUSED[name]}" for name in names if name in families.REFUSED]
     if not in_row and not found:
         missing.append(f"no grid among the arguments: {_given(forward)}")
-    names = {cls.__name__ for cls in type(model).__mro__}
-    known = next((row.name for row in FAMILIES if names & set(row.models)), None)
+    elif not in_row and not missing:
+        missing.append(
+            "no call of softmax attention was seen"
+            if not kinds
+            else f"no layer's queries and keys depend on the grids that were tried: {'; '.join(s.told for s in found)}"
+        )
     return Description(type(model).__name__, tuple(kinds), tuple(grids), tuple(missing), known_row=known)
 
 
@@ -75,12 +87,13 @@ def _with_row(
     for name, layer in in_row.items():
         assert layer.reader is not None
         groups.setdefault(layer.reader, []).append(name)
-    entries = [(join_patterns(names, everything - set(names)), reader) for reader, names in groups.items()]
-    given, levels = forward.given, any(reader.owned for reader in groups)
-    timestep = next((name for name in ("timestep", "timesteps", "t") if name in given), "timestep")
-    latent = next((name for name in ("sample", "hidden_states", "x") if name in given), None) if levels else None
-    row = row_text(forward.model, entries, timestep, None if levels else _rope(forward), latent)
-    code = "\n\n".join(dict.fromkeys(reader.code for reader in groups if reader.code))
+    entries = [
+        (join_patterns(names, everything - set(names)), reader)
+        for names, reader in zip(groups.values(), distinct([*groups]), strict=True)
+    ]
+    levels = any(reader.owned for reader in groups)
+    row = row_text(forward.model, entries, _options(forward, levels))
+    code = "\n\n".join(dict.fromkeys(reader.code for _, reader in entries if reader.code))
     family = evaluated(row, code)
     used = [layer.used[0] for layer in in_row.values() if layer.used is not None]
     video = any(source.axes is not None and source.axes[0] is not None for source in used)
@@ -89,10 +102,23 @@ def _with_row(
     if not _refused(forward.model):
         kinds = {name: reader.kind for reader, names in groups.items() for name in names}
         places = {name: layer.places for name, layer in in_row.items()}
-        samples = found[0].samples if found else 1
-        checks = [batch_check(samples), *checks_of(forward, family, kinds, places, video and not levels)]
+        samples = max((source.samples for source in used or found), default=1)
+        doubts = [Check(None, doubt) for doubt in dict.fromkeys(reader.doubt for reader in groups) if doubt]
+        told = checks_of(forward, family, kinds, places, video and not levels)
+        checks = [*doubts, batch_check(samples), *told]
     file = "unets.py" if levels else f"{'video' if video else 'image'}_transformers.py"
     return dataclasses.replace(description, row=row, readers=code, family=family, checks=tuple(checks), file=file)
+
+
+def _options(forward: Forward, levels: bool) -> dict[str, str]:
+    """What else the row says; `levels`: there is a grid on each level."""
+    given = forward.given
+    found = {
+        "timestep": next((name for name in ("timestep", "timesteps", "t") if name in given), None),
+        "rope": None if levels else _rope(forward),
+        "latent": next((name for name in ("sample", "hidden_states", "x") if name in given), None) if levels else None,
+    }
+    return {key: name for key, name in found.items() if name is not None and (key, name) != ("timestep", "timestep")}
 
 
 def _rope(forward: Forward) -> str | None:

@@ -1,29 +1,19 @@
-"""Grids among the arguments of a forward: latents in patches, tokens with position ids, explicit sizes."""
+"""A grid among the arguments of a forward: where its cells lie there, and what a layer may see of it."""
 
+import keyword
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..families import Arguments, Layout, Read, flux_ids
-from ..families.positions import picture_size
-from ..families.readers import ltx, qwen_shapes
+from ..families import Layout, readers
 
 Size = tuple[int, int, int]
 """frames, height, width"""
-_USUAL = "hidden_states", "sample", "x", "latents"
-"""Names of the argument that holds what is denoised."""
-_TOLD: tuple[tuple[str, Read, str], ...] = (
-    ("flux_ids", flux_ids, "img_ids"),
-    ("qwen_shapes", qwen_shapes, "img_shapes"),
-    ("ltx", ltx, "num_frames"),
-    ("ltx", ltx, "video_coords"),
-)
-"""Readers of grids whose cells come as tokens, and the argument that tells them."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +29,11 @@ class Source:
     reader: str = ""
     """Name of the reader that found it; empty for latents."""
     code: str = ""
-    """Source of that reader where it has to be written."""
+    """Source of that reader where it has to be written; "{sides}" stands for what lies beside the cells."""
     told: str = ""
     """In words."""
+    doubt: str = ""
+    """What else the arguments may mean."""
 
     def disturbed(self, value: Tensor, chosen: Tensor) -> Tensor:
         """The argument with other numbers in the cells `chosen`, (frames, height, width)."""
@@ -93,85 +85,6 @@ VIEWS = (
 )
 
 
-def sources(model: nn.Module, given: Arguments) -> list[Source]:
-    """Every grid that the arguments may tell, the likeliest first."""
-    return [*_tokens(model, given), *_latents(model, given)]
-
-
-def _tokens(model: nn.Module, given: Arguments) -> Iterator[Source]:
-    for name, read, argument in _TOLD:
-        if given.get(argument) is None:
-            continue
-        try:
-            layout = read(model, given)[0]
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            continue  # of another form than that reader knows
-        size = (layout.frames, layout.height, layout.width)
-        for tokens, value in _tensors(given, 3):
-            if value.shape[1] >= math.prod(size):
-                told = f"{argument} for the tokens of {tokens} {tuple(value.shape)}"
-                yield Source(tokens, size, len(value), reader=name, told=told)
-                break
-    yield from _ids(model, given)
-
-
-def _ids(model: nn.Module, given: Arguments) -> Iterator[Source]:
-    """Position ids under other names, of all tokens: image number, row and column; the image's last or first."""
-    for name, ids in given.items():
-        if not isinstance(ids, Tensor) or not re.search("ids|pos|coord", name) or name == "img_ids":
-            continue
-        if ids.ndim not in (2, 3) or not 3 <= ids.shape[-1] <= 4:
-            continue
-        first = ids if ids.ndim == 2 else ids[0]
-        for tokens, value in _tensors(given, 3):
-            count = value.shape[1]
-            length = f'call["{tokens}"].shape[1]'
-            for own, part in ((first[-count:], f"[-{length} :]"), (first[:count], f"[: {length}]")):
-                size = picture_size(own[:, 1], own[:, 2]) if len(own) == count else None
-                if size is not None and min(size) > 1:
-                    yield Source(
-                        tokens,
-                        (1, *size),
-                        len(value),
-                        reader=name,
-                        code=_IDS.format(name=name, part=part),
-                        told=f"{name} {tuple(ids.shape)} for the tokens of {tokens} {tuple(value.shape)}",
-                    )
-
-
-_IDS = '''def {name}(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
-    """Those of the image among the ids of all tokens."""
-    samples = _samples(_values(call, "{name}"), axes=2)
-    return _common(_first_picture(module, ids{part}) for ids in samples)
-'''
-
-
-def _latents(model: nn.Module, given: Arguments) -> Iterator[Source]:
-    places: dict[int, tuple[tuple[int | None, int, int], ...]] = {
-        4: ((None, 2, 3), (None, 1, 2)),
-        5: ((2, 3, 4), (1, 3, 4), (1, 2, 3)),
-    }
-    for name, value in _tensors(given, 4, 5):
-        for axes in places[value.ndim]:
-            for patch in patches(model):
-                lengths = [1 if axis is None else value.shape[axis] for axis in axes]
-                patch = (1, *patch[1:]) if axes[0] is None else patch
-                frames, height, width = (length // size for length, size in zip(lengths, patch, strict=True))
-                if min(frames, height, width):
-                    told = f"{name} {tuple(value.shape)} in patches of {spoken(patch)}"
-                    yield Source(name, (frames, height, width), len(value), axes, patch, told=told)
-
-
-def _tensors(given: Arguments, *dimensions: int) -> list[tuple[str, Tensor]]:
-    """Arguments of real numbers with so many axes, those with the usual names first."""
-    found = [
-        (name, value)
-        for name, value in given.items()
-        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim in dimensions
-    ]
-    return sorted(found, key=lambda item: _USUAL.index(item[0]) if item[0] in _USUAL else len(_USUAL))
-
-
 def patches(model: nn.Module) -> list[Size]:
     """Patches (frames, height, width) by the config, or those that are usual where it has none."""
     options = config_of(model)
@@ -201,6 +114,22 @@ def config_of(model: nn.Module) -> Mapping[str, Any]:
     """The model's config; empty where it has none."""
     config: Any = getattr(model, "config", {})
     return config if isinstance(config, Mapping) else vars(config)
+
+
+def short_name(model: nn.Module) -> str:
+    """What a family is called after its class."""
+    name = type(model).__name__.removesuffix("Model")
+    return re.sub(r"Transformer\d?D?$", "", name) or name
+
+
+def snake_name(model: nn.Module) -> str:
+    """What a reader of its own is called."""
+    return free_name(re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "_", short_name(model)).lower())
+
+
+def free_name(name: str) -> str:
+    """The name, or another where the readers' module has it."""
+    return f"{name}_cells" if hasattr(readers, name) or keyword.iskeyword(name) else name
 
 
 def spoken(layout: Layout | Size) -> str:

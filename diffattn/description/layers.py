@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..families import arguments
+from ..families.layout import MaskKind
 from .grids import VIEWS, Source, View, spoken
 from .probing import Finding, Place, probe, probe_levels
 from .rows import Reader, level_reader, reader_for
@@ -54,10 +56,17 @@ class Listing(Watch):
         self.frames: dict[str, int] = {}
         self.inputs: dict[str, int] = {}
         """Module -> tokens of its first argument; -1 where that is no sequence of tokens."""
+        self.masks: dict[str, list[Tensor | None]] = {}
+        """Layer -> masks (..., queries, keys) of its calls."""
+
+    def answer(self, call: Call, given: dict[str, Any], compute: Callable[..., Tensor]) -> Tensor:
+        """What the call gives."""
+        self.masks.setdefault(call.layer, []).append(given.get("attn_mask"))
+        return compute(**given)
 
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module's forward begins."""
-        if not name or not any(True for _ in module.children()):
+        if not any(True for _ in module.children()):
             return
         first = args[0] if args else kwargs.get("hidden_states")
         self.inputs[name] = first.shape[1] if isinstance(first, Tensor) and first.ndim == 3 else -1
@@ -81,34 +90,63 @@ class Listing(Watch):
     def has_features(self, layer: Layer) -> bool:
         """Is the block around the layer called with a token for each of the layer's, or for each without the others?"""
         block = layer.name.rpartition(".")[0]
-        if block not in self.inputs or not layer.places:
+        if not layer.places:
             return True
         place, tokens = layer.places[0], layer.tokens[0]
-        return self.inputs[block] in {
+        return self.inputs.get(block) in {
             tokens,
             tokens - place.after,
             tokens - place.before,
             tokens - place.before - place.after,
         }
 
+    def mask_kind(self, layer: Layer) -> MaskKind:
+        """What the masks of the layer are, as a row says it."""
+        masks = zip(self.masks[layer.name], layer.places, strict=False)
+        kinds = {_mask_kind(mask, place.before) for mask, place in masks}
+        each: tuple[MaskKind, ...] = ("queries", "padding")
+        return next((kind for kind in each if kind in kinds), "keys")
+
+
+def _mask_kind(mask: Tensor | None, cell: int) -> MaskKind:
+    """`cell` is a query that is no padding: those that it sees have its mask, where only padding differs."""
+    if mask is None or mask.shape[-2] == 1:
+        return "keys"
+    row = mask[..., cell : cell + 1, :]
+    seen = row if row.dtype == torch.bool else row > -1e4
+    alike = (mask == row).all(dim=-1)
+    if alike.shape[-1] == seen.shape[-1]:
+        alike = alike | ~seen[..., 0, :]
+    return "padding" if alike.all() else "queries"
+
 
 def locate(forward: Forward, layers: dict[str, Layer], found: list[Source]) -> None:
-    """Try the grids on the layers whose calls they may fit, until all are located."""
+    """Try the grids on the layers whose calls they may fit, until there is a reader for each."""
     for source in found:
         for view in VIEWS:
             fitting = {
                 layer.name
                 for layer in layers.values()
-                if not layer.located and any(view.fits(source, call.query) for call in layer.calls)
+                if layer.reader is None and any(view.fits(source, call.query) for call in layer.calls)
             }
             for name, findings in probe(forward, source, view).items() if fitting else ():
                 layer = layers.get(name)
-                if layer is None or len(findings) != len(layer.calls):
-                    continue
-                better = not layer.findings or findings[0].worth > layer.findings[0].worth
-                if better or (name in fitting and layer.used is None):
-                    layer.findings = findings
-                    layer.used = (source, view) if name in fitting else None
+                if layer is not None and layer.reader is None and len(findings) == len(layer.calls):
+                    _take(layer, forward, findings, (source, view), name in fitting)
+
+
+def _take(layer: Layer, forward: Forward, findings: list[Finding], used: tuple[Source, View], fits: bool) -> None:
+    """Keep what was found of the layer where it says more than what is known."""
+    places = [finding.place for finding in findings if finding.place is not None]
+    reader = None
+    if fits and len(places) == len(findings):
+        reader = reader_for(forward.model, forward.given, *used, list(zip(places, layer.tokens, strict=True)))
+    known = layer.findings[0].worth if layer.findings else -1
+    more = findings[0].worth > known or (findings[0].worth == known and fits and layer.used is None)
+    if reader is not None or more:
+        layer.findings, layer.reader = findings, reader
+        layer.used = used if fits else None
+        layer.places = places if fits and len(places) == len(findings) else []
 
 
 def locate_in_levels(forward: Forward, layers: dict[str, Layer], listing: Listing) -> None:
@@ -116,7 +154,7 @@ def locate_in_levels(forward: Forward, layers: dict[str, Layer], listing: Listin
     owners: dict[str, str] = {}
     for layer in layers.values():
         query, key = layer.calls[0].query, layer.calls[0].key
-        if layer.located or len(layer.calls) > 1 or query[-2] != key[-2]:
+        if layer.reader is not None or len(layer.calls) > 1 or query[-2] != key[-2]:
             continue
         for owner in _around(layer.name):
             size, frames = listing.levels.get(owner), listing.frames.get(owner)
@@ -144,14 +182,11 @@ def _around(name: str) -> Iterator[str]:
         name = name.rpartition(".")[0]
 
 
-def judge(layer: Layer, forward: Forward, listing: Listing) -> None:
+def judge(layer: Layer, listing: Listing) -> None:
     """Decide whether a row can name the layer, and say why or why not."""
-    if layer.reader is None and layer.located and layer.used is not None:
-        layer.places = [finding.place for finding in layer.findings if finding.place is not None]
-        calls = list(zip(layer.places, layer.tokens, strict=True))
-        layer.reader = reader_for(forward.model, forward.given, *layer.used, calls)
-    if layer.reader is not None and not listing.has_features(layer):
-        layer.reader = dataclasses.replace(layer.reader, features=False)
+    if layer.reader is not None:
+        features, mask = listing.has_features(layer), listing.mask_kind(layer)
+        layer.reader = dataclasses.replace(layer.reader, features=features, mask=mask)
     layer.verdict, layer.told = _verdict(layer)
 
 

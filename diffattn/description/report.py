@@ -27,18 +27,25 @@ class Kind:
         """What keeps it out of the row; empty where nothing does."""
         return f"{self.pattern}: {self.told}" if self.verdict == "missing" else ""
 
-    def __str__(self) -> str:
-        call = self.calls[0]
-        times = f" x {len(self.calls)} calls" if len(self.calls) > 1 else ""
-        shapes = f"q {call.query}"
-        shapes += " k v alike" if call.query == call.key == call.value else f" k {call.key} v {call.value}"
-        mask = f" mask {call.mask}" if call.mask else " no mask"
-        order = " causal" if call.causal else ""
+    @property
+    def lines(self) -> list[str]:
+        """What is known of it, to print."""
+        call, layers = self.calls[0], len(self.layers)
+        head = f"{self.pattern}: {layers} layer{'s' if layers > 1 else ''}"
+        head += f", {len(self.calls)} calls each" if len(self.calls) > 1 else ""
+        shapes = f"q, k, v {call.query}"
+        if not call.query == call.key == call.value:
+            shapes = f"q {call.query}, " + (
+                f"k, v {call.key}" if call.key == call.value else f"k {call.key}, v {call.value}"
+            )
+        shapes += f", mask {call.mask}" if call.mask else ", no mask"
+        shapes += ", causal" if call.causal else ""
         by = call.processor or "no processor"
-        reach = f"{by}, {'out of reach' if call.unreachable else 'in reach'}"
-        return (
-            f"{self.pattern} ({len(self.layers)}){times}: {shapes}{mask}{order}; {reach}; {self.verdict}: {self.told}"
-        )
+        return [
+            head,
+            f"  {shapes}; {by}, {'out of reach' if call.unreachable else 'in reach'}",
+            f"  {self.verdict}: {self.told}",
+        ]
 
 
 @dataclass(frozen=True)
@@ -69,19 +76,39 @@ class Description:
         """Is there a row that failed no check?"""
         return self.row is not None and bool(self.checks) and all(check.passed is not False for check in self.checks)
 
+    @property
+    def _outcome(self) -> str:
+        if self.row is None:
+            return "none can be written, see below what is missing"
+        if not self.passed:
+            return "the one below fails" if self.checks else "the one below is refused by apply"
+        counts = (self.open, "questions open"), (len(self.missing), "missing")
+        still = " and ".join(f"{count} {name}" for count, name in counts if count)
+        return f"the one below is right, as far as these inputs tell: {still}" if still else "the one below is right"
+
+    @property
+    def open(self) -> int:
+        """How many checks these inputs leave open."""
+        return sum(check.passed is None for check in self.checks)
+
     def __str__(self) -> str:
-        known = f"the row {self.known_row!r} has it already" if self.known_row else "no row has it"
-        parts = [f"{self.model}: {known}", _block("attention in one forward", self.kinds)]
-        parts.append(_block("grid", self.grids))
+        known = f"the row {self.known_row!r} has it already" if self.known_row else "no row has it yet"
+        lines = [line for kind in self.kinds for line in kind.lines]
+        parts = [f"{self.model}: {known}; {self._outcome}"]
+        parts.append(_block("attention in one forward, (batch, heads, tokens, numbers)", lines))
+        parts.append(_block("grid, found in", self.grids))
         if self.row is not None:
             parts.append(_block("reader to write, in diffattn/families/readers.py", self.readers.splitlines()))
             parts.append(_block(f"row to try, in diffattn/families/{self.file}", self.row.splitlines()))
             parts.append(_block("checks", self.checks))
-            parts.append("the suite asks more: gradients, set_attn_processor, other sizes (see CONTRIBUTING.md)")
         parts.append(_block("missing", self.missing))
-        return "\n".join(part for part in parts if part)
+        if self.row is not None:
+            parts.append(
+                "The suite asks more of a row: gradients, other sizes, other mechanisms (see CONTRIBUTING.md)."
+            )
+        return "\n\n".join(part for part in parts if part)
 
 
 def _block(title: str, lines: Sequence[object]) -> str:
-    told = [f"  {line}" for line in lines]
+    told = [f"  {line}".rstrip() for line in lines]
     return "\n".join([f"{title}:", *told]) if told else ""

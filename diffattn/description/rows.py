@@ -1,16 +1,17 @@
 """A row to try: the readers that tell what was measured, and the text of the row."""
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..families import Arguments, Family, Layers, Read, readers
-from ..families.layout import transformer
-from .grids import Source, View, config_of, frames_key
+from ..families.layout import MaskKind, transformer
+from .grids import Source, View, config_of, frames_key, short_name, snake_name
 from .probing import Place
 
 _SIDES: tuple[dict[str, Any], ...] = ({"before": 0}, {}, {"before": 0, "after": None})
@@ -33,6 +34,10 @@ class Reader:
     """Is it another module than the model?"""
     features: bool = True
     """Is the block around the layer called with its input?"""
+    mask: MaskKind = "keys"
+    """What the layer's own masks are."""
+    doubt: str = ""
+    """What these inputs cannot tell of it."""
 
     def read(self) -> Read:
         """The function itself."""
@@ -51,8 +56,7 @@ def reader_for(
     model: nn.Module, given: Arguments, source: Source, view: View, calls: list[tuple[Place, int]]
 ) -> Reader | None:
     """The first reader that tells the measured places in calls of so many tokens; None where none does."""
-    (place, _), *_ = calls
-    sides = [*_SIDES, {"after": place.after}]
+    sides, doubt = _sides(calls[0][0], source, given)
     for reader in _candidates(model, source, view, sides):
         try:
             layouts = reader.read()(model, given)
@@ -61,15 +65,32 @@ def reader_for(
             continue
         told = [((grid.frames, grid.height, grid.width), grid.before, grid.after) for grid in grids]
         if told == [(own.size, own.before, own.after) for own, _ in calls]:
-            return reader
+            named = bool(source.code) or not source.reader  # the library's readers of tokens know their sides
+            return dataclasses.replace(reader, doubt="; ".join(filter(None, (source.doubt, doubt if named else ""))))
     return None
 
 
-def _candidates(model: nn.Module, source: Source, view: View, sides: list[dict[str, Any]]) -> Iterator[Reader]:
+def _sides(place: Place, source: Source, given: Arguments) -> tuple[tuple[dict[str, Any], ...], str]:
+    """How a reader may tell what lies beside the cells, and what is not known of it."""
+    if not (place.before and place.after):
+        return _SIDES, ""
+    lengths = [(name, value.shape[1]) for name, value in given.items() if isinstance(value, Tensor) and value.ndim > 1]
+    texts = {length for name, length in lengths if name != source.argument}
+    behind = place.after in texts and place.before not in texts
+    count, side, other = (place.before, "before", "behind") if behind else (place.after, "behind", "before")
+    doubt = (
+        f"{place.before} tokens lie before the cells and {place.after} behind: the row has {count} {side} them in "
+        f"every call, and any number {other}; describe it again with another length of text"
+    )
+    return ({"before": count, "after": None} if behind else {"after": count},), doubt
+
+
+def _candidates(model: nn.Module, source: Source, view: View, sides: tuple[dict[str, Any], ...]) -> Iterator[Reader]:
     """The library's readers first, then one that has to be written."""
     kind = "temporal" if view.name == "along frames" else "spatial"
     if source.reader:
-        yield Reader(source.reader, source.code)
+        for side in sides if source.code else sides[:1]:
+            yield Reader(source.reader, source.code.replace("{sides}", _named(side)))
         return
     assert source.axes is not None
     patched = "patch_size" in config_of(model)
@@ -86,7 +107,12 @@ def _candidates(model: nn.Module, source: Source, view: View, sides: list[dict[s
 
 def _call(name: str, positional: list[Any], named: dict[str, Any]) -> str:
     arguments = [_literal(value) for value in positional]
-    return f"{name}({', '.join([*arguments, *(f'{key}={_literal(value)}' for key, value in named.items())])})"
+    return f"{name}({(', '.join(arguments) + _named(named)).removeprefix(', ')})"
+
+
+def _named(options: dict[str, Any]) -> str:
+    """`, before=0, after=None`"""
+    return "".join(f", {name}={_literal(value)}" for name, value in options.items())
 
 
 def _literal(value: Any) -> str:
@@ -95,8 +121,7 @@ def _literal(value: Any) -> str:
 
 def _own(model: nn.Module, source: Source, view: View, side: dict[str, Any], kind: str) -> Reader:
     """A reader of its own, for latents that no reader of the library reads."""
-    name = re.sub(r"\W", "", re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "_", short_name(model))).lower()
-    name += {"whole": "", "frame": "_frame", "along frames": "_along_frames"}[view.name]
+    name = snake_name(model) + {"whole": "", "frame": "_frame", "along frames": "_along_frames"}[view.name]
     assert source.axes is not None
     words = {0: "b", **dict(zip(source.axes, ("frames", "height", "width"), strict=True))}
     shape = ", ".join(words.get(axis, "c") for axis in range(4 if source.axes[0] is None else 5))
@@ -106,7 +131,6 @@ def _own(model: nn.Module, source: Source, view: View, side: dict[str, Any], kin
         size.remove(0)
     needed = [axis for axis in range(3) if axis in size]
     cells = ["1" if axis is None else _length(model, source, axis, named[axis]) for axis in size]
-    sides = _call("", [], side)[1:-1]
     patch = '    patch = _patch(module, "patch_size")\n' if any("// patch" in cell for cell in cells) else ""
     code = (
         f"def {name}(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:\n"
@@ -114,7 +138,7 @@ def _own(model: nn.Module, source: Source, view: View, side: dict[str, Any], kin
         f"    {', '.join(named[axis] for axis in needed)} = "
         f"{_taken(source.argument, [source.axes[axis] for axis in needed])}\n"
         f"{patch}"
-        f"    return (Layout({', '.join([*cells, sides]) if sides else ', '.join(cells)}),)\n"
+        f"    return (Layout({', '.join(cells)}{_named(side)}),)\n"
     )
     return Reader(name, code, kind)
 
@@ -142,12 +166,6 @@ def level_reader(layer: str, owner: str, temporal: bool) -> Reader:
     if temporal:
         return Reader('frames_of("num_frames")', kind="temporal", owner=rest, owned=True)
     return Reader("feature_map", owner=rest, owned=True)
-
-
-def short_name(model: nn.Module) -> str:
-    """What a family is called after its class."""
-    name = type(model).__name__.removesuffix("Model")
-    return re.sub(r"Transformer\d?D?$", "", name) or name
 
 
 def pattern_of(name: str) -> str:
@@ -184,33 +202,54 @@ def _common(parts: list[list[str]]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False)))
 
 
-def row_text(
-    model: nn.Module, entries: list[tuple[str, Reader]], timestep: str, rope: str | None, latent: str | None
-) -> str:
+def row_text(model: nn.Module, entries: list[tuple[str, Reader]], options: dict[str, str]) -> str:
     """The row, as it stands inside of `ROWS`."""
-    first = entries[0][1]
+    pattern, first = entries[0]
     if len(entries) == 1 and not first.owned and first.features and first.kind == "spatial":
-        whole = [f'transformer(r"{entries[0][0]}", {first.text})']
+        whole = [f'transformer(r"{pattern}", {first.text}{_masked(first)})']
     else:
         whole = ["(", *(line for entry in entries for line in _layers(*entry, room=_WIDTH - 4)), ")"]
     parts = [f'"{short_name(model)}"', f'("{type(model).__name__}",)']
-    options = [] if timestep == "timestep" else [f'timestep="{timestep}"']
-    options += [] if rope is None else [f'rope="{rope}"']
-    options += [] if latent is None else [f'latent="{latent}"']
-    if len(whole) == 1:
-        line = f"Family({', '.join([*parts, *whole, *options])}),"
-        if len(line) <= _WIDTH:
-            return line
-    lines = [*(f"{part}," for part in parts), *whole[:-1], f"{whole[-1]},", *(f"{option}," for option in options)]
+    named = [f'{name}="{value}"' for name, value in options.items()]
+    line = f"Family({', '.join([*parts, *whole, *named])}),"
+    if len(whole) == 1 and len(line) <= _WIDTH:
+        return line
+    lines = [*(f"{part}," for part in parts), *whole[:-1], f"{whole[-1]},", *(f"{option}," for option in named)]
     return "\n".join(["Family(", *(f"    {line}" for line in lines), "),"])
+
+
+def _masked(reader: Reader) -> str:
+    return "" if reader.mask == "keys" else f', mask="{reader.mask}"'
 
 
 def _layers(pattern: str, reader: Reader, room: int) -> list[str]:
     parts = [f'r"{pattern}"', f'"{reader.kind}"', reader.text]
     parts += [f'r"(.*){reader.owner}"'] if reader.owned else []
     parts += [] if reader.features else ["has_features=False"]
-    line = f"    Layers({', '.join(parts)}),"
-    return [line] if len(line) <= room else ["    Layers(", *(f"        {part}," for part in parts), "    ),"]
+    line = f"    Layers({', '.join(parts)}{_masked(reader)}),"
+    if len(line) <= room:
+        return [line]
+    parts += [_masked(reader).removeprefix(", ")] if _masked(reader) else []
+    return ["    Layers(", *(f"        {part}," for part in parts), "    ),"]
+
+
+def distinct(found: list[Reader]) -> list[Reader]:
+    """The same readers, those that have to be written under names of their own."""
+    codes: dict[str, str] = {}
+    named = []
+    for reader in found:
+        name = next(name for name in _numbered(reader.text) if codes.get(name, reader.code) == reader.code)
+        if reader.code:
+            codes[name] = reader.code
+            code = reader.code.replace(f"def {reader.text}(", f"def {name}(")
+            reader = dataclasses.replace(reader, text=name, code=code)
+        named.append(reader)
+    return named
+
+
+def _numbered(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}_{number}" for number in itertools.count(2))
 
 
 def evaluated(row: str, code: str) -> Family:

@@ -6,10 +6,12 @@ layer's own processor asks for, and nothing else.
 """
 
 import contextlib
+import copy
+import dataclasses
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -70,17 +72,64 @@ class Forward:
 
     def __call__(self, **changes: Any) -> Tensor:
         """All outputs in one flat tensor."""
-        with torch.no_grad(), torch.random.fork_rng():
+        given = {name: _copied(value) for name, value in {**self.inputs, **changes, **self._plain}.items()}
+        with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(0)
-            return flat(self.model(**{**self.inputs, **changes, **self._plain}))
+            return flat(self.model(**given))
+
+    def check_repeats(self, output: Tensor) -> None:
+        """Raise `ValueError` unless a second forward gives the same: there is nothing to measure else."""
+        name = type(self.model).__name__
+        if not output.isfinite().all():
+            raise ValueError(
+                f"expected a finite output of {name}, got infinity or NaN: give it other weights or inputs, such as "
+                "torch.randn makes"
+            )
+        if not torch.equal(self(), output):
+            raise ValueError(
+                f"expected the same output of {name} from the same inputs, got another from a second forward: it keeps "
+                "something from call to call, or draws random numbers by other means than torch's; switch that off"
+            )
+
+
+def _copied(value: Any) -> Any:
+    """The same for a forward that may write into it."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, torch.Generator):
+        return torch.Generator(value.device).set_state(value.get_state())
+    if type(value) is dict:
+        return {name: _copied(part) for name, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied(part) for part in value)
+    try:
+        return value if isinstance(value, nn.Module) else copy.deepcopy(value)
+    except Exception:  # what cannot be copied is given as it is
+        return value
 
 
 def flat(output: Any) -> Tensor:
-    """Every tensor inside nested lists, tuples and dicts, one after the other."""
+    """Every tensor inside nested lists, tuples, dicts and dataclasses, one after the other."""
+    parts = [part.flatten() for part in _tensors_in(output)]
+    if not parts:
+        raise ValueError(f"expected a forward that gives tensors, got {type(output).__name__}")
+    joined = torch.cat(parts)
+    return joined if joined.is_floating_point() else joined.float()
+
+
+def _tensors_in(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
-        return output.flatten()
-    parts = output.values() if isinstance(output, dict) else output
-    return torch.cat([flat(part) for part in parts if part is not None])
+        yield output
+        return
+    parts: Any = ()
+    if isinstance(output, Mapping):
+        parts = output.values()
+    elif isinstance(output, (list, tuple)):
+        parts = output
+    elif dataclasses.is_dataclass(output):
+        parts = vars(output).values()
+    for part in parts:
+        yield from _tensors_in(part)
 
 
 @contextlib.contextmanager

@@ -126,9 +126,7 @@ Family(
         CHANNELS_LAST,
         "video_transformers.py",
     ),
-    "ids": Case(
-        unlisted.listed, 'Family("Listed", ("Listed",), transformer(r"attn", position_ids)),', LISTED
-    ),
+    "ids": Case(unlisted.listed, 'Family("Listed", ("Listed",), transformer(r"attn", position_ids)),', LISTED),
 }
 
 
@@ -301,7 +299,7 @@ def test_nothing_is_left_behind(build: Callable[[], Tiny], caplog: pytest.LogCap
     with caplog.at_level(logging.DEBUG, logger="diffattn"):
         found = describe(tiny)
     assert not caplog.records
-    assert state_of(tiny.model) == before and families.FAMILIES == rows
+    assert state_of(tiny.model) == before and rows == families.FAMILIES
     assert torch.equal(torch.get_rng_state(), random)
     assert getattr(getattr(tiny.model, "pos_embed", None), "theta", None) == theta
     with torch.no_grad():
