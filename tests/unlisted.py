@@ -92,6 +92,34 @@ class PlainLayer(nn.Module):
         return F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2)
 
 
+class Nothing(nn.Module):
+    """Gives nothing."""
+
+    def forward(self, x: Tensor) -> None:
+        return None
+
+
+class OnlyMatrices(Toy):
+    """Has nothing but matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.Linear(16, 16)
+
+
+class Beside(Toy):
+    """Is told the size of an image that no layer sees: tokens alone come to its attention."""
+
+    def forward(self, tokens: Tensor, style: Tensor) -> Tensor:
+        x = self.enter(tokens)
+        return self.leave(x + self.attn(x)) + style.mean()
+
+
+def beside() -> Tiny:
+    inputs = dict(tokens=draw(2, ROWS * COLUMNS, 4), style=draw(2, 4, ROWS, COLUMNS))
+    return Tiny(randomize(Beside()), inputs, {})
+
+
 class WithoutProcessor(Toy):
     """Its attention layer computes by itself."""
 
@@ -113,11 +141,14 @@ class HelpedProcessor:
 
 
 class CausalProcessor:
-    """Attends to what came before."""
+    """Attends to what came before, or to chosen tokens at random."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        self.options = dict(dropout_p=dropout, is_causal=not dropout)
 
     def __call__(self, attn: Any, hidden_states: Tensor, **options: Any) -> Tensor:
         x = hidden_states.unflatten(-1, (2, -1)).transpose(1, 2)
-        return F.scaled_dot_product_attention(x, x, x, is_causal=True).transpose(1, 2).flatten(2)
+        return F.scaled_dot_product_attention(x, x, x, **self.options).transpose(1, 2).flatten(2)
 
 
 class Tokens3D(Toy):
@@ -244,16 +275,16 @@ def out_of_torch(x: Tensor) -> Tensor:
 
 
 class Failing(Toy):
-    """Fails behind its attention from a certain forward on."""
+    """Fails behind its attention in one forward, by its number."""
 
-    def __init__(self, good: int) -> None:
+    def __init__(self, which: int) -> None:
         super().__init__()
-        self.good = good
+        self.until = which
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         out = super().forward(hidden_states)
-        self.good -= 1
-        if self.good < 0:
+        self.until -= 1
+        if self.until == -1:
             raise RuntimeError("the model fails")
         return out
 

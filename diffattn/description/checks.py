@@ -115,6 +115,11 @@ def _inputs(places: Places, video: bool) -> Iterator[Check]:
         yield Check(True, "the grid is not square: height and width are told apart")
 
 
+def counted(number: int, name: str) -> str:
+    """`1 layer`, `2 layers`"""
+    return f"{number} {name}" + ("s" if number > 1 else "")
+
+
 def batch_check(samples: int) -> Check:
     """Do the inputs hold several samples?"""
     if samples > 1:
@@ -127,7 +132,7 @@ def _softmax(forward: Forward, own: Tensor, kinds: dict[str, str]) -> Check:
         got = forward()
         missed = [layer.name for layer in handle.layers if not layer.reached]
         left = sorted(kinds.keys() - {layer.name for layer in handle.layers})
-    told = f"softmax on {len(kinds)} layers is the model bit for bit"
+    told = f"softmax on {counted(len(kinds), 'layer')} is the model bit for bit"
     if missed or left:
         return Check(False, f"{told}: {(missed + left)[0]} does not come to its exit")
     return Check(torch.equal(got, own), told)
@@ -140,10 +145,11 @@ def _clear(forward: Forward, own: Tensor, kinds: dict[str, str], places: Places,
     with _swapped(forward.model, "clear", layers, radius=RADIUS):
         got = forward()
     error, change = _error(got, want), _error(want, own)
-    told = f"clear(radius={RADIUS}) on {len(layers)} {kind} layers is the model under masks made from these places"
+    some = counted(len(layers), f"{kind} layer")
+    told = f"clear(radius={RADIUS}) on {some} is the model under masks made from these places"
     if change < _LEAST:
         return Check(None, f"{told}: they change nothing; give a larger grid, and weights that are not zero")
-    return Check(error < _TOLERANCE.get(own.dtype, 5e-2), f"{told}: error {error:.1e}, the masks change {change:.1e}")
+    return Check(error < _TOLERANCE.get(own.dtype, 5e-2), f"{told}: error {error:.1e}, change {change:.1e}")
 
 
 def _error(got: Tensor, want: Tensor) -> float:

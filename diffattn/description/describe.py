@@ -165,7 +165,7 @@ def _silent(layers: dict[str, Layer], listing: Listing) -> list[str]:
 
 def spell(name: str) -> str:
     """`transformer_blocks.N.attn1`"""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "N", name)
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "N", name) or "the model itself"
 
 
 def _kinds(layers: Iterable[Layer]) -> list[Kind]:

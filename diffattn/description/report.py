@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..families import Family
-from .checks import Check
+from .checks import Check, counted
 from .watching import Call
 
 
@@ -30,8 +30,8 @@ class Kind:
     @property
     def lines(self) -> list[str]:
         """What is known of it, to print."""
-        call, layers = self.calls[0], len(self.layers)
-        head = f"{self.pattern}: {layers} layer{'s' if layers > 1 else ''}"
+        call = self.calls[0]
+        head = f"{self.pattern}: {counted(len(self.layers), 'layer')}"
         head += f", {len(self.calls)} calls each" if len(self.calls) > 1 else ""
         shapes = f"q, k, v {call.query}"
         if not call.query == call.key == call.value:
@@ -82,8 +82,8 @@ class Description:
             return "none can be written, see below what is missing"
         if not self.passed:
             return "the one below fails" if self.checks else "the one below is refused by apply"
-        counts = (self.open, "questions open"), (len(self.missing), "missing")
-        still = " and ".join(f"{count} {name}" for count, name in counts if count)
+        still = [counted(self.open, "open question")] if self.open else []
+        still = " and ".join([*still, *([f"{len(self.missing)} missing"] if self.missing else [])])
         return f"the one below is right, as far as these inputs tell: {still}" if still else "the one below is right"
 
     @property

@@ -175,7 +175,7 @@ class Watch(TorchFunctionMode):
     def _enterer(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._running.append(name)
-            if is_attention(module):
+            if name and is_attention(module):
                 self.ran.append(name)
             self.enter(name, module, args, kwargs)
 
