@@ -70,12 +70,11 @@ def _told(forward: Forward, layers: dict[str, Layer], listing: Listing, found: l
         missing += [f"apply refuses it: {families.REFUSED[name]}" for name in names if name in families.REFUSED]
     if not in_row and not found:
         missing.append(f"no grid among the arguments: {_given(forward)}")
-    elif not in_row and not missing:
-        missing.append(
-            "no call of softmax attention was seen"
-            if not kinds
-            else f"no layer's queries and keys depend on the grids that were tried: {'; '.join(s.told for s in found)}"
-        )
+    elif not in_row and not kinds and not missing:
+        missing.append("no call of softmax attention was seen")
+    elif not in_row:
+        tried = "; ".join(dict.fromkeys(source.told for source in found))
+        missing.append(f"no layer's queries and keys are the cells of a grid that was tried: {tried}")
     return Description(type(model).__name__, tuple(kinds), tuple(grids), tuple(missing), known_row=known)
 
 

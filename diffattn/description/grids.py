@@ -14,6 +14,8 @@ from ..families import Layout, readers
 
 Size = tuple[int, int, int]
 """frames, height, width"""
+USUAL = "hidden_states", "sample", "x", "latents"
+"""Names of the argument that holds what is denoised."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Source:
     doubt: str = ""
     """What else the arguments may mean."""
 
+    @property
+    def usual(self) -> bool:
+        """Is it in an argument with one of the usual names?"""
+        return self.argument in USUAL
+
     def disturbed(self, value: Tensor, chosen: Tensor) -> Tensor:
         """The argument with other numbers in the cells `chosen`, (frames, height, width)."""
         noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(1)).to(value)
@@ -47,8 +54,8 @@ class Source:
             mask = torch.zeros(shape[1], dtype=torch.bool)
             mask[: chosen.numel()] = chosen.flatten()
             return mask[None, :, None]
-        for axis, size in enumerate(self.patch):
-            chosen = chosen.repeat_interleave(size, dim=axis)
+        for number, size in enumerate(self.patch):
+            chosen = chosen.repeat_interleave(size, dim=number)
         lengths = [1 if axis is None else shape[axis] for axis in self.axes]
         mask = torch.zeros(lengths, dtype=torch.bool)
         mask[tuple(slice(size) for size in chosen.shape)] = chosen

@@ -121,15 +121,25 @@ def _mask_kind(mask: Tensor | None, cell: int) -> MaskKind:
 
 
 def locate(forward: Forward, layers: dict[str, Layer], found: list[Source]) -> None:
-    """Try the grids on the layers whose calls they may fit, until there is a reader for each."""
+    """Try the grids on the layers whose calls they may fit, until there is a reader for each.
+
+    What no call depends on says nothing; other arguments are asked only where those with the usual names do not count.
+    """
+    counts = False
     for source in found:
+        if counts and not source.usual:
+            return
         for view in VIEWS:
             fitting = {
                 layer.name
                 for layer in layers.values()
                 if layer.reader is None and any(view.fits(source, call.query) for call in layer.calls)
             }
-            for name, findings in probe(forward, source, view).items() if fitting else ():
+            probed = probe(forward, source, view) if fitting else {}
+            if not any(finding.worth for findings in probed.values() for finding in findings):
+                continue
+            counts = counts or source.usual
+            for name, findings in probed.items():
                 layer = layers.get(name)
                 if layer is not None and layer.reader is None and len(findings) == len(layer.calls):
                     _take(layer, forward, findings, (source, view), name in fitting)
@@ -163,7 +173,7 @@ def locate_in_levels(forward: Forward, layers: dict[str, Layer], listing: Listin
                 layer.reader = level_reader(layer.name, owner, temporal=False)
                 break
             if frames == query[-2]:
-                layer.reader = level_reader(layer.name, owner, temporal=True)
+                layer.reader, layer.findings = level_reader(layer.name, owner, temporal=True), []
                 layer.places = [Place((frames, 1, 1), 0, 0)]
                 break
     found = probe_levels(forward, owners, {name: (1, *size) for name, size in listing.levels.items()}) if owners else {}

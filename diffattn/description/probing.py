@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .grids import Size, Source, View
-from .watching import Call, Forward, Watch
+from .watching import Call, Forward, Watch, copied
 
 _CHANGED = 1e-3
 """Share of the largest change in a call from which a token counts as changed."""
@@ -118,9 +118,9 @@ def probe_levels(forward: Forward, owners: Mapping[str, str], levels: Mapping[st
             forward()
         return watch
 
-    bits = max((_numbers(size)[-1].item().bit_length() for size in sizes.values()), default=0)
+    bits = max((int(_numbers(size)[-1]).bit_length() for size in sizes.values()), default=0)
     found: dict[str, list[Finding]] = defaultdict(list)
-    for call, (queries, keys) in _codes(run, int(bits)):
+    for call, (queries, keys) in _codes(run, bits):
         if call.layer in owners:
             size = sizes[owners[call.layer]]
             told = "the features around the layer"
@@ -158,9 +158,9 @@ def _repeat(outputs: list[Any], keep: bool) -> Callable[..., Any]:
 
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
         if keep:
-            outputs.append(output)
+            outputs.append(copied(output))
             return None
-        return outputs[next(turns)]
+        return copied(outputs[next(turns)])  # what follows may write into it
 
     return leave
 

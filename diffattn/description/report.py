@@ -83,8 +83,8 @@ class Description:
         if not self.passed:
             return "the one below fails" if self.checks else "the one below is refused by apply"
         still = [counted(self.open, "open question")] if self.open else []
-        still = " and ".join([*still, *([f"{len(self.missing)} missing"] if self.missing else [])])
-        return f"the one below is right, as far as these inputs tell: {still}" if still else "the one below is right"
+        still += [f"{len(self.missing)} missing"] if self.missing else []
+        return "the one below passes its checks" + (f", with {' and '.join(still)}" if still else "")
 
     @property
     def open(self) -> int:

@@ -126,7 +126,8 @@ def _own(model: nn.Module, source: Source, view: View, side: dict[str, Any], kin
     words = {0: "b", **dict(zip(source.axes, ("frames", "height", "width"), strict=True))}
     shape = ", ".join(words.get(axis, "c") for axis in range(4 if source.axes[0] is None else 5))
     named = ["frames", "height", "width"]
-    size: list[int | None] = {"whole": [1, 2, 0], "frame": [1, 2], "along frames": [None, None, 0]}[view.name]
+    sizes: dict[str, list[int | None]] = {"whole": [1, 2, 0], "frame": [1, 2], "along frames": [None, None, 0]}
+    size = sizes[view.name]
     if source.axes[0] is None:
         size.remove(0)
     needed = [axis for axis in range(3) if axis in size]

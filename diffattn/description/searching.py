@@ -11,25 +11,23 @@ from torch import Tensor, nn
 
 from ..families import Arguments, Read, readers
 from ..families.positions import picture_size, video_size
-from .grids import Size, Source, free_name, patches, snake_name, spoken
+from .grids import USUAL, Size, Source, free_name, patches, snake_name, spoken
 
-_USUAL = "hidden_states", "sample", "x", "latents"
-"""Names of the argument that holds what is denoised."""
 _TOLD: tuple[tuple[str, Read, str], ...] = (
     ("flux_ids", readers.flux_ids, "img_ids"),
     ("last_ids", readers.last_ids, "position_ids"),
     ("qwen_shapes", readers.qwen_shapes, "img_shapes"),
     ("ltx", readers.ltx, "video_coords"),
     ("ltx", readers.ltx, "num_frames"),
+    ("ltx2", readers.ltx2, "num_frames"),
     ("hidream", readers.hidream, "img_sizes"),
 )
 """Readers of grids whose cells come as tokens, and the argument that tells them."""
 
 
 def sources(model: nn.Module, given: Arguments) -> list[Source]:
-    """Every grid that the arguments may tell, the likeliest first: those in arguments with the usual names, if any."""
-    found = [*_tokens(model, given), *_latents(model, given)]
-    return [source for source in found if source.argument in _USUAL] or found
+    """Every grid that the arguments may tell, the likeliest first: those in arguments with the usual names."""
+    return sorted([*_tokens(model, given), *_latents(model, given)], key=lambda source: not source.usual)
 
 
 def _tokens(model: nn.Module, given: Arguments) -> Iterator[Source]:
@@ -43,7 +41,7 @@ def _tokens(model: nn.Module, given: Arguments) -> Iterator[Source]:
             continue  # of another form than that reader knows
         size = layout.frames, layout.height, layout.width
         yield from _likeliest(
-            _listed_by(argument, tokens, value, size, name)
+            _listed_by(argument, tokens, value, size, name, doubt=_surplus(name, tokens, value, math.prod(size)))
             for tokens, value in _tensors(given, 3)
             if value.shape[1] >= math.prod(size)
         )
@@ -51,9 +49,18 @@ def _tokens(model: nn.Module, given: Arguments) -> Iterator[Source]:
     yield from _numbers(model, given)
 
 
-def _listed_by(argument: str, tokens: str, value: Tensor, size: Size, reader: str, **more: str) -> Source:
+def _surplus(reader: str, tokens: str, value: Tensor, cells: int) -> str:
+    """What is not known where numbers tell fewer cells than there are tokens."""
+    if reader not in ("ltx2", "hidream") or value.shape[1] == cells:
+        return ""
+    return f"{cells} of the {value.shape[1]} tokens of {tokens}, the first, were taken for the cells"
+
+
+def _listed_by(
+    argument: str, tokens: str, value: Tensor, size: Size, reader: str, code: str = "", doubt: str = ""
+) -> Source:
     told = f"{argument} for the tokens of {tokens} {tuple(value.shape)}"
-    return Source(tokens, size, len(value), reader=reader, told=told, **more)
+    return Source(tokens, size, len(value), reader=reader, code=code, told=told, doubt=doubt)
 
 
 def _likeliest(found: Iterable[Source]) -> Iterator[Source]:
@@ -61,15 +68,15 @@ def _likeliest(found: Iterable[Source]) -> Iterator[Source]:
     sources = sorted(found, key=_rank)
     names = list(dict.fromkeys(source.argument for source in sources))
     for source in sources:
-        if names[0] not in _USUAL and len(names) > 1:
+        if names[0] not in USUAL and len(names) > 1:
             many = f"{' and '.join(names)} have tokens enough for the cells: {source.argument} was taken"
             source = dataclasses.replace(source, doubt="; ".join(filter(None, (source.doubt, many))))
-        if names[0] not in _USUAL or source.argument == names[0]:
+        if names[0] not in USUAL or source.argument == names[0]:
             yield source
 
 
 def _rank(source: Source) -> int:
-    return _USUAL.index(source.argument) if source.argument in _USUAL else len(_USUAL)
+    return USUAL.index(source.argument) if source.argument in USUAL else len(USUAL)
 
 
 def _ids(given: Arguments) -> Iterator[Source]:
@@ -156,6 +163,8 @@ def _latents(model: nn.Module, given: Arguments) -> Iterator[Source]:
         5: ((2, 3, 4), (1, 3, 4), (1, 2, 3)),
     }
     for name, value in _tensors(given, 4, 5):
+        if re.search("(ids|coords)$", name):
+            continue
         for axes in places[value.ndim]:
             for patch in patches(model):
                 lengths = [1 if axis is None else value.shape[axis] for axis in axes]
@@ -173,4 +182,4 @@ def _tensors(given: Arguments, *dimensions: int) -> list[tuple[str, Tensor]]:
         for name, value in given.items()
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim in dimensions
     ]
-    return sorted(found, key=lambda item: _USUAL.index(item[0]) if item[0] in _USUAL else len(_USUAL))
+    return sorted(found, key=lambda item: USUAL.index(item[0]) if item[0] in USUAL else len(USUAL))

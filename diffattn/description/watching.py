@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class Forward:
 
     def __call__(self, **changes: Any) -> Tensor:
         """All outputs in one flat tensor."""
-        given = {name: _copied(value) for name, value in {**self.inputs, **changes, **self._plain}.items()}
+        given = {name: copied(value) for name, value in {**self.inputs, **changes, **self._plain}.items()}
         with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(0)
             return flat(self.model(**given))
@@ -92,16 +92,16 @@ class Forward:
             )
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
     """The same for a forward that may write into it."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, torch.Generator):
         return torch.Generator(value.device).set_state(value.get_state())
     if type(value) is dict:
-        return {name: _copied(part) for name, part in value.items()}
+        return {name: copied(part) for name, part in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_copied(part) for part in value)
+        return type(value)(copied(part) for part in value)
     try:
         return value if isinstance(value, nn.Module) else copy.deepcopy(value)
     except Exception:  # what cannot be copied is given as it is
@@ -159,7 +159,7 @@ class Watch(TorchFunctionMode):
         self.own_softmax: set[str] = set()
         """Those of them that take a softmax by themselves."""
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> Self:
         for name, module in self._modules.items():
             self._hooks.append(module.register_forward_pre_hook(self._enterer(name), with_kwargs=True))
             self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
@@ -215,12 +215,15 @@ class Watch(TorchFunctionMode):
     def _call(self, given: dict[str, Any], asker: FrameType | None) -> Call:
         asking = None if asker is None else asker.f_locals.get("self")
         layer, processor = self._layer(asking)
+        query, key, value = (tuple(given[name].shape) for name in ("query", "key", "value"))
         mask = given.get("attn_mask")
         return Call(
             layer,
             "" if processor is None else type(processor).__name__,
             _why_not(processor, asker),
-            *(tuple(given[name].shape) for name in ("query", "key", "value")),
+            query,
+            key,
+            value,
             mask="" if mask is None else f"{str(mask.dtype).removeprefix('torch.')} {tuple(mask.shape)}",
             causal=bool(given.get("is_causal", False)),
             dropout=float(given.get("dropout_p", 0.0)),

@@ -73,7 +73,7 @@ MISSING: dict[str, tuple[Callable[[], Tiny], list[str]]] = {
     "no attention": (lambda: toy(unlisted.OnlyMatrices), ["no call of softmax attention was seen"]),
     "another image": (
         unlisted.beside,
-        ["no layer's queries and keys depend on the grids that were tried: style (2, 4, 6, 9) in patches of 1 x 1"],
+        ["no layer's queries and keys are the cells of a grid that was tried: style (2, 4, 6, 9) in patches of 1 x 1"],
     ),
     "helper": (
         lambda: toy(processor=unlisted.HelpedProcessor()),
@@ -103,11 +103,11 @@ def test_samples_that_differ_are_left_to_a_reader_by_hand() -> None:
     found = describe(lumina2())
     assert found.row is not None and "noise_refiner" in found.row and found.passed
     assert [line for line in found.missing if line.startswith("layers.N.attn: samples differ")]
-    assert "as far as these inputs tell: 1 missing" in str(found)
+    assert "passes its checks, with 1 missing" in str(found)
 
 
 PAGE = """\
-Masked: no row has it yet; the one below is right
+Masked: no row has it yet; the one below passes its checks
 
 attention in one forward, (batch, heads, tokens, numbers):
   attn: 1 layer
@@ -281,7 +281,7 @@ def test_inputs_that_tell_too_little_are_named() -> None:
         "samples are told apart: give inputs with a batch of two",
         "height and width are told apart: give inputs that are not square",
     ]
-    assert "as far as these inputs tell: 2 open questions" in str(found)
+    assert "passes its checks, with 2 open questions" in str(found)
 
 
 def test_windows_that_change_nothing_prove_nothing() -> None:

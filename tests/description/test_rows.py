@@ -177,6 +177,9 @@ FURTHER = [
 ]  # fmt: skip
 
 
+KEYFRAMES = "60 of the 80 tokens of hidden_states, the first, were taken for the cells"
+
+
 def slow(names: list[str]) -> list[Any]:
     """As `built`, and slow."""
     marks = [pytest.param(name, marks=pytest.mark.slow) for name in names if name not in NEWER]
@@ -192,7 +195,8 @@ def test_the_row_of_a_model_whose_own_is_removed(name: str, monkeypatch: pytest.
     monkeypatch.setattr("diffattn.families.FAMILIES", [row for row in families.FAMILIES if row is not known])
     found = families.describe(tiny.model, **tiny.inputs)
     assert not found.missing and found.known_row is None and found.passed
-    assert all(check.passed for check in found.checks), found.checks
+    told = [check.told for check in found.checks if not check.passed]
+    assert told == ([KEYFRAMES] if name == "LTX-2" else [])
     family = pasted(str(found))
     contract(tiny, family, monkeypatch)
     assert family.timestep == known.timestep and family.latent == known.latent
