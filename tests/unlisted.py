@@ -231,6 +231,13 @@ class SpaceTime(nn.Module):
         return self.leave(x + self.time(x))
 
 
+class Ignoring(Toy):
+    """Makes nothing of its sample, and all of its condition."""
+
+    def forward(self, sample: Tensor, control: Tensor) -> Tensor:
+        return super().forward(control + 0 * sample)
+
+
 class Rows(Toy):
     """Is given no grid: tokens alone."""
 
@@ -319,6 +326,11 @@ def numbered(text: int = TEXT) -> Tiny:
 def framed() -> Tiny:
     coords = torch.cartesian_prod(torch.arange(3.0), torch.arange(4.0), torch.arange(5.0))
     return Tiny(randomize(Framed()), dict(latents=draw(2, 60, 4), coords=coords), {"attn": (Tokens(0, 3, 4, 5),)})
+
+
+def ignoring() -> Tiny:
+    inputs = dict(sample=draw(2, 4, ROWS, COLUMNS), control=-draw(2, 4, ROWS, COLUMNS))
+    return Tiny(randomize(Ignoring()), inputs, {"attn": (Tokens(0, 1, ROWS, COLUMNS),)})
 
 
 def between(text_first: bool = True) -> Tiny:

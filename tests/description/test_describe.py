@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,8 +137,22 @@ checks:
 The suite asks more of a row: gradients, other sizes, other mechanisms (see CONTRIBUTING.md)."""
 
 
+def test_the_documents_show_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "how-it-works.md").read_text()
+    [(code, page)] = re.findall(
+        r"^```python\n((?:(?!```).)*?describe\(.*?)^```$.*?^```text\n(.*?)^```$", text, re.M | re.S
+    )
+    exec(code, {"diffattn": diffattn})
+    assert without_numbers(capsys.readouterr().out) == without_numbers(page)
+
+
+def without_numbers(page: str) -> str:
+    """Errors are others on other machines."""
+    return re.sub(r"\d\.\de[+-]\d\d", "E", page)
+
+
 def test_the_page() -> None:
-    assert re.sub(r"\d\.\de[+-]\d\d", "E", str(describe(unlisted.masked()))) == PAGE
+    assert without_numbers(str(describe(unlisted.masked()))) == PAGE
 
 
 def state_of(model: nn.Module) -> list[Any]:

@@ -148,6 +148,7 @@ CASES = {
         "video_transformers.py",
         ("coords list 3 times 4 x 5 tokens: taken for the frames of a video",),
     ),
+    "by the condition": Case(unlisted.ignoring, alone("Ignoring", 'picture("control", before=0)')),
     "tokens behind": Case(unlisted.between, alone("Between", "picture(after=3)"), still=(BOTH,)),
     "tokens before": Case(
         lambda: unlisted.between(text_first=False),
@@ -173,7 +174,7 @@ def test_the_row_of_an_unknown_model(name: str, monkeypatch: pytest.MonkeyPatch)
 REMOVED = ["Flux-Kontext", "Wan", "CogView4", "Krea2", "Latte", "Chroma", "UNet2D"]
 FURTHER = [
     "SD3.5", "LTX", "LTX-2", "CogVideoX-1.5", "Qwen-Image-Edit", "HunyuanVideo", "HunyuanVideo-1.5", "HiDream",
-    "AuraFlow", "HunyuanImage", "Kandinsky5", "Mochi", "SDXL", "SVD",
+    "AuraFlow", "HunyuanImage", "Kandinsky5", "Mochi", "SDXL", "AnimateDiff", "SparseCtrl-ControlNet", "ControlNet-XS",
 ]  # fmt: skip
 
 
