@@ -183,8 +183,8 @@ class Output:
 class Numbered(Toy):
     """Tokens of a video, with its size in numbers, and text behind."""
 
-    def forward(self, img: Tensor, txt: Tensor, height: int, width: int, num_frames: int = 1) -> Output:
-        assert img.shape[1] == num_frames * height * width
+    def forward(self, img: Tensor, txt: Tensor, height: int, width: int, frames: int = 1) -> Output:
+        assert img.shape[1] == frames * height * width
         x = self.enter(torch.cat([img, txt], dim=1))
         return Output(self.leave(x + self.attn(x)))
 
@@ -319,7 +319,7 @@ def listed() -> Tiny:
 
 
 def numbered(text: int = TEXT) -> Tiny:
-    inputs = dict(img=draw(2, 60, 4), txt=draw(2, text, 4), height=4, width=5, num_frames=3)
+    inputs = dict(img=draw(2, 60, 4), txt=draw(2, text, 4), height=4, width=5, frames=3)
     return Tiny(randomize(Numbered()), inputs, {"attn": (Tokens(0, 3, 4, 5, text),)})
 
 

@@ -88,8 +88,8 @@ def token_ids(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
 '''
 NUMBERED = '''\
 def numbered(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
-    """height and width and num_frames of the tokens of img (b, n, c)."""
-    return (Layout(call["height"], call["width"], call["num_frames"], before=0, after=None),)
+    """height and width and frames of the tokens of img (b, n, c)."""
+    return (Layout(call["height"], call["width"], call["frames"], before=0, after=None),)
 '''
 FRAMED = '''\
 def coords(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
@@ -234,7 +234,7 @@ def test_numbers_are_read_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None
     contract(tiny, family, monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["Flux-Kontext", "SDXL"])
+@pytest.mark.parametrize("name", ["Flux-Kontext", "SD3"])
 def test_the_row_that_a_model_has_is_named(name: str) -> None:
     tiny = BUILDERS[name]()
     known = family_of(tiny.model)
