@@ -1,10 +1,11 @@
 """Attention that costs less, for the diffusion pipelines people already use."""
 
-from . import tiny
+from . import families, tiny
 from .adapters import load, save
 from .calibration import calibrate
 from .comparison import compare
 from .config import register
+from .description import describe
 from .grid import TokenGrid
 from .highres import generate_large
 from .measure.estimate import estimate
@@ -24,6 +25,8 @@ from .swap.apply import Handle, apply, attn_processors, restore
 from .swap.exact import ExactHandle, apply_exact
 from .swap.report import summary
 from .swap.settings.recipe import Recipe
+
+families.describe = describe
 
 __all__ = [
     "AgentAttention",
@@ -45,6 +48,7 @@ __all__ = [
     "attn_processors",
     "calibrate",
     "compare",
+    "describe",
     "estimate",
     "generate_large",
     "load",

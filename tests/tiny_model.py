@@ -64,9 +64,11 @@ class Tiny:
 
 
 def flat(output: Any) -> Tensor:
-    """Every tensor inside nested lists, tuples and dicts, one after the other."""
+    """Every tensor inside nested lists, tuples, dicts and dataclasses, one after the other."""
     if isinstance(output, Tensor):
         return output.flatten()
+    if not isinstance(output, (dict, list, tuple)):
+        output = vars(output)
     if isinstance(output, dict):
         output = list(output.values())
     return torch.cat([flat(part) for part in output if isinstance(part, (Tensor, dict, list, tuple))])

@@ -9,6 +9,9 @@ tokens from the call itself, so text lengths are never read. Where no other toke
 that come are an error: they would be taken for text.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
 
 from . import audio_transformers, controlnets, image_transformers, unets, video_transformers
@@ -26,6 +29,7 @@ __all__ = [
     "Read",
     "TokenPath",
     "arguments",
+    "describe",
     "family_of",
     "feature_map",
     "find_layers",
@@ -46,6 +50,11 @@ FAMILIES: list[Family] = [
     *unets.ROWS,
 ]
 """All known families; `FAMILIES.append(Family(...))` adds one at run time."""
+
+describe: Callable[..., Any]
+"""`diffattn.describe`: what a row for a model without one needs. It tries rows out, so it is built on the swap, which
+this part may not import; `diffattn` puts it here.
+"""
 
 
 def row_of(model: object) -> Family | None:
