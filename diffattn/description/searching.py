@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..families import Arguments, Read, readers
+from ..families import Arguments, Read, readers, video_readers
 from ..families.positions import picture_size, video_size
 from .grids import USUAL, Size, Source, free_name, patches, snake_name, spoken
 
@@ -19,7 +19,7 @@ _TOLD: tuple[tuple[str, Read, str], ...] = (
     ("qwen_shapes", readers.qwen_shapes, "img_shapes"),
     ("ltx", readers.ltx, "video_coords"),
     ("ltx", readers.ltx, "num_frames"),
-    ("ltx2", readers.ltx2, "num_frames"),
+    ("ltx2", video_readers.ltx2, "num_frames"),
     ("hidream", readers.hidream, "img_sizes"),
 )
 """Readers of grids whose cells come as tokens, and the argument that tells them."""

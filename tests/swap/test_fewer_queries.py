@@ -38,6 +38,7 @@ def test_calls_are_counted_with_what_they_cost(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", built(["PRX", "Cosmos3"]))
+@pytest.mark.slow
 def test_compiled_with_gradients(name: str) -> None:
     """The operator finds queries and keys of the call, and its backward pass has them again."""
     tiny = BUILDERS[name]()
@@ -50,6 +51,7 @@ def test_compiled_with_gradients(name: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", built(["GLM-Image-edit", "Flux2-cached", "Flux2-extract", "Qwen-Image-Layered"]))
+@pytest.mark.slow
 def test_compiled_forward(name: str) -> None:
     tiny = BUILDERS[name]()
     want = by_hand(tiny, tiny.spatial)
@@ -58,6 +60,7 @@ def test_compiled_forward(name: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_compiled_backward_pass_of_several_grids_is_refused() -> None:
     tiny = BUILDERS["VisualCloze"]()
     diffattn.apply(tiny.model, "clear", radius=RADIUS)
