@@ -123,9 +123,10 @@ class HandReference(HandMask):
     What it chooses by content, it chooses in float32, as the swapped layer does.
     """
 
-    def __init__(self, model: nn.Module, layouts: Layouts, mechanism: Any) -> None:
+    def __init__(self, model: nn.Module, layouts: Layouts, mechanism: Any, padding_apart: bool = False) -> None:
         super().__init__(model, layouts)
         self._mechanism = mechanism
+        self._padding_apart = padding_apart
 
     def _attend(
         self,
@@ -150,6 +151,8 @@ class HandReference(HandMask):
                 grid = replace(grid, frames=frames, before=before, after=tokens.total - before - frames * grid.cells)
             qkv = [F.pad(query[i : i + 1], (0, 0, *tokens.silent)), *(tensor[i : i + 1] for tensor in (key, value))]
             mask = None if own is None else own.expand(len(query), *own.shape[1:])[i : i + 1]
+            if mask is not None and self._padding_apart:
+                mask = mask[:, :, grid.before : grid.before + 1]  # what a cell sees is what all see but padding
             context, chosen = Context(mask=mask), {}
             if hasattr(self._mechanism, "choose"):
                 chosen["chosen"] = self._mechanism.choose(*qkv, grid, scale, context)

@@ -54,6 +54,8 @@ class Tiny:
     """The same for layers that attend along the frames at one place."""
     select: Callable[[Any, dict[str, Any]], Any] = everything
     """What counts of the output of a call with these inputs: some models compute padding too."""
+    padding_apart: bool = False
+    """Do its masks let padding see padding, which concerns no cell?"""
 
     def run(self, model: nn.Module | None = None, **changes: Any) -> Tensor:
         """All outputs of one forward in one flat tensor."""

@@ -88,7 +88,8 @@ def test_the_model_with_the_reference_in_its_layers(
         calls += 1
         return out
 
-    want = under_masks(tiny.run, (tiny.model, tiny.spatial), mode=HandReference, mechanism=mechanism)
+    options = {"mechanism": mechanism, "padding_apart": tiny.padding_apart}
+    want = under_masks(tiny.run, (tiny.model, tiny.spatial), mode=HandReference, **options)
     monkeypatch.setattr(type(mechanism), "attend", checked)
     diffattn.apply(tiny.model, mechanism)
     got = tiny.run()
