@@ -1,5 +1,6 @@
 """Video transformers."""
 
+from .given_images import joy_image_edit, kandinsky6
 from .layout import Arguments, Family, Layers, TokenPath, transformer
 from .readers import channels_last, framepack, frames_on, joy_image, ltx, ltx2, picture, video
 
@@ -77,7 +78,7 @@ ROWS: tuple[Family, ...] = (
     Family(
         "JoyImage",
         ("JoyImageEditTransformer3DModel",),
-        transformer(r"double_blocks\.\d+\.attn", video(2, before=0, after=None, patch_t="patch_size")),
+        transformer(r"double_blocks\.\d+\.attn", joy_image_edit),
     ),
     Family(
         "JoyImage-Plus",
@@ -92,7 +93,7 @@ ROWS: tuple[Family, ...] = (
     Family(
         "Kandinsky6",
         ("Kandinsky6Transformer3DModel",),
-        transformer(r"visual_transformer_blocks\.\d+\.video_dec_block\.self_attention", channels_last),
+        transformer(r"visual_transformer_blocks\.\d+\.video_dec_block\.self_attention", kandinsky6),
     ),
     # frames that were made before lie before
     Family(

@@ -16,6 +16,12 @@ _NABLA = "it puts its tokens into blocks and attends sparsely by itself (NABLA)"
 _REFERENCE_CACHE = "it attends in a helper beside the processor, to cached keys of reference images in most steps"
 _EXAMPLES = "it puts example images and the image it makes into one sequence, and a window would lie on an example"
 _SEVERAL = "it makes several images in one sequence (layers), and a window would lie on the first alone"
+_OMNI = "it puts several images into one sequence, and a window would lie on the first alone"
+_BESIDE = (
+    "it lays a given image beside the one it makes, in one feature map, and a window would see the seam of the given "
+    "image alone"
+)
+_OWN_PROCESSORS = "it sets attention processors of its own in every call, which would put the model's attention back"
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,16 @@ UNSUPPORTED: list[Unsupported] = [
     Unsupported("QwenImageLayeredModularPipeline", _SEVERAL),
     Unsupported("VisualClozePipeline", _EXAMPLES),
     Unsupported("VisualClozeGenerationPipeline", _EXAMPLES),
+    Unsupported("ZImageOmniPipeline", _OMNI),
+    Unsupported("DreamLitePipeline", _BESIDE),
+    Unsupported("DreamLiteMobilePipeline", _BESIDE),
+    Unsupported("LEditsPPPipelineStableDiffusion", _OWN_PROCESSORS),
+    Unsupported("LEditsPPPipelineStableDiffusionXL", _OWN_PROCESSORS),
+    Unsupported("StableDiffusionAttendAndExcitePipeline", _OWN_PROCESSORS),
+    Unsupported("StableDiffusionPix2PixZeroPipeline", _OWN_PROCESSORS),
+    Unsupported("StableDiffusionSAGPipeline", _OWN_PROCESSORS),
+    Unsupported("TextToVideoZeroPipeline", _OWN_PROCESSORS),
+    Unsupported("TextToVideoZeroSDXLPipeline", _OWN_PROCESSORS),
     Unsupported("Flux2KleinKVPipeline", _REFERENCE_CACHE),
     Unsupported("Flux2KVAttnProcessor", _REFERENCE_CACHE),
     Unsupported("Flux2KVParallelSelfAttnProcessor", _REFERENCE_CACHE),
