@@ -30,21 +30,21 @@ mechanism runs on which family is in the README's table.
 - **refused:** `apply` raises `ValueError` with the reason before anything is changed.
 - **list:** the class stands for several ControlNets, and each of them is swapped.
 
-Of {models} model classes {swapped} are swapped, {lists} are lists and {refused} are refused. Of {pipes} pipelines {taken}
-have a model that is swapped, {refused_pipes} are refused, and {others} have no such model.
+Of {models} model classes {swapped} are swapped, {lists} are lists and {refused} are refused. Of {pipes} pipelines
+{taken} have a model that is swapped, {refused_pipes} are refused, and {others} have no such model.
 """
 CALLS = """\
 ## Pipelines
 
-For each pipeline whose model is swapped, the arguments that its source passes to the model are read from the source, and
-a tiny model is called with these (`tests/families/test_every_pipeline.py`). Pipelines marked **run** are built from tiny
-parts and run as a whole besides.
+For each pipeline whose model is swapped, the arguments that it passes to the model are read from its source, and a tiny
+model is called with these (`tests/families/test_every_pipeline.py`). Pipelines marked **run** are built from tiny parts
+and run as a whole besides.
 """
 MODULAR = """\
 ## Modular pipelines
 
-Their blocks call the same models; named are the models of their folder in diffusers. `tests/composition/test_modular.py`
-runs one as a whole.
+Their blocks call the same models; named are the models of their folder in diffusers.
+`tests/composition/test_modular.py` runs one as a whole.
 """
 
 

@@ -24,7 +24,7 @@ class Whole:
     pipe: Any
     call: dict[str, Any]
     layouts: dict[str, Layouts]
-    """Name of a part -> regular expression on layer names -> the layouts that its calls may have, told by their size."""
+    """Name of a part -> regular expression on layer names -> the layouts that its calls may have, by size."""
 
     @torch.no_grad()
     def run(self, images: int) -> Tensor:
