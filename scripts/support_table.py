@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from models import BUILDERS, Tiny, sana
+from torch import nn
 
 import diffattn
 from diffattn import config
@@ -52,6 +53,15 @@ def runs(tiny: Tiny, mechanism: Mechanism) -> bool:
     return True
 
 
+def setter(models: list[nn.Module]) -> str:
+    """Which of a family's models have diffusers' `set_attn_processor`?"""
+    lacking = {type(model).__name__: None for model in models if not hasattr(model, "set_attn_processor")}
+    if not lacking:
+        return "yes"
+    every = len(lacking) == len({type(model) for model in models})
+    return "no" if every else f"yes, but {', '.join(f'`{name}`' for name in lacking)}"
+
+
 def support_table(build: Callable[[str], Tiny] = lambda name: BUILDERS[name]()) -> str:
     """Markdown: a row per family, a column per mechanism."""
     columns = mechanisms()
@@ -63,10 +73,11 @@ def support_table(build: Callable[[str], Tiny] = lambda name: BUILDERS[name]()) 
     for family in FAMILIES:
         own = [tiny for tiny in tinies if family_of(tiny.model) is family]
         if {type(tiny.model).__name__ for tiny in own} != set(family.models):
-            raise RuntimeError(f"tests/models.py and tests/further must build every model of {family.name}: {', '.join(family.models)}")
+            raise RuntimeError(
+                f"tests/models.py and tests/further must build every model of {family.name}: {', '.join(family.models)}"
+            )
         cells = ["yes" if all([runs(tiny, column) for tiny in own]) else "no" for column in columns]
-        setter = all(hasattr(tiny.model, "set_attn_processor") for tiny in own)
-        cells.append("yes" if setter and "yes" in cells else "no")
+        cells.append(setter([tiny.model for tiny in own]) if "yes" in cells else "no")
         models = ", ".join(f"`{name}`" for name in family.models)
         lines.append(f"| {family.name} | {models} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,10 @@ class Tokens:
         return self.before + self.frames * self.rows * self.columns + self.after
 
 
+def everything(output: Any, inputs: dict[str, Any]) -> Any:
+    return output
+
+
 @dataclass
 class Tiny:
     """A model, the keyword arguments of one forward, and the layout of its layers."""
@@ -35,12 +40,15 @@ class Tiny:
     """Regular expression on layer names -> layout of the whole batch, or one per sample."""
     temporal: dict[str, tuple[Tokens, ...]] = field(default_factory=dict)
     """The same for layers that attend along the frames at one place."""
+    select: Callable[[Any, dict[str, Any]], Any] = everything
+    """What counts of the output of a call with these inputs: some models compute padding too."""
 
     def run(self, model: nn.Module | None = None, **changes: Any) -> Tensor:
         """All outputs of one forward in one flat tensor."""
         model = self.model if model is None else model
         plain = {} if "return_dict" not in inspect.signature(type(model).forward).parameters else {"return_dict": False}
-        return flat(model(**{**self.inputs, **changes}, **plain))
+        inputs = {**self.inputs, **changes}
+        return flat(self.select(model(**inputs, **plain), inputs))
 
 
 def flat(output: Any) -> Tensor:

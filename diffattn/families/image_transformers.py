@@ -203,6 +203,7 @@ ROWS: tuple[Family, ...] = (
     Family(
         "ERNIE-Image",
         ("ErnieImageTransformer2DModel",),
-        transformer(r"layers\.\d+\.self_attention", picture(before=0, after=None)),
+        # its blocks get their tokens before the samples
+        (Layers(r"layers\.\d+\.self_attention", "spatial", picture(before=0, after=None), has_features=False),),
     ),
 )

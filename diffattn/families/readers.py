@@ -209,25 +209,6 @@ def ltx(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
     return _common(_video(coordinates) for coordinates in _samples(_values(call, "video_coords"), axes=2))
 
 
-def ltx2(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
-    """LTX-2's num_frames, height and width; keyframes and references lie behind."""
-    frames, height, width = (call[name] for name in ("num_frames", "height", "width"))
-    if frames is None or height is None or width is None:
-        raise ValueError("the grid is read from num_frames, height and width, which this call of the model leaves out")
-    return (Layout(height, width, frames, before=0, after=None),)
-
-
-def framepack(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
-    """FramePack: earlier frames before the cells, in patches that grow with their age; image and text behind."""
-    earlier = {"latents_clean": (1, 2, 2), "latents_history_2x": (2, 4, 4), "latents_history_4x": (4, 8, 8)}
-    before = 0
-    for name, patch in earlier.items():
-        if call[name] is not None and call[f"indices_{name}"] is not None:
-            sizes = call[name].shape[-3:]
-            before += math.prod(math.ceil(size / side) for size, side in zip(sizes, patch, strict=True))
-    return video(2, before=before, after=None, patch_t="patch_size_t")(module, call)
-
-
 def _video(coordinates: Tensor) -> Layout:
     size = video_size(coordinates)
     if size is None:
@@ -267,8 +248,10 @@ def last_ids(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
 
 def ideogram(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
     """Ideogram's `position_ids` (b, n, 3) and `indicator` (b, n), which is 2 at the image's tokens: the last."""
-    counts = (_values(call, "indicator") == 2).sum(dim=1).tolist()
-    return _common(_last_picture(ids, count) for ids, count in zip(_values(call, "position_ids"), counts, strict=True))
+    begins = (_values(call, "indicator") == 2).long().argmax(dim=1).tolist()
+    return _common(
+        _last_picture(ids, len(ids) - begin) for ids, begin in zip(_values(call, "position_ids"), begins, strict=True)
+    )
 
 
 def _last_picture(ids: Tensor, cells: int) -> Layout:
@@ -296,7 +279,8 @@ def channels_last(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
 
 def glm_image(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
     """GLM-Image: text, then the image. Edits keep the keys of references, which the queries are fewer than."""
-    if call.get("kv_caches") is not None:
+    caches = call.get("kv_caches")
+    if caches is not None and any(cache.mode in ("write", "read") for cache in caches.caches):
         raise NotImplementedError(
             "GLM-Image's edits read kept keys of their references, so that queries are fewer than keys: not supported, "
             "call diffattn.restore first"

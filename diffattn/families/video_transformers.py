@@ -2,7 +2,8 @@
 
 from .given_images import joy_image_edit, kandinsky6
 from .layout import Arguments, Family, Layers, TokenPath, transformer
-from .readers import channels_last, framepack, frames_on, joy_image, ltx, ltx2, picture, video
+from .readers import channels_last, frames_on, joy_image, ltx, picture, video
+from .video_readers import framepack, helios, ltx2
 
 
 def one_timestep(call: Arguments) -> str | None:
@@ -49,9 +50,10 @@ ROWS: tuple[Family, ...] = (
     Family("LTX-2", ("LTX2VideoTransformer3DModel",), transformer(r"transformer_blocks\.\d+\.attn1", ltx2)),
     Family(
         "CogVideoX",
-        ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
+        ("CogVideoXTransformer3DModel",),
         transformer(r"transformer_blocks\.\d+\.attn1", video(1, patch_t="patch_size_t")),
     ),
+    Family("ConsisID", ("ConsisIDTransformer3DModel",), transformer(r"transformer_blocks\.\d+\.attn1", video(1))),
     Family(
         "Mochi",
         ("MochiTransformer3DModel",),
@@ -75,10 +77,14 @@ ROWS: tuple[Family, ...] = (
             Layers(r"temporal_transformer_blocks\.\d+\.attn1", "temporal", frames_on(2)),
         ),
     ),
+    # (b, c, frames, height, width), or with an axis of images before c, of which the last is made and lies first
     Family(
         "JoyImage",
         ("JoyImageEditTransformer3DModel",),
-        transformer(r"double_blocks\.\d+\.attn", joy_image_edit),
+from .given_images import joy_image_edit, kandinsky6
+from .layout import Arguments, Family, Layers, TokenPath, transformer
+from .readers import channels_last, frames_on, joy_image, ltx, picture, video
+from .video_readers import framepack, helios, ltx2
     ),
     Family(
         "JoyImage-Plus",
@@ -99,7 +105,7 @@ ROWS: tuple[Family, ...] = (
     Family(
         "Helios",
         ("HeliosTransformer3DModel",),
-        transformer(r"blocks\.\d+\.attn1", video(2, patch_t="patch_size")),
+        transformer(r"blocks\.\d+\.attn1", helios),
     ),
     Family(
         "Cosmos",

@@ -25,7 +25,7 @@ import itertools
 import pickle
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, NoReturn, Protocol
 
@@ -355,6 +355,13 @@ def as_four_axes(mask: Tensor | None) -> Tensor | None:
     return mask[:, None, None] if mask.ndim == 2 else mask[:, None]
 
 
-def mask_on_keys(mask: Tensor | None, cell: int) -> Tensor | None:
-    """What a mask (b, 1, 1 or n, m) on padding says of the keys: the row of the query `cell`, which is none."""
-    return mask if mask is None or mask.shape[2] == 1 else mask[:, :, cell : cell + 1]
+def mask_on_keys(mask: Tensor | None, cells: Sequence[int]) -> Tensor | None:
+    """What a mask (b, 1, 1 or n, m) on padding says of the keys: the row of a query that is none, a cell's.
+
+    `cells` has one of the whole batch, or one of each sample.
+    """
+    if mask is None or mask.shape[2] == 1:
+        return mask
+    if len(set(cells)) == 1:
+        return mask[:, :, cells[0] : cells[0] + 1]
+    return torch.stack([mask[i % len(mask), :, cell : cell + 1] for i, cell in enumerate(cells)])

@@ -251,7 +251,7 @@ class SwappedLayer:
         if situation is None:
             situation, call = self._look_up(query)
             features = call.take_features(self.index, len(query)) if features is None else features
-        mask = intercept.mask_on_keys(mask, situation.grids[0].before) if self.padding else mask
+        mask = intercept.mask_on_keys(mask, [grid.before for grid in situation.grids]) if self.padding else mask
         record = Record(situation, without_data(query), None if mask is None else without_data(mask))
         part = self.schedule.parts[situation.part]
         memories = keeping.memories(id(self), part, call, situation, query)

@@ -16,7 +16,8 @@ import diffattn
 
 pytestmark = pytest.mark.compile
 
-families = pytest.mark.parametrize("family", ["Flux", "SD3", "Wan", "SD1.5"])
+NEWER = ["LTX-2", "HunyuanVideo-1.5", "Wan-VACE"]
+families = pytest.mark.parametrize("family", ["Flux", "SD3", "Wan", "SD1.5", *NEWER])
 in_both_orders = pytest.mark.parametrize("order", ["before", "after"])
 
 
@@ -116,6 +117,7 @@ broken = pytest.mark.cell(
         pytest.param("Wan", "before", marks=whole),
         pytest.param("Wan", "after", marks=whole),
         pytest.param("SD3", "before", marks=whole),
+        *(pytest.param(family, "after", marks=whole) for family in NEWER),
         pytest.param("SD1.5", "after", marks=broken),
     ],
 )

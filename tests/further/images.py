@@ -303,4 +303,8 @@ def ideogram4() -> Tiny:
         segment_ids=torch.where(torch.cat([words, cells], dim=1), 1, -1),
         indicator=torch.cat([3 * words.long(), 2 * cells.long()], dim=1),
     )
-    return Tiny(model, inputs, {r"layers\.\d+\.attention": (IMAGE,)})
+    return Tiny(model, inputs, {r"layers\.\d+\.attention": (IMAGE,)}, select=of_the_image)
+
+
+def of_the_image(output: Any, inputs: dict[str, Any]) -> Any:
+    return output[0][inputs["indicator"] == 2]

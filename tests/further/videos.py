@@ -17,6 +17,7 @@ from tiny_model import (
     draw,
     text_mask,
 )
+from torch.nn import functional as F
 
 ATTN1 = r"transformer_blocks\.\d+\.attn1"
 VIDEO = Tokens(0, 3, 4, 5)
