@@ -81,10 +81,7 @@ ROWS: tuple[Family, ...] = (
     Family(
         "JoyImage",
         ("JoyImageEditTransformer3DModel",),
-from .given_images import joy_image_edit, kandinsky6
-from .layout import Arguments, Family, Layers, TokenPath, transformer
-from .readers import channels_last, frames_on, joy_image, ltx, picture, video
-from .video_readers import framepack, helios, ltx2
+        transformer(r"double_blocks\.\d+\.attn", video(-3, before=0, after=None, patch_t="patch_size")),
     ),
     Family(
         "JoyImage-Plus",

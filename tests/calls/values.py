@@ -12,15 +12,9 @@ from torch import Tensor
 Value = Callable[[Tiny], Any]
 
 
-def cells_of(tiny: Tiny) -> int:
-    """Cells of the model's only grid."""
-    layout = next(iter(tiny.spatial.values()))[0]
-    return layout.frames * layout.rows * layout.columns
-
-
 def residuals(tiny: Tiny) -> list[Tensor]:
-    """One for each block of a transformer whose width is 32: (b, cells, c)."""
-    return [0.3 * draw(2, cells_of(tiny), 32)] * 2
+    """One for each block of a transformer whose width is 32: (b, tokens, c), references among them."""
+    return [0.3 * draw(2, tiny.inputs["hidden_states"].shape[1], 32)] * 2
 
 
 @functools.cache
@@ -101,7 +95,7 @@ VALUES: dict[str, dict[str, Value]] = {
         "controlnet_block_samples": always(None),
     },
     "HunyuanDiT2DModel": {
-        "controlnet_block_samples": lambda tiny: [0.3 * draw(2, ROWS * COLUMNS, 16)],
+        "controlnet_block_samples": lambda tiny: [0.3 * draw(2, ROWS * COLUMNS, 16)] * 2,
     },
     "CosmosTransformer3DModel": {
         "padding_mask": lambda tiny: torch.zeros(1, 1, 16, 20),

@@ -21,7 +21,6 @@ def _given_image(name: str, **config: Any) -> Tiny:
 def skyreels_forcing() -> Tiny:
     """Each frame has a time of its own."""
     tiny = wan_like.skyreels_v2()
-    tiny.model = _make("SkyReelsV2Transformer3DModel", **_WAN, inject_sample_info=True)
     tiny.inputs |= {
         "timestep": torch.tensor([[7, 5, 3], [6, 4, 2]]),
         "enable_diffusion_forcing": True,

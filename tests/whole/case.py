@@ -12,7 +12,7 @@ from hand_masks import HandMask, Layouts
 from models import Tokens
 from PIL import Image
 from tiny_model import flat
-from torch import Tensor, nn
+from torch import Tensor
 
 STEPS = 2
 
@@ -26,15 +26,33 @@ class Whole:
     layouts: dict[str, Layouts]
     """Name of a part -> regular expression on layer names -> the layouts that its calls may have, by size."""
 
+    prompts: bool = True
+    """Is a batch made of several prompts, or of several images of a prompt?"""
+
     @torch.no_grad()
     def run(self, images: int) -> Tensor:
         """What one call gives, with the same noise every time."""
-        taken = inspect.signature(type(self.pipe).__call__).parameters
-        several = {name: images for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in taken}
-        call = {**self.call, **several, "generator": torch.Generator().manual_seed(0)}
-        with warnings.catch_warnings():
+        call = {**self.call, "generator": torch.Generator().manual_seed(0)}
+        if self.prompts:
+            call |= {key: _repeated(value, images) for key, value in call.items() if key in self.batched}
+        else:
+            taken = inspect.signature(type(self.pipe).__call__).parameters
+            [several] = {"num_images_per_prompt", "num_videos_per_prompt"} & taken.keys()
+            call[several] = images
+        with warnings.catch_warnings(), torch.random.fork_rng():
+            # some draw without the generator, and some call what is deprecated
+            torch.manual_seed(0)
             warnings.simplefilter("ignore")
             return flat_output(self.pipe(**call, output_type="latent", return_dict=False)[0])
+
+    @property
+    def batched(self) -> list[str]:
+        """Arguments that have a prompt's own values."""
+        return [key for key, value in self.call.items() if "prompt" in key and isinstance(value, (Tensor, list))]
+
+
+def _repeated(value: Any, times: int) -> Any:
+    return value * times if isinstance(value, list) else value.repeat(times, *[1] * (value.ndim - 1))
 
 
 def flat_output(output: Any) -> Tensor:
@@ -57,7 +75,9 @@ class MaskBySize(HandMask):
     """Calls that were masked."""
 
 
-def whole(name: str, parts: Mapping[str, Any], pool: Mapping[str, Any], layouts: dict[str, Layouts]) -> Whole:
+def whole(
+    name: str, parts: Mapping[str, Any], pool: Mapping[str, Any], layouts: dict[str, Layouts], prompts: bool = True
+) -> Whole:
     """The pipeline class `name` of those parts that it takes, called with what it takes of `pool`."""
     kind = getattr(diffusers, name)
     wanted = inspect.signature(kind.__init__).parameters
@@ -71,7 +91,7 @@ def whole(name: str, parts: Mapping[str, Any], pool: Mapping[str, Any], layouts:
         pipe = kind(**own)
     pipe.set_progress_bar_config(disable=True)
     taken = inspect.signature(kind.__call__).parameters
-    return Whole(pipe, {key: value for key, value in pool.items() if key in taken}, layouts)
+    return Whole(pipe, {key: value for key, value in pool.items() if key in taken}, layouts, prompts)
 
 
 def image(height: int, width: int, shade: int = 40) -> Image.Image:
@@ -84,9 +104,3 @@ def mask(height: int, width: int) -> Image.Image:
     made = Image.new("L", (width, height), 0)
     made.paste(255, (width // 2, 0, width, height))
     return made
-
-
-def count_layers(model: nn.Module, layouts: Layouts) -> int:
-    """Layers with a layout."""
-    with HandMask(model, layouts) as found:
-        return len(found._layouts)

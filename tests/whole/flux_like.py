@@ -54,7 +54,10 @@ def flux(name: str, layout: Tokens = OWN, channels: int = 4, **call: Any) -> Who
 
 
 def chroma(name: str) -> Whole:
-    return whole(name, _parts(flux_like.chroma().model), _pool(), {"transformer": {_JOINT: (OWN,)}})
+    transformer = flux_like.chroma().model
+    # the inpainting pipeline asks for it, and the model's class does not have it
+    transformer.register_to_config(guidance_embeds=False)
+    return whole(name, _parts(transformer), _pool(), {"transformer": {_JOINT: (OWN,)}})
 
 
 def flux2(name: str, layout: Tokens, **call: Any) -> Whole:
@@ -102,7 +105,10 @@ CASES: dict[str, Callable[[], Whole]] = {
     "Flux2KleinPipeline": lambda: flux2("Flux2KleinPipeline", OWN),
     "Flux2KleinPipeline, a reference": lambda: flux2("Flux2KleinPipeline", FLUX2_REFERENCE, image=image(64, 96)),
     "Flux2KleinInpaintPipeline": lambda: flux2(
-        "Flux2KleinInpaintPipeline", FLUX2_REFERENCE, image=image(**SIZE), image_reference=image(64, 96)
+        "Flux2KleinInpaintPipeline",
+        Tokens(TEXT, 1, 4, 6, 4 * 6 + 16 * 24),
+        image=image(**SIZE),
+        image_reference=image(64, 96),
     ),
 }
 """Name -> builder."""

@@ -15,12 +15,12 @@ from tiny_pipelines import tiny_vae
 from .case import STEPS, Whole, image, mask, whole
 
 BLOCKS = r"transformer_blocks\.\d+\.attn"
-SIZE = {"height": 24, "width": 36}
-"""Latents of 12 x 18, 6 x 9 tokens."""
-IMAGE = Tokens(0, 1, 6, 9)
+SIZE = {"height": 24, "width": 40}
+"""Latents of 12 x 20, 6 x 10 tokens."""
+LARGE = {"height": 32, "width": 48}
 
 
-def _pool() -> dict[str, Any]:
+def _pool(size: dict[str, int] = SIZE) -> dict[str, Any]:
     return {
         "prompt_embeds": draw(1, TEXT, 12),
         "pooled_prompt_embeds": draw(1, 8),
@@ -30,11 +30,11 @@ def _pool() -> dict[str, Any]:
         "guidance_scale": 3.0,
         "true_cfg_scale": 3.0,
         "strength": 1.0,
-        "image": image(**SIZE),
-        "mask_image": mask(**SIZE),
-        "control_image": image(**SIZE, shade=120),
-        "control_mask": mask(**SIZE),
-        **SIZE,
+        "image": image(**size),
+        "mask_image": mask(**size),
+        "control_image": image(**size, shade=120),
+        "control_mask": mask(**size),
+        **size,
     }
 
 
@@ -44,17 +44,21 @@ def _parts(transformer: Any, **others: Any) -> dict[str, Any]:
     return {"scheduler": scheduler, "vae": vae, "transformer": transformer, **others}
 
 
-def sd3(name: str, **call: Any) -> Whole:
-    layouts: dict[str, Layouts] = {"transformer": {BLOCKS: (Tokens(0, 1, 6, 9, TEXT),)}}
-    parts = _parts(models.sd3().model)
+def _plain(config: Any, **changes: Any) -> dict[str, Any]:
+    """A config without what diffusers notes in it."""
+    return {**{key: value for key, value in config.items() if not key.startswith("_")}, **changes}
+
+
+def sd3(name: str, channels: int = 4, **call: Any) -> Whole:
+    layouts: dict[str, Layouts] = {"transformer": {BLOCKS: (Tokens(0, 1, 6, 10, TEXT),)}}
+    config = {**models._SD3, "in_channels": channels, "out_channels": channels}
+    parts = _parts(models._make("SD3Transformer2DModel", **config))
+    parts["vae"] = models.randomize(tiny_vae(shift_factor=0.3, scaling_factor=1.5, latent_channels=channels))
     if "ControlNet" in name:
         further = {"extra_conditioning_channels": 1} if "Inpainting" in name else {}
-        parts["controlnet"] = models._make("SD3ControlNetModel", **{**_SD3, **further})
+        parts["controlnet"] = models._make("SD3ControlNetModel", **{**models._SD3, **further})
         layouts["controlnet"] = dict(layouts["transformer"])
     return whole(name, parts, {**_pool(), **call}, layouts)
-
-
-_SD3 = {key: value for key, value in models._SD3.items() if key != "out_channels"}
 
 
 def qwen(name: str, references: tuple[int, ...] = (), **call: Any) -> Whole:
@@ -64,21 +68,18 @@ def qwen(name: str, references: tuple[int, ...] = (), **call: Any) -> Whole:
     )
     size = {"height": 64, "width": 96}
     pool = {
-        **_pool(),
-        **size,
-        "image": image(**size),
-        "mask_image": mask(**size),
-        "control_image": image(**size, shade=120),
-        "control_mask": mask(**size),
+        **_pool(size),
         "prompt_embeds_mask": torch.ones(1, TEXT, dtype=torch.long),
         "negative_prompt_embeds_mask": torch.ones(1, TEXT, dtype=torch.long),
         **call,
     }
     layouts: dict[str, Layouts] = {"transformer": {BLOCKS: (Tokens(TEXT, 1, 4, 6, sum(references)),)}}
-    parts = _parts(models.qwen_image().model, vae=models.randomize(vae))
+    parts = _parts(models.qwen_image(out_channels=1).model, vae=models.randomize(vae))
     if "ControlNet" in name:
         further = {"extra_condition_channels": 4} if "Inpaint" in name else {}
-        parts["controlnet"] = models._make("QwenImageControlNetModel", **{**models._QWEN_IMAGE, **further})
+        parts["controlnet"] = models._make(
+            "QwenImageControlNetModel", **{**models._QWEN_IMAGE, "out_channels": 1, **further}
+        )
         layouts["controlnet"] = dict(layouts["transformer"])
     return whole(name, parts, pool, layouts)
 
@@ -90,14 +91,16 @@ def joy_image(name: str) -> Whole:
     )
     size = {"height": 64, "width": 96}
     pool = {
-        **_pool(),
-        **size,
-        "image": image(**size),
+        **_pool(size),
         "prompt_embeds_mask": torch.ones(1, TEXT, dtype=torch.long),
         "negative_prompt_embeds_mask": torch.ones(1, TEXT, dtype=torch.long),
     }
     parts = _parts(videos.joy_image().model, vae=models.randomize(vae))
-    return whole(name, parts, pool, {"transformer": {r"double_blocks\.\d+\.attn": (Tokens(0, 1, 4, 6, 24 + TEXT),)}})
+    layout = Tokens(0, 1, 4, 6, 4 * 6 + TEXT)
+    case = whole(name, parts, pool, {"transformer": {r"double_blocks\.\d+\.attn": (layout,)}}, prompts=False)
+    # it takes sizes from a list of large ones
+    case.pipe.vae_image_processor.get_default_height_width = lambda *given: (size["height"], size["width"])
+    return case
 
 
 def hidream(name: str) -> Whole:
@@ -109,25 +112,25 @@ def hidream(name: str) -> Whole:
         "negative_prompt_embeds_llama3": -draw(2, 1, 4, 8),
     }
     layers = r"(double|single)_stream_blocks\.\d+\.block\.attn1"
-    layout = Tokens(0, 1, 6, 9, 64 - 54 + TEXT + 4 + 4)
-    return whole(name, _parts(images.hidream().model), pool, {"transformer": {layers: (layout,)}})
+    layout = Tokens(0, 1, 6, 10, 64 - 60 + TEXT + 4 + 4)
+    case = whole(name, _parts(images.hidream().model), pool, {"transformer": {layers: (layout,)}}, prompts=False)
+    case.pipe.default_sample_size = 16
+    return case
 
 
 def cogview4(name: str, channels: int = 4) -> Whole:
     transformer = images._cogview("CogView4Transformer2DModel", rope_axes_dim=(24, 24), sample_size=24).model
     if channels > 4:
-        config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
-        transformer = models._make("CogView4Transformer2DModel", **{**config, "in_channels": channels})
-    layouts: dict[str, Layouts] = {"transformer": {rf"{BLOCKS}1": (Tokens(TEXT, 1, 6, 9),)}}
-    return whole(name, _parts(transformer), _pool(), layouts)
+        transformer = models._make("CogView4Transformer2DModel", **_plain(transformer.config, in_channels=channels))
+    layouts: dict[str, Layouts] = {"transformer": {rf"{BLOCKS}1": (Tokens(TEXT, 1, 8, 12),)}}
+    return whole(name, _parts(transformer), _pool(LARGE), layouts)
 
 
 def kandinsky5(name: str) -> Whole:
     visual = name == "Kandinsky5I2IPipeline"
     transformer = videos.kandinsky5().model
     if visual:
-        config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
-        transformer = models._make("Kandinsky5Transformer3DModel", **{**config, "visual_cond": True})
+        transformer = models._make("Kandinsky5Transformer3DModel", **_plain(transformer.config, visual_cond=True))
     pool = {
         **_pool(),
         "prompt_embeds_qwen": draw(1, TEXT, 12),
@@ -138,7 +141,10 @@ def kandinsky5(name: str) -> Whole:
         "negative_prompt_cu_seqlens": torch.tensor([0, TEXT]),
     }
     layers = r"visual_transformer_blocks\.\d+\.self_attention"
-    return whole(name, _parts(transformer), pool, {"transformer": {layers: (IMAGE,)}})
+    case = whole(name, _parts(transformer), pool, {"transformer": {layers: (Tokens(0, 1, 6, 10),)}}, prompts=False)
+    # it takes sizes from a list of large ones
+    case.pipe.resolutions = [(SIZE["width"], SIZE["height"])]
+    return case
 
 
 CASES: dict[str, Callable[[], Whole]] = {
@@ -146,11 +152,11 @@ CASES: dict[str, Callable[[], Whole]] = {
         name: functools.partial(sd3, name)
         for name in (
             "StableDiffusion3Img2ImgPipeline",
-            "StableDiffusion3InpaintPipeline",
             "StableDiffusion3ControlNetPipeline",
             "StableDiffusion3ControlNetInpaintingPipeline",
         )
     },
+    "StableDiffusion3InpaintPipeline": lambda: sd3("StableDiffusion3InpaintPipeline", 16),
     "StableDiffusion3Pipeline, a layer left out": lambda: sd3(
         "StableDiffusion3Pipeline",
         skip_guidance_layers=[1],

@@ -104,7 +104,7 @@ def kandinsky5(name: str) -> Whole:
     }
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     parts = {"vae": models.randomize(vae), "scheduler": scheduler, "transformer": tiny.model}
-    return whole(name, parts, pool, {"transformer": tiny.spatial})
+    return whole(name, parts, pool, {"transformer": tiny.spatial}, prompts=False)
 
 
 def easy_animate(name: str) -> Whole:
