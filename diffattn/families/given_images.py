@@ -1,9 +1,9 @@
-"""Readers of models that get given images behind what they make, on an axis that is else one of frames."""
+"""Readers of models that get given images on the axis of frames, behind the video."""
 
 from torch import nn
 
 from .layout import Arguments, Layout
-from .readers import _values, channels_last, video
+from .readers import _values, channels_last
 
 
 def kandinsky6(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
@@ -23,14 +23,3 @@ def kandinsky6(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
         )
     given = (types.shape[1] - frames) * layout.height * layout.width
     return (Layout(layout.height, layout.width, frames, before=0, after=given),)
-
-
-def joy_image_edit(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
-    """(b, c, frames, height, width), text behind; or (b, items, c, frames, height, width), the last item first.
-
-    Then the others, which are given images, lie between it and the text.
-    """
-    latents = call["hidden_states"]
-    if latents.ndim == 6:
-        call = {**call, "hidden_states": latents[:, -1]}
-    return video(2, before=0, after=None, patch_t="patch_size")(module, call)

@@ -1,6 +1,6 @@
 """Video transformers."""
 
-from .given_images import joy_image_edit, kandinsky6
+from .given_images import kandinsky6
 from .layout import Arguments, Family, Layers, TokenPath, transformer
 from .readers import channels_last, frames_on, joy_image, ltx, picture, video
 from .video_readers import framepack, helios, ltx2

@@ -21,6 +21,7 @@ _BESIDE = (
     "it lays a given image beside the one it makes, in one feature map, and a window would see the seam of the given "
     "image alone"
 )
+_COPIED = "it puts copies of its scheduler's state in place in every step, so that steps can't be counted"
 _OWN_PROCESSORS = "it sets attention processors of its own in every call, which would put the model's attention back"
 
 
@@ -57,6 +58,7 @@ UNSUPPORTED: list[Unsupported] = [
     Unsupported("LEditsPPPipelineStableDiffusionXL", _OWN_PROCESSORS),
     Unsupported("StableDiffusionAttendAndExcitePipeline", _OWN_PROCESSORS),
     Unsupported("StableDiffusionPix2PixZeroPipeline", _OWN_PROCESSORS),
+    Unsupported("StableDiffusionPanoramaPipeline", _COPIED),
     Unsupported("StableDiffusionSAGPipeline", _OWN_PROCESSORS),
     Unsupported("TextToVideoZeroPipeline", _OWN_PROCESSORS),
     Unsupported("TextToVideoZeroSDXLPipeline", _OWN_PROCESSORS),

@@ -30,6 +30,11 @@ def of_controlnet(tiny: Tiny) -> str:
     return "SparseCtrl-ControlNet" if type(tiny.model).__name__ == "UNetMotionModel" else "SD-ControlNet"
 
 
+def _of_adapter(first: str) -> list[Tensor]:
+    """A T2I adapter's features for each block; one without attention takes them after its resampling."""
+    return [draw(2, 8, 8, 12) if "CrossAttn" in first else draw(2, 8, 4, 6), draw(2, 16, 4, 6)]
+
+
 def guidance(tiny: Tiny) -> Tensor | None:
     """A pipeline passes it to models that are distilled for it, and None to others."""
     has = tiny.model.config.get("guidance_embeds") or tiny.model.config.get("guidance_embed")
@@ -59,8 +64,7 @@ VALUES: dict[str, dict[str, Value]] = {
     "UNet2DConditionModel": {
         "down_block_additional_residuals": lambda tiny: _levels(of_controlnet(tiny))[0],
         "mid_block_additional_residual": lambda tiny: _levels(of_controlnet(tiny))[1],
-        # of a T2I adapter, one for each block
-        "down_intrablock_additional_residuals": lambda tiny: [draw(2, 8, 8, 12), draw(2, 16, 4, 6)],
+        "down_intrablock_additional_residuals": lambda tiny: _of_adapter(tiny.model.config["down_block_types"][0]),
         # unCLIP's, on text among the keys of blocks that have no layer to swap
         "attention_mask": always(None),
     },
@@ -95,7 +99,7 @@ VALUES: dict[str, dict[str, Value]] = {
         "controlnet_block_samples": always(None),
     },
     "HunyuanDiT2DModel": {
-        "controlnet_block_samples": lambda tiny: [0.3 * draw(2, ROWS * COLUMNS, 16)] * 2,
+        "controlnet_block_samples": lambda tiny: [0.3 * draw(2, ROWS * COLUMNS, 16)],
     },
     "CosmosTransformer3DModel": {
         "padding_mask": lambda tiny: torch.zeros(1, 1, 16, 20),

@@ -114,7 +114,9 @@ def easy_animate(argument: str) -> Tiny:
 def cosmos_condition() -> Tiny:
     """A mask of the given frames as a further channel, and a time for each frame."""
     tiny = videos.cosmos()
-    tiny.model = _make("CosmosTransformer3DModel", **_plain({**tiny.model.config, "in_channels": 5}))
+    tiny.model = _make(
+        "CosmosTransformer3DModel", **_plain({**tiny.model.config, "in_channels": 5, "controlnet_block_every_n": 1})
+    )
     tiny.inputs |= {
         "condition_mask": torch.ones(2, 1, 3, 8, 10),
         "timestep": torch.rand(2, 1, 3, 1, 1, generator=torch.Generator().manual_seed(0)),

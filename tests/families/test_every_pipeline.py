@@ -62,7 +62,7 @@ def calls_with_rows() -> Iterator[tuple[Pipeline, Call, str]]:
         if pipe.name not in REFUSED_BY_NAME:
             for call in pipe.calls:
                 for model in (ROWS - KEPT).intersection(pipe.models_of(call)):
-                    if may_take(model, arguments_of(call, model)) or len(pipe.models_of(call)) == 1:
+                    if may_take(model, arguments_of(call, model)):
                         yield pipe, call, model
 
 

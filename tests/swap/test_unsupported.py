@@ -153,6 +153,7 @@ GIVEN = {
     "LEditsPPPipelineStableDiffusionXL": ("SDXL", "unet", "attention processors of its own in every call"),
     "StableDiffusionAttendAndExcitePipeline": ("SD1.5", "unet", "attention processors of its own in every call"),
     "StableDiffusionPix2PixZeroPipeline": ("SD1.5", "unet", "attention processors of its own in every call"),
+    "StableDiffusionPanoramaPipeline": ("SD1.5", "unet", "copies of its scheduler's state"),
     "StableDiffusionSAGPipeline": ("SD1.5", "unet", "attention processors of its own in every call"),
     "TextToVideoZeroPipeline": ("SD1.5", "unet", "attention processors of its own in every call"),
     "TextToVideoZeroSDXLPipeline": ("SDXL", "unet", "attention processors of its own in every call"),

@@ -52,6 +52,8 @@ def under_masks(case: Whole, images: int) -> tuple[Tensor, int]:
 @pytest.mark.parametrize("name", WHOLE)
 def test_each_call_is_swapped_on_the_grid_of_what_is_made(name: str, images: int) -> None:
     case = build(name)
+    if case.single and images > 1:
+        return
     own = case.run(images)
     want, calls = under_masks(case, images)
     assert error(want, own) > 1e-3, "the mask changes nothing: the test proves nothing"

@@ -28,6 +28,8 @@ class Whole:
 
     prompts: bool = True
     """Is a batch made of several prompts, or of several images of a prompt?"""
+    single: bool = False
+    """Does the pipeline make one at a time?"""
 
     @torch.no_grad()
     def run(self, images: int) -> Tensor:
@@ -76,7 +78,7 @@ class MaskBySize(HandMask):
 
 
 def whole(
-    name: str, parts: Mapping[str, Any], pool: Mapping[str, Any], layouts: dict[str, Layouts], prompts: bool = True
+    name: str, parts: Mapping[str, Any], pool: Mapping[str, Any], layouts: dict[str, Layouts], **batch: bool
 ) -> Whole:
     """The pipeline class `name` of those parts that it takes, called with what it takes of `pool`."""
     kind = getattr(diffusers, name)
@@ -91,7 +93,7 @@ def whole(
         pipe = kind(**own)
     pipe.set_progress_bar_config(disable=True)
     taken = inspect.signature(kind.__call__).parameters
-    return Whole(pipe, {key: value for key, value in pool.items() if key in taken}, layouts, prompts)
+    return Whole(pipe, {key: value for key, value in pool.items() if key in taken}, layouts, **batch)
 
 
 def image(height: int, width: int, shade: int = 40) -> Image.Image:

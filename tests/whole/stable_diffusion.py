@@ -109,7 +109,7 @@ class _Projection(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.config = type("Config", (), {"projection_dim": 8})()
-        self.dtype = torch.float32
+        self.dtype, self.device = torch.float32, torch.device("cpu")
 
 
 def motion(name: str, **call: Any) -> Whole:
@@ -130,7 +130,7 @@ def motion(name: str, **call: Any) -> Whole:
         "decode_chunk_size": 2,
         **call,
     }
-    return whole(name, parts, pool, layouts)
+    return whole(name, parts, pool, layouts, prompts=False)
 
 
 CASES: dict[str, Callable[[], Whole]] = {
@@ -147,7 +147,6 @@ CASES: dict[str, Callable[[], Whole]] = {
     },
     "StableDiffusionInpaintPipeline, 9 channels": lambda: sd15("StableDiffusionInpaintPipeline", 9),
     "StableDiffusionInstructPix2PixPipeline": lambda: sd15("StableDiffusionInstructPix2PixPipeline", 8),
-    "StableDiffusionPanoramaPipeline": lambda: sd15("StableDiffusionPanoramaPipeline"),
     **{
         name: functools.partial(sdxl, name)
         for name in (
