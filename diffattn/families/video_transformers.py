@@ -1,5 +1,6 @@
 """Video transformers."""
 
+from .given_images import kandinsky6
 from .layout import Arguments, Family, Layers, TokenPath, transformer
 from .packed import minimax_h3
 from .readers import channels_last, cosmos3, frames_on, joy_image, ltx, picture, video
@@ -96,7 +97,7 @@ ROWS: tuple[Family, ...] = (
     Family(
         "Kandinsky6",
         ("Kandinsky6Transformer3DModel",),
-        transformer(r"visual_transformer_blocks\.\d+\.video_dec_block\.self_attention", channels_last),
+        transformer(r"visual_transformer_blocks\.\d+\.video_dec_block\.self_attention", kandinsky6),
     ),
     # frames that were made before lie before
     Family(

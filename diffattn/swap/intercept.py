@@ -380,9 +380,10 @@ def as_four_axes(mask: Tensor | None) -> Tensor | None:
 def mask_on_keys(mask: Tensor | None, cells: Sequence[int]) -> Tensor | None:
     """What a mask (b, 1, 1 or n, m) on padding says of the keys: the row of a query that is none, a cell's.
 
-    `cells` has one of the whole batch, or one of each sample.
+    `cells` has one of the whole batch, or one of each sample. A mask of numbers is added to the scores of every query
+    as it is: Chroma's pipelines pass ones and zeros, which weigh the padding less and do not hide it.
     """
-    if mask is None or mask.shape[2] == 1:
+    if mask is None or mask.shape[2] == 1 or mask.is_floating_point():
         return mask
     if len(set(cells)) == 1:
         return mask[:, :, cells[0] : cells[0] + 1]

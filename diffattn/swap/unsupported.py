@@ -23,6 +23,13 @@ _BLOCK_MASK = "it attends to its own frames and to kept keys of a reference, pad
 _NABLA = "it puts its tokens into blocks and attends sparsely by itself (NABLA)"
 _WINDOWS = "it attends in windows already, which it was trained with"
 _EXACT = "diffattn.apply_exact computes them in bounded memory, to the same numbers"
+_OMNI = "it puts several images into one sequence, and a window would lie on the first alone"
+_BESIDE = (
+    "it lays a given image beside the one it makes, in one feature map, and a window would see the seam of the given "
+    "image alone"
+)
+_COPIED = "it puts copies of its scheduler's state in place in every step, so that steps can't be counted"
+_OWN_PROCESSORS = "it sets attention processors of its own in every call, which would put the model's attention back"
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,17 @@ UNSUPPORTED: list[Unsupported] = [
     Unsupported("Kandinsky6SRTransformer3DModel", _NABLA),
     Unsupported("LTX2VideoDiffusionDecoderModel", _WINDOWS, remedy=_EXACT),
     Unsupported("LTX2VideoDiffusionDecodePipeline", _WINDOWS, remedy=_EXACT),
+    Unsupported("ZImageOmniPipeline", _OMNI),
+    Unsupported("DreamLitePipeline", _BESIDE),
+    Unsupported("DreamLiteMobilePipeline", _BESIDE),
+    Unsupported("LEditsPPPipelineStableDiffusion", _OWN_PROCESSORS),
+    Unsupported("LEditsPPPipelineStableDiffusionXL", _OWN_PROCESSORS),
+    Unsupported("StableDiffusionAttendAndExcitePipeline", _OWN_PROCESSORS),
+    Unsupported("StableDiffusionPix2PixZeroPipeline", _OWN_PROCESSORS),
+    Unsupported("StableDiffusionPanoramaPipeline", _COPIED),
+    Unsupported("StableDiffusionSAGPipeline", _OWN_PROCESSORS),
+    Unsupported("TextToVideoZeroPipeline", _OWN_PROCESSORS),
+    Unsupported("TextToVideoZeroSDXLPipeline", _OWN_PROCESSORS),
 ]
 
 

@@ -55,3 +55,31 @@ def test_attention_in_a_helper_function() -> None:
     with pytest.raises(ValueError, match=r"OneCallInAHelper can't be swapped: .* computed in attend_somehow\(\)"):
         diffattn.apply(tiny.model, "clear", radius=2)
     diffattn.apply(tiny.model, "clear", radius=2, layers=["transformer_blocks.0.*", "single*"])
+
+
+GIVEN = {
+    "ZImageOmniPipeline": ("Z-Image", "transformer", "several images into one sequence"),
+    "DreamLitePipeline": ("DreamLite", "unet", "a given image beside the one it makes"),
+    "DreamLiteMobilePipeline": ("DreamLite", "unet", "a given image beside the one it makes"),
+    "LEditsPPPipelineStableDiffusion": ("SD1.5", "unet", "attention processors of its own in every call"),
+    "LEditsPPPipelineStableDiffusionXL": ("SDXL", "unet", "attention processors of its own in every call"),
+    "StableDiffusionAttendAndExcitePipeline": ("SD1.5", "unet", "attention processors of its own in every call"),
+    "StableDiffusionPix2PixZeroPipeline": ("SD1.5", "unet", "attention processors of its own in every call"),
+    "StableDiffusionPanoramaPipeline": ("SD1.5", "unet", "copies of its scheduler's state"),
+    "StableDiffusionSAGPipeline": ("SD1.5", "unet", "attention processors of its own in every call"),
+    "TextToVideoZeroPipeline": ("SD1.5", "unet", "attention processors of its own in every call"),
+    "TextToVideoZeroSDXLPipeline": ("SDXL", "unet", "attention processors of its own in every call"),
+}
+"""Pipelines whose models can be swapped by themselves -> a tiny model, its part's name, and a part of the reason."""
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_pipelines_that_use_a_model_in_a_way_of_their_own(name: str) -> None:
+    """What they made was dense, or had its window on a given image."""
+    family, part, reason = GIVEN[name]
+    model = models.BUILDERS[family]().model
+    components = {"__init__": lambda self: None, "components": {part: model}}
+    target = type("Mine", (getattr(diffusers, name),), components)()
+    with pytest.raises(ValueError, match=f"attention of Mine can't be swapped: .*{reason}"):
+        diffattn.apply(target, "clear", radius=2)
+    assert not hasattr(model, "_diffattn")
