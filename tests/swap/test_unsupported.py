@@ -3,6 +3,7 @@
 from typing import Any
 
 import diffusers
+import models
 import pytest
 from diffusers.models import attention_dispatch
 from models import flux
