@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from diffattn import TokenGrid
 from diffattn.mechanisms.base import Context
+from diffattn.mechanisms.sequences import reference_sequence
 
 RADIUS = 2
 TOLERANCE = 2e-5
@@ -144,19 +145,25 @@ class HandReference(HandMask):
         outputs = []
         for i, tokens in enumerate(layout):
             grid = TokenGrid(tokens.rows, tokens.columns, tokens.frames, tokens.before, tokens.after, tokens.silent)
-            if tokens.further:  # grids of one size are the frames of one to what chooses by content
-                assert self._mechanism.joins_grids
-                first, frames = tokens.further[0][0], 1 + len(tokens.further)
-                before = min(first, tokens.before)
-                grid = replace(grid, frames=frames, before=before, after=tokens.total - before - frames * grid.cells)
             qkv = [F.pad(query[i : i + 1], (0, 0, *tokens.silent)), *(tensor[i : i + 1] for tensor in (key, value))]
+            wide = [tensor.double() for tensor in qkv]
             mask = None if own is None else own.expand(len(query), *own.shape[1:])[i : i + 1]
             if mask is not None and self._padding_apart:
                 mask = mask[:, :, grid.before : grid.before + 1]  # what a cell sees is what all see but padding
+            if tokens.further and self._mechanism.joins_grids:  # frames of one
+                before, frames = min(tokens.further[0][0], tokens.before), 1 + len(tokens.further)
+                grid = replace(grid, frames=frames, before=before, after=tokens.total - before - frames * grid.cells)
+            elif tokens.further:
+                starts = [(at, TokenGrid(y, x, f)) for at, f, y, x in tokens.further]
+                further = [replace(one, before=at, after=tokens.total - at - one.cells) for at, one in starts]
+                context = Context(mask=mask)
+                outputs.append(
+                    reference_sequence(self._mechanism, *wide, [grid, *further], scale=scale, context=context)
+                )
+                continue
             context, chosen = Context(mask=mask), {}
             if hasattr(self._mechanism, "choose"):
                 chosen["chosen"] = self._mechanism.choose(*qkv, grid, scale, context)
-            wide = [tensor.double() for tensor in qkv]
             out = self._mechanism.reference(*wide, grid, scale=scale, context=context, **chosen)
             outputs.append(out[:, :, tokens.asking])
         return torch.cat(outputs).to(query.dtype)

@@ -107,6 +107,15 @@ def _padded_context(context: Context, grid: TokenGrid) -> Context:
     return replace(context, mask=mask, features=features)
 
 
+def _of_cells(features: Tensor | None, grid: TokenGrid, grids: Sequence[TokenGrid]) -> Tensor | None:
+    """Features of one grid's cells, from those of all tokens, or of all but the text on one side."""
+    if features is None or features.shape[1] == grid.tokens:
+        return features
+    text = min(own.before for own in grids)
+    start = grid.before - text if features.shape[1] == grid.tokens - text else grid.before
+    return features[:, start : start + grid.cells]
+
+
 def _alone(grid: TokenGrid) -> TokenGrid:
     """The same where the cells alone ask."""
     return replace(grid, silent=(grid.before, grid.after))
@@ -127,7 +136,7 @@ def _several(
     off_grid = torch.ones(q.shape[2], dtype=torch.bool, device=q.device)
     for number, grid in enumerate(grids):
         kept = None if context.memory is None else context.memory.setdefault(f"grid {number}", {})
-        own = replace(context, memory=kept)
+        own = replace(context, memory=kept, features=_of_cells(context.features, grid, grids))
         part = mechanism.attend(q, k, v, _alone(grid), scale=scale, backend=backend, context=own)
         out[:, :, grid.cell_slice] = part[:, :, grid.cell_slice]
         off_grid[grid.cell_slice] = False

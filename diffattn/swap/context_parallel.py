@@ -107,15 +107,11 @@ class Shards:
         return [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
 
 
-def shards(parallel_config: Any, query: Tensor, key: Tensor, reading_of: Callable[[int], Reading]) -> Shards:
+def shards(parallel_config: Any, query: Tensor, reading_of: Callable[[int], Reading]) -> Shards:
     """How the `(b, heads, own tokens, d)` call lies on the ranks; raises for what can't be undone.
 
     `reading_of` gives the forward that a call with so many tokens belongs to.
     """
-    if query.shape[2] != key.shape[2]:
-        raise NotImplementedError(
-            "under context parallelism a call must have as many queries as keys; call diffattn.restore first"
-        )
     config = _ulysses(parallel_config)
     group, ranks = config._ulysses_mesh.get_group(), config.ulysses_degree
     heads = _heads_of_ranks(query.shape[1], ranks, config.ulysses_anything)

@@ -16,7 +16,8 @@ from ..families import Layers
 from ..grid import TokenGrid
 from ..mechanisms.base import Context, Mechanism
 from ..mechanisms.sequences import attend_sequence, flops_of_sequence
-from . import compiled, context_parallel, intercept, keeping
+from . import compiled, context_parallel, intercept
+from .calls import keeping
 from .calls.frames import Call, Frame, Given, Reading, Ref, Scope, find, in_backward, next_samples, pop
 from .calls.inputs import Inputs
 from .calls.records import (
@@ -119,7 +120,7 @@ class SwappedLayer:
         if not self.active:
             return False
         rectangular = self.row is not None and self.row.fewer_queries
-        if rectangular and is_causal:
+        if rectangular and is_causal:  # a text's own
             return False
         if query.shape[2] != key.shape[2] and not rectangular:
             self._refuse_other_keys(query, key, parallel_config)
@@ -228,12 +229,16 @@ class SwappedLayer:
             return compiled.attend_at(given, ids, self.mechanism, self.backend), Situation()
         if parallel_config is None:
             return self._attend_all(given, situation)
+        if query.shape[2] != given.key.shape[2]:
+            raise NotImplementedError(
+                "under context parallelism a call must have as many queries as keys; call diffattn.restore first"
+            )
         if situation is not None:
             raise NotImplementedError(
                 "a compiled model has no backward pass under context parallelism with swapped attention; train it "
                 "without torch.compile"
             )
-        shards = context_parallel.shards(parallel_config, query, given.key, self._reading)
+        shards = context_parallel.shards(parallel_config, query, self._reading)
         for mechanism in self.schedule.mechanisms:
             context_parallel.check_mechanism(mechanism, self.weights, query, shards.heads[shards.rank])
         q, k, v = (shards.gather(tensor) for tensor in (query, given.key, given.value))
@@ -391,6 +396,5 @@ class SwappedLayer:
             return self.backend
         query, situation = self.last.query, self.last.situation
         context, own = self._context(situation, self.last.mask, None), self.schedule.parts[situation.part].mechanism
-        grid = situation.grids[0]
-        whole = query[:, :, :1].expand(-1, -1, grid.tokens, -1)
-        return own.explain_backend(whole, whole, whole, grid, self.backend, context)
+        whole = query[:, :, :1].expand(-1, -1, situation.grids[0].tokens, -1)
+        return own.explain_backend(whole, whole, whole, situation.grids[0], self.backend, context)

@@ -83,7 +83,7 @@ def check_processor(processor: Any, known: Collection[str] = ()) -> None:
     if helpers:
         raise ValueError(
             f"the attention of {type(processor).__name__} can't be swapped: part of it is computed in "
-            f"{helpers[0]}(), whose calls are not known; leave its layers out by layers="
+            f"{', '.join(f'{name}()' for name in helpers)}, whose calls are not known; leave its layers out by layers="
         )
 
 

@@ -84,7 +84,9 @@ def test_the_model_with_the_reference_in_its_layers(
         if isinstance(self, RoutingAttention) and not self.is_exact(grid):
             chosen["chosen"] = self.choose(q, k, v, grid, scale, context)
         wide = (tensor.double() for tensor in (q, k, v))
-        assert (out - self.reference(*wide, grid, scale=scale, context=context, **chosen)).abs().max() < 2e-5
+        asking = grid.query_slice
+        want = self.reference(*wide, grid, scale=scale, context=context, **chosen)[:, :, asking]
+        assert (out[:, :, asking] - want).abs().max() < 2e-5
         calls += 1
         return out
 
