@@ -28,7 +28,7 @@ from diffattn.measure.hardware import hardware, hardware_line
 
 WINDOW = (11, 11, 11)
 CHANNELS, HEAD_DIM = 256, 64
-GRIDS = ((11, 16, 16), (11, 24, 32), (17, 32, 40), (17, 56, 72))
+GRIDS = ((11, 16, 16), (11, 28, 32), (17, 32, 40), (17, 56, 72))
 """Frames, rows, columns."""
 OWN, EXACT = "own", "exact"
 app = typer.Typer(rich_markup_mode=None)
@@ -83,7 +83,7 @@ def row(grid: tuple[int, int, int], own: dict[str, float] | None, exact: dict[st
 
 @app.command()
 def main(
-    most_own: Annotated[int, typer.Option(help="The decoder's own processor runs up to this many tokens.")] = 9000,
+    most_own: Annotated[int, typer.Option(help="The decoder's own processor runs up to this many tokens.")] = 10000,
     rounds: Annotated[int, typer.Option(min=1, help="Calls of which the median is taken.")] = 3,
     child_way: Annotated[str, typer.Option("--child", hidden=True)] = "",
     grid: Annotated[list[int] | None, typer.Option(hidden=True)] = None,
