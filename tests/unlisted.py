@@ -238,6 +238,20 @@ class Ignoring(Toy):
         return super().forward(control + 0 * sample)
 
 
+class Patched(Toy):
+    """Has patches of 4 x 4 cells of its latents, and no config that says so; its attention is named `mixer`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.config, self.attn
+        self.enter = nn.Conv2d(4, 16, 4, stride=4)
+        self.mixer = Attention(16, heads=2, dim_head=8)
+
+    def forward(self, image: Tensor, **options: Any) -> Tensor:
+        x = self.enter(image).flatten(2).mT
+        return self.leave(x + self.mixer(x))
+
+
 class Rows(Toy):
     """Is given no grid: tokens alone."""
 
@@ -326,6 +340,11 @@ def numbered(text: int = TEXT) -> Tiny:
 def framed() -> Tiny:
     coords = torch.cartesian_prod(torch.arange(3.0), torch.arange(4.0), torch.arange(5.0))
     return Tiny(randomize(Framed()), dict(latents=draw(2, 60, 4), coords=coords), {"attn": (Tokens(0, 3, 4, 5),)})
+
+
+def patched() -> Tiny:
+    layouts = {"mixer": (Tokens(0, 1, ROWS, COLUMNS),)}
+    return Tiny(randomize(Patched()), dict(image=draw(2, 4, 4 * ROWS, 4 * COLUMNS), unused=None), layouts)
 
 
 def ignoring() -> Tiny:
