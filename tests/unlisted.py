@@ -252,6 +252,16 @@ class Patched(Toy):
         return self.leave(x + self.mixer(x))
 
 
+class Twice(Toy):
+    """Its layer attends to the text first, then to the cells, four tokens of text among them."""
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        text, x = self.enter(encoder_hidden_states), self.enter(hidden_states.flatten(2).mT)
+        text = self.attn(text)
+        x = torch.cat([x[:, :4], text[:, :4], x[:, 4:]], dim=1)
+        return self.leave(x + self.attn(x))
+
+
 class Rows(Toy):
     """Is given no grid: tokens alone."""
 
@@ -345,6 +355,11 @@ def framed() -> Tiny:
 def patched() -> Tiny:
     layouts = {"mixer": (Tokens(0, 1, ROWS, COLUMNS),)}
     return Tiny(randomize(Patched()), dict(image=draw(2, 4, 4 * ROWS, 4 * COLUMNS), unused=None), layouts)
+
+
+def twice() -> Tiny:
+    inputs = dict(hidden_states=draw(2, 4, ROWS, COLUMNS), encoder_hidden_states=draw(2, TEXT, 4))
+    return Tiny(randomize(Twice()), inputs, {})
 
 
 def ignoring() -> Tiny:
