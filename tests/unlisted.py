@@ -238,6 +238,30 @@ class Ignoring(Toy):
         return super().forward(control + 0 * sample)
 
 
+class Patched(Toy):
+    """Has patches of 4 x 4 cells of its latents, and no config that says so; its attention is named `mixer`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.config, self.attn
+        self.enter = nn.Conv2d(4, 16, 4, stride=4)
+        self.mixer = Attention(16, heads=2, dim_head=8)
+
+    def forward(self, image: Tensor, **options: Any) -> Tensor:
+        x = self.enter(image).flatten(2).mT
+        return self.leave(x + self.mixer(x))
+
+
+class Twice(Toy):
+    """Its layer attends to the text first, then to the cells, four tokens of text among them."""
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        text, x = self.enter(encoder_hidden_states), self.enter(hidden_states.flatten(2).mT)
+        text = self.attn(text)
+        x = torch.cat([x[:, :4], text[:, :4], x[:, 4:]], dim=1)
+        return self.leave(x + self.attn(x))
+
+
 class Rows(Toy):
     """Is given no grid: tokens alone."""
 
@@ -326,6 +350,16 @@ def numbered(text: int = TEXT) -> Tiny:
 def framed() -> Tiny:
     coords = torch.cartesian_prod(torch.arange(3.0), torch.arange(4.0), torch.arange(5.0))
     return Tiny(randomize(Framed()), dict(latents=draw(2, 60, 4), coords=coords), {"attn": (Tokens(0, 3, 4, 5),)})
+
+
+def patched() -> Tiny:
+    layouts = {"mixer": (Tokens(0, 1, ROWS, COLUMNS),)}
+    return Tiny(randomize(Patched()), dict(image=draw(2, 4, 4 * ROWS, 4 * COLUMNS), unused=None), layouts)
+
+
+def twice() -> Tiny:
+    inputs = dict(hidden_states=draw(2, 4, ROWS, COLUMNS), encoder_hidden_states=draw(2, TEXT, 4))
+    return Tiny(randomize(Twice()), inputs, {})
 
 
 def ignoring() -> Tiny:

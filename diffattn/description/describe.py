@@ -32,7 +32,7 @@ def describe(model: nn.Module, /, **inputs: Any) -> Description:
         model: any model, of a family with a row or without.
         inputs: the arguments of its forward, by name.
 
-    Raises `ValueError` where its attention is swapped, or where a second forward gives another output than the first.
+    Raises `ValueError` where its attention is swapped, and where its output is not finite or not twice the same.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model, such as pipe.transformer or pipe.unet, got {type(model).__name__}")

@@ -93,15 +93,17 @@ VIEWS = (
 
 
 def patches(model: nn.Module) -> list[Size]:
-    """Patches (frames, height, width) by the config, or those that are usual where it has none."""
+    """Patches (frames, height, width) by the config, then those that are usual."""
     options = config_of(model)
     size = options.get("patch_size")
+    usual = [(1, size, size) for size in (1, 2, 4, 8, 16)]
     if size is None:
-        return [(1, 1, 1), (1, 2, 2)]
+        return usual
     across = tuple(size)[-2:] if isinstance(size, (list, tuple)) and len(size) > 1 else (_number(size),) * 2
     key = frames_key(model)
     along = 1 if key is None else _number(options[key])
-    return [(along, int(across[0]), int(across[1]))]
+    told = along, int(across[0]), int(across[1])
+    return [told, *(patch for patch in usual if patch != told)]
 
 
 def frames_key(model: nn.Module) -> str | None:

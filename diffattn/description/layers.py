@@ -201,7 +201,7 @@ def judge(layer: Layer, listing: Listing) -> None:
 
 
 def _verdict(layer: Layer) -> tuple[str, str]:
-    seen, call = layer.findings[0] if layer.findings else None, layer.calls[0]
+    seen, call = _telling(layer)
     queries, keys = call.query[-2], call.key[-2]
     if seen is not None and not seen.in_queries:
         return KEPT, "its queries do not depend on the cells"
@@ -212,18 +212,26 @@ def _verdict(layer: Layer) -> tuple[str, str]:
     if queries != keys:
         kind = "fewer" if queries < keys else "more"
         return MISSING, f"{kind} queries than keys, cells among both: windows take as many keys as queries"
-    if call.unreachable:
-        return MISSING, call.unreachable
-    if call.causal or call.dropout:
+    unreachable = next((own.unreachable for own in layer.calls if own.unreachable), None)
+    if unreachable is not None:
+        return MISSING, unreachable
+    if any(own.causal or own.dropout for own in layer.calls):
         return MISSING, "it attends in a causal order or with dropout, which windows do not have"
     if layer.reader is None and layer.places:
         return MISSING, f"its cells are {where(layer.places[0])}, which no reader tells"
     if layer.reader is None:
         known = seen is not None and bool(seen.reason)
         return MISSING, seen.reason if seen is not None and known else "no argument tells a grid of so many tokens"
-    if seen is not None and layer.located and not seen.same:
+    if layer.located and not all(finding.same for finding in layer.findings):
         return MISSING, "its keys are other cells than its queries"
     return GRID, where(layer.places[0]) + _source(layer)
+
+
+def _telling(layer: Layer) -> tuple[Finding | None, Call]:
+    """The call that depends most on the cells: one alone would keep the layer out of the row's "kept"."""
+    if not layer.findings:
+        return None, layer.calls[0]
+    return max(zip(layer.findings, layer.calls, strict=True), key=lambda pair: pair[0].in_queries + pair[0].in_keys)
 
 
 def where(place: Place) -> str:

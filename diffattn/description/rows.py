@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..families import Arguments, Family, Layers, Read, readers
 from ..families.layout import MaskKind, transformer
-from .grids import Source, View, config_of, frames_key, short_name, snake_name
+from .grids import Source, View, config_of, frames_key, patches, short_name, snake_name
 from .probing import Place
 
 _SIDES: tuple[dict[str, Any], ...] = ({"before": 0}, {}, {"before": 0, "after": None})
@@ -156,8 +156,10 @@ def _length(model: nn.Module, source: Source, axis: int, name: str) -> str:
     patch = source.patch[axis]
     if patch == 1:
         return name
+    if "patch_size" not in config_of(model) or patch != patches(model)[0][axis]:
+        return f"{name} // {patch}"
     if axis:
-        return f"{name} // patch" if "patch_size" in config_of(model) else f"{name} // {patch}"
+        return f"{name} // patch"
     return f'{name} // _patch(module, "{frames_key(model)}", axis=0)'
 
 

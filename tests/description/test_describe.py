@@ -67,6 +67,7 @@ MISSING: dict[str, tuple[Callable[[], Tiny], list[str]]] = {
         unlisted.beside,
         ["no layer's queries and keys are the cells of a grid that was tried: style (2, 4, 6, 9) in patches of 1 x 1"],
     ),
+    "two calls": (unlisted.twice, ["attn: other tokens lie between the cells"]),
     "helper": (
         lambda: toy(processor=unlisted.HelpedProcessor()),
         ["attn: in_a_helper() asks for attention, not HelpedProcessor.__call__ itself"],

@@ -98,6 +98,12 @@ def coords(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
     grids = (_video(ids[:, :3].T) for ids in samples)
     return _common(Layout(own.height, own.width, own.frames, before=0) for own in grids)
 '''
+PATCHED = '''\
+def patched(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
+    """image (b, c, height, width)."""
+    height, width = (call["image"].shape[axis] for axis in (2, 3))
+    return (Layout(height // 4, width // 4, before=0),)
+'''
 SPACE_TIME = '''\
 def space_time_frame(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
     """video (b, c, frames, height, width)."""
@@ -149,6 +155,7 @@ CASES = {
         ("coords list 3 times 4 x 5 tokens: taken for the frames of a video",),
     ),
     "by the condition": Case(unlisted.ignoring, alone("Ignoring", 'picture("control", before=0)')),
+    "patches": Case(unlisted.patched, alone("Patched", "patched").replace("attn", "mixer"), PATCHED),
     "tokens behind": Case(unlisted.between, alone("Between", "picture(after=3)"), still=(BOTH,)),
     "tokens before": Case(
         lambda: unlisted.between(text_first=False),
