@@ -54,29 +54,24 @@ def z_image(name: str) -> Whole:
     return whole(name, _parts(tiny.model), {**_pool(SIZE), **embeds}, layouts)
 
 
-class _Processor:
-    """Stands for one of texts and images that is not asked."""
-
-    image_processor = None
-
-
-def like_flux(name: str, transformer: Any, layout: Tokens, size: dict[str, int] = SIZE, **options: Any) -> Whole:
+def like_flux(name: str, transformer: Any) -> Whole:
     """Latents of one channel, packed."""
     vae = models.randomize(tiny_vae(latent_channels=1, shift_factor=0.0))
-    parts = _parts(transformer, vae=vae, text_processor=_Processor())
-    return whole(name, parts, {**_pool(size), "negative_prompt": None}, {"transformer": {_JOINT: (layout,)}}, **options)
+    parts = _parts(transformer, vae=vae)
+    layouts: dict[str, Layouts] = {"transformer": {_JOINT: (Tokens(TEXT, 1, 6, 9),)}}
+    return whole(name, parts, {**_pool(SIZE), "negative_prompt": None}, layouts)
 
 
 def lumina2(name: str) -> Whole:
     tiny = models.lumina2()
     layouts: dict[str, Layouts] = {
         "transformer": {
-            r"noise_refiner\.\d+\.attn": (Tokens(0, 1, 8, 12),),
+            r"noise_refiner\.\d+\.attn": (Tokens(0, 1, 6, 9),),
             # guidance is a call of its own, whose prompt is shorter: what it is padded by is left out
-            r"layers\.\d+\.attn": (Tokens(TEXT, 1, 8, 12), Tokens(3, 1, 8, 12)),
+            r"layers\.\d+\.attn": (Tokens(TEXT, 1, 6, 9), Tokens(3, 1, 6, 9)),
         }
     }
-    return whole(name, _parts(tiny.model), _pool({"height": 32, "width": 48}), layouts)
+    return whole(name, _parts(tiny.model), _pool({"height": 96, "width": 144}), layouts)
 
 
 def aura_flow(name: str) -> Whole:
@@ -93,7 +88,10 @@ def cogview3(name: str) -> Whole:
 def latte(name: str) -> Whole:
     """Each frame by itself."""
     pool = {**_pool({"height": 24, "width": 40}), "video_length": 3, "negative_prompt": None}
-    parts = _parts(models.BUILDERS["Latte"]().model, scheduler=diffusers.DDIMScheduler())
+    config = models.BUILDERS["Latte"]().model.config
+    plain = {key: value for key, value in config.items() if not key.startswith("_")}
+    model = models._make("LatteTransformer3DModel", **{**plain, "out_channels": 8})
+    parts = _parts(model, scheduler=diffusers.DDIMScheduler())
     layouts: dict[str, Layouts] = {"transformer": {r"transformer_blocks\.\d+\.attn1": (Tokens(0, 1, 6, 10),)}}
     return whole(name, parts, pool, layouts, prompts=False)
 
@@ -103,14 +101,8 @@ CASES: dict[str, Callable[[], Whole]] = {
         name: functools.partial(z_image, name)
         for name in ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
     },
-    "OvisImagePipeline": lambda: like_flux("OvisImagePipeline", flux_like.ovis_image().model, Tokens(TEXT, 1, 6, 9)),
-    "BriaPipeline": lambda: like_flux("BriaPipeline", flux_like.bria().model, Tokens(TEXT, 1, 6, 9)),
-    "LongCatImageEditPipeline": lambda: like_flux(
-        "LongCatImageEditPipeline",
-        flux_like.longcat_image().model,
-        Tokens(TEXT, 1, 6, 9, 54),
-        patches={"calculate_dimensions": lambda *given: (36, 24)},
-    ),
+    "OvisImagePipeline": lambda: like_flux("OvisImagePipeline", flux_like.ovis_image().model),
+    "BriaPipeline": lambda: like_flux("BriaPipeline", flux_like.bria().model),
     "Lumina2Pipeline": lambda: lumina2("Lumina2Pipeline"),
     "AuraFlowPipeline": lambda: aura_flow("AuraFlowPipeline"),
     "CogView3PlusPipeline": lambda: cogview3("CogView3PlusPipeline"),
