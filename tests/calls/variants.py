@@ -154,11 +154,19 @@ def _plain(config: Any) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
+def chroma_numbers() -> Tiny:
+    """Its pipelines' mask has numbers, which are added to the scores: padding is weighed less, and not hidden."""
+    tiny = models.BUILDERS["Chroma"]()
+    tiny.inputs["attention_mask"] = tiny.inputs["attention_mask"].float()
+    return tiny
+
+
 VARIANTS: dict[str, Callable[[], Tiny]] = {
     "Wan, a given image": lambda: _given_image("WanTransformer3DModel"),
     "ChronoEdit, a given image": lambda: _given_image("ChronoEditTransformer3DModel"),
     "SkyReels-V2, a given image": lambda: _given_image("SkyReelsV2Transformer3DModel"),
     "SkyReels-V2, forcing": skyreels_forcing,
+    "Chroma, a mask of numbers": chroma_numbers,
     "LTX, coordinates": ltx_coordinates,
     "LTX, size and coordinates": ltx_both,
     "LTX-2, coordinates": ltx2_coordinates,

@@ -5,12 +5,13 @@ Each says where the tokens of its models' self-attention lie, by hand. `tests/sw
 
 from collections.abc import Callable
 
-from . import flux_like, images, stable_diffusion, videos
+from . import flux_like, further, images, stable_diffusion, videos
 from .case import Whole
 
 WHOLE: dict[str, Callable[[], Whole]] = {
     **flux_like.CASES,
     **images.CASES,
+    **further.CASES,
     **stable_diffusion.CASES,
     **videos.CASES,
 }

@@ -1,10 +1,12 @@
 """One pipeline with the arguments of a call, and how it is run and masked."""
 
 import inspect
+import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import diffusers
 import torch
@@ -30,6 +32,8 @@ class Whole:
     """Is a batch made of several prompts, or of several images of a prompt?"""
     single: bool = False
     """Does the pipeline make one at a time?"""
+    patches: Mapping[str, Any] = field(default_factory=dict)
+    """Functions of the pipeline's module that stand for others: such as choose sizes that are too large here."""
 
     @torch.no_grad()
     def run(self, images: int) -> Tensor:
@@ -41,7 +45,8 @@ class Whole:
             taken = inspect.signature(type(self.pipe).__call__).parameters
             [several] = {"num_images_per_prompt", "num_videos_per_prompt"} & taken.keys()
             call[several] = images
-        with warnings.catch_warnings(), torch.random.fork_rng():
+        module = sys.modules[type(self.pipe).__module__]
+        with warnings.catch_warnings(), torch.random.fork_rng(), mock.patch.dict(vars(module), self.patches):
             # some draw without the generator, and some call what is deprecated
             torch.manual_seed(0)
             warnings.simplefilter("ignore")
@@ -78,7 +83,7 @@ class MaskBySize(HandMask):
 
 
 def whole(
-    name: str, parts: Mapping[str, Any], pool: Mapping[str, Any], layouts: dict[str, Layouts], **batch: bool
+    name: str, parts: Mapping[str, Any], pool: Mapping[str, Any], layouts: dict[str, Layouts], **options: Any
 ) -> Whole:
     """The pipeline class `name` of those parts that it takes, called with what it takes of `pool`."""
     kind = getattr(diffusers, name)
@@ -93,7 +98,7 @@ def whole(
         pipe = kind(**own)
     pipe.set_progress_bar_config(disable=True)
     taken = inspect.signature(kind.__call__).parameters
-    return Whole(pipe, {key: value for key, value in pool.items() if key in taken}, layouts, **batch)
+    return Whole(pipe, {key: value for key, value in pool.items() if key in taken}, layouts, **options)
 
 
 def image(height: int, width: int, shade: int = 40) -> Image.Image:

@@ -81,7 +81,10 @@ def qwen(name: str, references: tuple[int, ...] = (), **call: Any) -> Whole:
             "QwenImageControlNetModel", **{**models._QWEN_IMAGE, "out_channels": 1, **further}
         )
         layouts["controlnet"] = dict(layouts["transformer"])
-    return whole(name, parts, pool, layouts)
+    # a given image of any size would have a megapixel
+    sizes = (96, 64, None) if name in ("QwenImageEditPipeline", "QwenImageEditInpaintPipeline") else (96, 64)
+    patches = {"calculate_dimensions": lambda *given: sizes} if "Edit" in name else {}
+    return whole(name, parts, pool, layouts, patches=patches, prompts="EditPlus" not in name)
 
 
 def joy_image(name: str) -> Whole:
@@ -182,6 +185,12 @@ CASES: dict[str, Callable[[], Whole]] = {
             "QwenImageControlNetInpaintPipeline",
         )
     },
+    "QwenImageEditPipeline": lambda: qwen("QwenImageEditPipeline", (24,)),
+    "QwenImageEditInpaintPipeline": lambda: qwen("QwenImageEditInpaintPipeline", (24,)),
+    "QwenImageEditPlusPipeline": lambda: qwen("QwenImageEditPlusPipeline", (24,)),
+    "QwenImageEditPlusPipeline, two references": lambda: qwen(
+        "QwenImageEditPlusPipeline", (24, 24), image=[image(64, 96), image(64, 96, shade=99)]
+    ),
     "JoyImageEditPipeline": lambda: joy_image("JoyImageEditPipeline"),
     "HiDreamImagePipeline": lambda: hidream("HiDreamImagePipeline"),
     "CogView4Pipeline": lambda: cogview4("CogView4Pipeline"),

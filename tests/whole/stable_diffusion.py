@@ -62,7 +62,7 @@ def sd15(name: str, channels: int = 4, **call: Any) -> Whole:
         parts["controlnet"], layouts["controlnet"] = control.model, control.spatial
     if "Adapter" in name:
         parts["adapter"] = _adapter()
-    return whole(name, parts, {**_pool(), **call}, layouts)
+    return whole(name, parts, {**_pool(), **call}, layouts, prompts="Adapter" not in name)
 
 
 def _adapter() -> Any:
@@ -138,6 +138,7 @@ CASES: dict[str, Callable[[], Whole]] = {
         name: functools.partial(sd15, name)
         for name in (
             "StableDiffusionPipeline",
+            "StableDiffusionAdapterPipeline",
             "StableDiffusionImg2ImgPipeline",
             "StableDiffusionInpaintPipeline",
             "StableDiffusionControlNetPipeline",
@@ -162,6 +163,7 @@ CASES: dict[str, Callable[[], Whole]] = {
         name: functools.partial(motion, name)
         for name in (
             "AnimateDiffPipeline",
+            "AnimateDiffPAGPipeline",
             "AnimateDiffVideoToVideoPipeline",
             "AnimateDiffControlNetPipeline",
             "AnimateDiffVideoToVideoControlNetPipeline",

@@ -105,7 +105,10 @@ def kandinsky5(name: str) -> Whole:
     }
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     parts = {"vae": models.randomize(vae), "scheduler": scheduler, "transformer": tiny.model}
-    return whole(name, parts, pool, {"transformer": tiny.spatial}, prompts=False)
+    # from an image it looks at more than four frames in the end
+    frames = 6 if "I2V" in name else 3
+    layouts: dict[str, Layouts] = {"transformer": {key: (Tokens(0, frames, 4, 5),) for key in tiny.spatial}}
+    return whole(name, parts, {**pool, "num_frames": 4 * frames - 3}, layouts, prompts=False)
 
 
 def easy_animate(name: str) -> Whole:
