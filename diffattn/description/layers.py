@@ -211,7 +211,7 @@ def _verdict(layer: Layer) -> tuple[str, str]:
         return MISSING, "other keys than queries, and no grid is known that could be among both"
     if queries != keys:
         kind = "fewer" if queries < keys else "more"
-        return MISSING, f"{kind} queries than keys, cells among both: windows take as many keys as queries"
+        return MISSING, f"{kind} queries than keys, cells among both: write its row by hand, with fewer_queries=True"
     unreachable = next((own.unreachable for own in layer.calls if own.unreachable), None)
     if unreachable is not None:
         return MISSING, unreachable

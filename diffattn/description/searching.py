@@ -106,7 +106,7 @@ def _listed(name: str, ids: Tensor, part: str) -> tuple[Size, str, str] | None:
     image, video = picture_size(ids[:, 1], ids[:, 2]), video_size(ids[:, :3].T)
     code = _IDS.replace("{reader}", free_name(name)).replace("{name}", name)
     if image is not None and min(image) > 1 and bool((ids[:, 0] == ids[0, 0]).all()):
-        return (1, *image), code.replace("{found}", f"_first_picture(module, ids{part})").replace("{size}", ""), ""
+        return (1, *image), code.replace("{found}", f"_first_picture(ids{part})").replace("{size}", ""), ""
     if video is None or video[0] == 1 or min(video[1:3]) == 1 or any(video[3:]):
         return None
     code = code.replace("{found}", f"_video(ids{part}[:, :3].T)").replace("{size}", ", own.frames")

@@ -38,7 +38,6 @@ MISSING: dict[str, tuple[Callable[[], Tiny], list[str]]] = {
     "PRX": (
         unlisted.prx,
         [
-            "the attention of PRXTransformer2DModel can't be swapped: its image is asked alone",
             "blocks.N.attention: fewer queries than keys, cells among both",
         ],
     ),

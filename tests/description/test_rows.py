@@ -83,7 +83,7 @@ LISTED = '''\
 def token_ids(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
     """Those of the cells among token_ids."""
     samples = _samples(_values(call, "token_ids"), axes=2)
-    grids = (_first_picture(module, ids[-call["img"].shape[1] :]) for ids in samples)
+    grids = (_first_picture(ids[-call["img"].shape[1] :]) for ids in samples)
     return _common(Layout(own.height, own.width) for own in grids)
 '''
 NUMBERED = '''\
