@@ -115,7 +115,7 @@ ROWS: tuple[Family, ...] = (
     Family(
         "Cosmos 3",
         ("Cosmos3OmniTransformer",),
-        transformer(r"layers\.\d+\.self_attn", cosmos3, fewer_queries=True),
+        transformer(r"layers\.\d+\.self_attn", cosmos3, fewer_queries=True, has_features=False),
         timestep="vision_timesteps",
     ),
 )

@@ -104,6 +104,9 @@ def _padded_context(context: Context, grid: TokenGrid) -> Context:
         mask = F.pad(mask, (0, 0, *grid.silent), value=mask.dtype == torch.bool)
     if features is not None and features.shape[1] == grid.queries != grid.cells:
         features = F.pad(features, (0, 0, *grid.silent))
+    elif features is not None and grid.cells < features.shape[1] < grid.tokens and not grid.before * grid.after:
+        # a stream of its own, of the cells and the other tokens on their side, but for the text
+        features = features[:, : grid.cells] if grid.after else features[:, -grid.cells :]
     return replace(context, mask=mask, features=features)
 
 

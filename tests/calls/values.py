@@ -60,6 +60,9 @@ PLAIN: dict[str, Value] = {
 }
 """Argument -> its value for any model."""
 
+IMPOSSIBLE = {"UNet-added-keys": "down_intrablock_additional_residuals"}
+"""Tiny model -> an argument that its blocks don't take, which its class has."""
+
 VALUES: dict[str, dict[str, Value]] = {
     "UNet2DConditionModel": {
         "down_block_additional_residuals": lambda tiny: _levels(of_controlnet(tiny))[0],
@@ -133,6 +136,17 @@ VALUES: dict[str, dict[str, Value]] = {
         "video_keyframes_mask": lambda tiny: torch.zeros(2, 80, 1),
         "video_self_attention_mask": lambda tiny: _between_references(80, 60),
     },
+    "Flux2Transformer2DModel": {"kv_cache": always(None), "kv_cache_mode": always(None)},
+    "QwenImage21Transformer2DModel": {"kv_cache": always(None), "kv_cache_mode": always(None)},
+    # none of the actions of a robot
+    "Cosmos3OmniTransformer": dict.fromkeys(
+        [f"action_{part}_indexes" for part in ("mse_loss", "noisy_frame", "sequence")]
+        + ["action_domain_ids", "action_timesteps", "action_token_shapes", "action_tokens"],
+        always(None),
+    ),
+    # of the prior, and of the decoder
+    "StableCascadeUNet": dict.fromkeys(["clip_img", "clip_text", "effnet"], always(None)),
+    "UniDiffuserModel": {"data_type": always(1)},
     "HunyuanVideo15Transformer3DModel": {"timestep_r": always(None)},
     "HunyuanImageTransformer2DModel": {"timestep_r": always(None)},
     "EasyAnimateTransformer3DModel": {},

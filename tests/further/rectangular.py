@@ -230,8 +230,8 @@ def flux2_cached() -> Tiny:
         img_ids=tiny.inputs["img_ids"][:, own],
         kv_cache=kept,
         kv_cache_mode="cached",
-        num_ref_tokens=0,
     )
+    del tiny.inputs["num_ref_tokens"]
     places = Tokens(TEXT + 12, 1, ROWS, COLUMNS, silent=(12, 0))
     tiny.spatial = {r"(single_)?transformer_blocks\.\d+\.attn": (places,)}
     return tiny
