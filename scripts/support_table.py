@@ -1,5 +1,7 @@
 """Run every mechanism on a tiny random model of every family and write the outcome as the table in README.md.
 
+It writes docs/families.md as well, see `families_page`.
+
 PYTHONPATH=.:tests python scripts/support_table.py
 """
 
@@ -16,6 +18,7 @@ import diffattn
 from diffattn import config
 from diffattn.families import FAMILIES, family_of
 from diffattn.mechanisms import Mechanism
+from scripts import families_page
 
 README = Path(__file__).parents[1] / "README.md"
 MARKERS = "<!-- support table -->", "<!-- /support table -->"
@@ -96,6 +99,7 @@ def main() -> None:
     place = between_markers(text)
     after = text[place.end() :].removeprefix("\n")
     README.write_text(f"{text[: place.start()]}{support_table()}\n{after}")
+    families_page.main()
 
 
 if __name__ == "__main__":
