@@ -1,10 +1,11 @@
 """Attention that costs less, for the diffusion pipelines people already use."""
 
-from . import tiny
+from . import families, tiny
 from .adapters import load, save
 from .calibration import calibrate
 from .comparison import compare
 from .config import register
+from .description import describe
 from .grid import TokenGrid
 from .highres import generate_large
 from .measure.estimate import estimate
@@ -21,13 +22,17 @@ from .mechanisms import (
     TokenMergeAttention,
 )
 from .swap.apply import Handle, apply, attn_processors, restore
+from .swap.exact import ExactHandle, apply_exact
 from .swap.report import summary
 from .swap.settings.recipe import Recipe
+
+families.describe = describe
 
 __all__ = [
     "AgentAttention",
     "ClearAttention",
     "DualScopeAttention",
+    "ExactHandle",
     "HaloAttention",
     "Handle",
     "LinearAttention",
@@ -39,9 +44,11 @@ __all__ = [
     "TokenGrid",
     "TokenMergeAttention",
     "apply",
+    "apply_exact",
     "attn_processors",
     "calibrate",
     "compare",
+    "describe",
     "estimate",
     "generate_large",
     "load",

@@ -8,6 +8,9 @@ Axis legend, used in every module of the maths:
 Queries, keys and values are `(b, h, n, d)`. A sequence is `before` other tokens, then the `f * y * x` cells of the
 grid in row-major order, then `after` other tokens. "Other" tokens are text, reference images or padding: they have
 no place on the grid, so every mechanism lets them see, and be seen by, all tokens unless a mask says otherwise.
+
+A call may have fewer queries than keys (kept keys, text that is only looked at). Then its first and its last tokens, so
+many as `silent` says, do not ask: they are others, and what they would get is nobody's.
 """
 
 from dataclasses import dataclass
@@ -20,6 +23,8 @@ from torch import Tensor
 class TokenGrid:
     """`before` other tokens, `frames x height x width` cells, `after` other tokens; all counted in tokens.
 
+    `silent` are how many of the first and of the last tokens do not ask.
+
     >>> TokenGrid(64, 48, before=512).tokens
     3584
     """
@@ -29,6 +34,7 @@ class TokenGrid:
     frames: int = 1
     before: int = 0
     after: int = 0
+    silent: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         for name, smallest in (("height", 1), ("width", 1), ("frames", 1), ("before", 0), ("after", 0)):
@@ -37,6 +43,11 @@ class TokenGrid:
                 raise TypeError(f"TokenGrid.{name} must be an int, got {value!r}")
             if value < smallest:
                 raise ValueError(f"TokenGrid.{name} must be at least {smallest}, got {value}")
+        if self.silent != (0, 0) and not (0 <= self.silent[0] <= self.before and 0 <= self.silent[1] <= self.after):
+            raise ValueError(
+                f"TokenGrid.silent must be at most the other tokens on each side, ({self.before}, {self.after}), got "
+                f"{self.silent}"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -57,6 +68,26 @@ class TokenGrid:
     def tokens(self) -> int:
         """All tokens of the call."""
         return self.cells + self.others
+
+    @property
+    def queries(self) -> int:
+        """Tokens that ask."""
+        return self.tokens - sum(self.silent)
+
+    @property
+    def query_slice(self) -> slice:
+        """Where they lie in the sequence."""
+        return slice(self.silent[0], self.tokens - self.silent[1])
+
+    @property
+    def pairs(self) -> int:
+        """All pairs of a query and a key."""
+        return self.queries * self.tokens
+
+    @property
+    def other_pairs(self) -> int:
+        """Those with another token on a side."""
+        return self.pairs - self.cells**2
 
     @property
     def cell_slice(self) -> slice:
@@ -99,10 +130,14 @@ class TokenGrid:
             self.frames - first - last,
             before=self.before + first * frame,
             after=self.after + last * frame,
+            silent=self.silent,
         )
 
     def check(self, query: Tensor, key: Tensor) -> None:
-        """Raise `ValueError` where the tokens of a self-attention call are not those of this grid."""
+        """Raise `ValueError` where the tokens of a self-attention call are not those of this grid.
+
+        Queries of silent tokens are among those of a call, of any value.
+        """
         if query.shape[-2] != self.tokens or key.shape[-2] != self.tokens:
             raise ValueError(
                 f"{self} has {self.tokens} tokens, but the queries have {query.shape[-2]} and the keys "

@@ -1,9 +1,12 @@
 """Run every mechanism on a tiny random model of every family and write the outcome as the table in README.md.
 
+It writes docs/families.md as well, see `families_page`.
+
 PYTHONPATH=.:tests python scripts/support_table.py
 """
 
 import re
+import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +18,7 @@ import diffattn
 from diffattn import config
 from diffattn.families import FAMILIES, family_of
 from diffattn.mechanisms import Mechanism
+from scripts import families_page
 
 README = Path(__file__).parents[1] / "README.md"
 MARKERS = "<!-- support table -->", "<!-- /support table -->"
@@ -53,23 +57,42 @@ def runs(tiny: Tiny, mechanism: Mechanism) -> bool:
 
 
 def support_table(build: Callable[[str], Tiny] = lambda name: BUILDERS[name]()) -> str:
-    """Markdown: a row per family, a column per mechanism."""
+    """Markdown: the families on which every mechanism runs, and what does not run on the others."""
     columns = mechanisms()
     tinies = [build(name) for name in BUILDERS] + [sana()]
-    lines = [
-        f"| family | models | {' | '.join(f'`{column.type}`' for column in columns)} | `set_attn_processor` |",
-        f"|---|---|{'---|' * (len(columns) + 1)}",
-    ]
+    whole, partly, lacking = [], [], set()
     for family in FAMILIES:
         own = [tiny for tiny in tinies if family_of(tiny.model) is family]
         if {type(tiny.model).__name__ for tiny in own} != set(family.models):
-            raise RuntimeError(f"tests/models.py must build every model of {family.name}: {', '.join(family.models)}")
-        cells = ["yes" if all([runs(tiny, column) for tiny in own]) else "no" for column in columns]
-        setter = all(hasattr(tiny.model, "set_attn_processor") for tiny in own)
-        cells.append("yes" if setter and "yes" in cells else "no")
-        models = ", ".join(f"`{name}`" for name in family.models)
-        lines.append(f"| {family.name} | {models} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            raise RuntimeError(
+                f"tests/models.py and tests/further must build every model of {family.name}: {', '.join(family.models)}"
+            )
+        classes: dict[type, list[set[str]]] = {type(tiny.model): [] for tiny in own}
+        for tiny in own:
+            classes[type(tiny.model)].append({column.type for column in columns if runs(tiny, column)})
+        every = set.intersection(*(set.union(*ran) for ran in classes.values()))
+        without = [column.type for column in columns if column.type not in every]
+        lacking |= {type(tiny.model).__name__ for tiny in own if not hasattr(tiny.model, "set_attn_processor")}
+        if without:
+            partly.append(f"| {family.name} | {', '.join(f'`{name}`' for name in without)} |")
+        else:
+            whole.append(family.name)
+    return "\n".join(
+        [
+            *textwrap.wrap(f"Every mechanism runs on {', '.join(whole)}.", 118, break_on_hyphens=False),
+            "",
+            "| family | not on its layers by default |",
+            "|---|---|",
+            *partly,
+            "",
+            *textwrap.wrap(
+                "diffusers' own `set_attn_processor`, which `diffattn.apply` does not need, is missing in "
+                f"{', '.join(f'`{name}`' for name in sorted(lacking))}.",
+                118,
+                break_on_hyphens=False,
+            ),
+        ]
+    )
 
 
 def between_markers(text: str) -> re.Match[str]:
@@ -85,6 +108,7 @@ def main() -> None:
     place = between_markers(text)
     after = text[place.end() :].removeprefix("\n")
     README.write_text(f"{text[: place.start()]}{support_table()}\n{after}")
+    families_page.main()
 
 
 if __name__ == "__main__":

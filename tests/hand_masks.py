@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from diffattn import TokenGrid
 from diffattn.mechanisms.base import Context
+from diffattn.mechanisms.sequences import reference_sequence
 
 RADIUS = 2
 TOLERANCE = 2e-5
@@ -30,7 +32,10 @@ def near(tokens: Tokens, radius: float) -> Tensor:
     mask = torch.ones(tokens.total, tokens.total, dtype=torch.bool)
     inside = slice(tokens.before, tokens.before + len(cells))
     mask[inside, inside] = ((cells[:, None] - cells[None]) ** 2).sum(-1) < radius**2
-    return mask
+    for start, *sides in tokens.further:
+        own = near(Tokens(0, *sides), radius)
+        mask[start : start + len(own), start : start + len(own)] = own
+    return mask[tokens.asking]
 
 
 class HandMask(TorchFunctionMode):
@@ -72,10 +77,12 @@ class HandMask(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention and self._layer is not None:
+        if func is F.scaled_dot_product_attention and self._layer is not None and not kwargs.get("is_causal"):
             query, key, value, *rest = (*args, *(kwargs.pop(n) for n in ("query", "key", "value") if n in kwargs))
             own = rest[0] if rest else kwargs.pop("attn_mask", None)
-            if not (self._prompts and self._calls):
+            first = self._layouts[self._layer][0]
+            aside = query.shape[2] == key.shape[2] == first.aside or (first.apart and key.shape[2] < first.total)
+            if not (self._prompts and self._calls) and not aside:
                 return self._attend(self._tokens(query, key), query, key, value, own, *rest[1:], **kwargs)
             args = (query, key, value, own, *rest[1:])
         return func(*args, **kwargs)
@@ -87,7 +94,8 @@ class HandMask(TorchFunctionMode):
             layout = (layout[self._calls],)
         self._calls += 1
         self.masked.add(self._layer)
-        assert {query.shape[2], key.shape[2]} == {tokens.total for tokens in layout}
+        assert {key.shape[2]} == {tokens.total for tokens in layout}
+        assert {query.shape[2]} == {tokens.total - sum(tokens.silent) for tokens in layout}
         return layout
 
     def _attend(
@@ -116,9 +124,10 @@ class HandReference(HandMask):
     What it chooses by content, it chooses in float32, as the swapped layer does.
     """
 
-    def __init__(self, model: nn.Module, layouts: Layouts, mechanism: Any) -> None:
+    def __init__(self, model: nn.Module, layouts: Layouts, mechanism: Any, padding_apart: bool = False) -> None:
         super().__init__(model, layouts)
         self._mechanism = mechanism
+        self._padding_apart = padding_apart
 
     def _attend(
         self,
@@ -132,16 +141,31 @@ class HandReference(HandMask):
         **kwargs: Any,
     ) -> Tensor:
         layout = layout * len(query) if len(layout) == 1 else layout
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         outputs = []
         for i, tokens in enumerate(layout):
-            grid = TokenGrid(tokens.rows, tokens.columns, tokens.frames, tokens.before, tokens.after)
-            qkv = [tensor[i : i + 1] for tensor in (query, key, value)]
+            grid = TokenGrid(tokens.rows, tokens.columns, tokens.frames, tokens.before, tokens.after, tokens.silent)
+            qkv = [F.pad(query[i : i + 1], (0, 0, *tokens.silent)), *(tensor[i : i + 1] for tensor in (key, value))]
+            wide = [tensor.double() for tensor in qkv]
             mask = None if own is None else own.expand(len(query), *own.shape[1:])[i : i + 1]
+            if mask is not None and self._padding_apart:
+                mask = mask[:, :, grid.before : grid.before + 1]  # what a cell sees is what all see but padding
+            if tokens.further and self._mechanism.joins_grids:  # frames of one
+                before, frames = min(tokens.further[0][0], tokens.before), 1 + len(tokens.further)
+                grid = replace(grid, frames=frames, before=before, after=tokens.total - before - frames * grid.cells)
+            elif tokens.further:
+                starts = [(at, TokenGrid(y, x, f)) for at, f, y, x in tokens.further]
+                further = [replace(one, before=at, after=tokens.total - at - one.cells) for at, one in starts]
+                context = Context(mask=mask)
+                outputs.append(
+                    reference_sequence(self._mechanism, *wide, [grid, *further], scale=scale, context=context)
+                )
+                continue
             context, chosen = Context(mask=mask), {}
             if hasattr(self._mechanism, "choose"):
                 chosen["chosen"] = self._mechanism.choose(*qkv, grid, scale, context)
-            wide = [tensor.double() for tensor in qkv]
-            outputs.append(self._mechanism.reference(*wide, grid, scale=scale, context=context, **chosen))
+            out = self._mechanism.reference(*wide, grid, scale=scale, context=context, **chosen)
+            outputs.append(out[:, :, tokens.asking])
         return torch.cat(outputs).to(query.dtype)
 
 
@@ -167,8 +191,8 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 def gradients(model: nn.Module, output: Tensor) -> Tensor:
-    """Gradients of all parameters in one flat tensor."""
-    parameters = list(model.parameters())
+    """Gradients of all parameters but frozen ones in one flat tensor."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.cat(
         [g.flatten() for g in torch.autograd.grad(output.square().mean(), parameters, materialize_grads=True)]
     )

@@ -4,6 +4,7 @@ A stand-in is a real pipeline of the same class with the bundled text encoders a
 sizes that the documents name, divided by `SHRINK`, and makes two steps; so does the bundled pipeline, at its own size.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,6 +99,20 @@ def wan() -> Any:
     return diffusers.WanPipeline(text.tokenizer_2, text.text_encoder_2, vae, scheduler, transformer=transformer)
 
 
+def ltx2_decoder() -> Any:
+    decoder = diffusers.LTX2VideoDiffusionDecoderModel(
+        latent_channels=4,
+        patch_size=2,
+        decoder_head_dim=8,
+        decoder_stage_channels=(64, 32, 16, 16, 8),
+        decoder_stage_depths=(1, 1, 1, 1, 1),
+        decoder_stage_kernels=((3, 3, 3),) * 4,
+        decoder_stage5_kernel=(3, 5, 5),
+        decoder_t_emb_dim=16,
+    )
+    return diffusers.LTX2VideoDiffusionDecodePipeline(decoder, diffusers.FlowMatchEulerDiscreteScheduler())
+
+
 def _picture_vae() -> Any:
     return _make(
         "AutoencoderKL",
@@ -113,6 +128,7 @@ HUB: dict[str, Callable[..., Any]] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": stable_diffusion,
     "emilianJR/epiCRealism": animatediff,
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": wan,
+    "ltx-2.5-decoder": ltx2_decoder,
 }
 
 
@@ -121,6 +137,8 @@ def shrunk(pipe: Any, shrink: int = SHRINK) -> Any:
     base = type(pipe)
 
     def call(self: Any, *args: Any, **options: Any) -> Any:
+        if "height" not in inspect.signature(base.__call__).parameters:
+            return base.__call__(self, *args, **options)
         for side in {"height", "width"} & set(options):
             options[side] = max(options[side] // shrink // MULTIPLE, 1) * MULTIPLE
         for side in {"height", "width"} - set(options):

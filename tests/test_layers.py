@@ -24,7 +24,7 @@ LAYERS = (
     {"adapters"},
     {"media"},
     {"measure", "video"},
-    {"calibration", "comparison", "highres", "parallel", "tiny"},
+    {"calibration", "comparison", "description", "highres", "parallel", "tiny"},
     {"diffattn"},  # the package itself: the public names
     {"pipelines", "distill"},
     {"cli", "__main__"},

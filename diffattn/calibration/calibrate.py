@@ -66,7 +66,7 @@ def calibrate(
             as far as they fit the size.
         reuse: that may be chosen: an output for so many steps.
         parts: equal parts of the run, each with a choice of its own.
-        component: the part of the pipeline; None: its unet, transformer or transformer_2, the first there is.
+        component: the part of the pipeline; None: its unet or its transformer, the first there is.
         seed: image i starts from the seed + i.
         folder: keeps what was measured; a calibration that was stopped goes on there.
         call: arguments of the pipeline's call, such as height, width, num_inference_steps.
@@ -213,7 +213,7 @@ def _fits(mechanism: Mechanism, grid: Any) -> bool:
         mechanism.check(grid)
     except ValueError:
         return False
-    return mechanism.flops(grid, 1, 64) < 4 * 64 * grid.tokens**2
+    return mechanism.flops(grid, 1, 64) < 4 * 64 * grid.pairs
 
 
 def _setup(

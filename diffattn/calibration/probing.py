@@ -93,7 +93,7 @@ class Probe(Mechanism):
         return out
 
     def flops(self, grid: TokenGrid, heads: int, head_dim: int, *, context: Context = Context()) -> int:
-        return 4 * grid.tokens**2 * heads * head_dim
+        return 4 * grid.pairs * heads * head_dim
 
     def __str__(self) -> str:
         return "probe"

@@ -9,14 +9,19 @@ tokens from the call itself, so text lengths are never read. Where no other toke
 that come are an error: they would be taken for text.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
 
-from . import controlnets, image_transformers, unets, video_transformers
+from . import audio_transformers, controlnets, image_transformers, unets, video_transformers
 from .layout import Arguments, Family, Layers, Layout, Read, TokenPath, arguments, find_layers, owner_of
-from .readers import feature_map, flux_ids, frames_of, picture, video
+from .readers import feature_map, flux2_ids, flux_ids, frames_of, picture, video
+from .refused import REFUSED
 
 __all__ = [
     "FAMILIES",
+    "REFUSED",
     "Arguments",
     "Family",
     "Layers",
@@ -24,26 +29,50 @@ __all__ = [
     "Read",
     "TokenPath",
     "arguments",
+    "describe",
     "family_of",
     "feature_map",
     "find_layers",
+    "flux2_ids",
     "flux_ids",
     "frames_of",
     "owner_of",
     "picture",
+    "row_of",
     "video",
 ]
 
-FAMILIES: list[Family] = [*image_transformers.ROWS, *video_transformers.ROWS, *controlnets.ROWS, *unets.ROWS]
+FAMILIES: list[Family] = [
+    *image_transformers.ROWS,
+    *video_transformers.ROWS,
+    *audio_transformers.ROWS,
+    *controlnets.ROWS,
+    *unets.ROWS,
+]
 """All known families; `FAMILIES.append(Family(...))` adds one at run time."""
+
+describe: Callable[..., Any]
+"""`diffattn.describe`: what a row for a model without one needs. It tries rows out, so it is built on the swap, which
+this part may not import; `diffattn` puts it here.
+"""
+
+
+def row_of(model: object) -> Family | None:
+    """The row of a model, by the names of its class and base classes; None where there is none."""
+    names = {cls.__name__ for cls in type(model).__mro__}
+    return next((family for family in FAMILIES if not names.isdisjoint(family.models)), None)
 
 
 def family_of(model: nn.Module) -> Family:
-    """The row of a model, by the names of its class and base classes; unknown ones raise `ValueError`."""
-    names = {cls.__name__ for cls in type(model).__mro__}
-    for family in FAMILIES:
-        if names & set(family.models):
-            return family
+    """The same; unknown ones raise `ValueError`."""
+    family, names = row_of(model), [cls.__name__ for cls in type(model).__mro__]
+    if family is not None:
+        return family
+    for name in names:
+        if name in REFUSED:
+            raise ValueError(
+                f"{type(model).__name__} has no row in diffattn.families.FAMILIES: {REFUSED[name]}; run it as it is"
+            )
     known = ", ".join(sorted(name for family in FAMILIES for name in family.models))
     raise ValueError(
         f"{type(model).__name__} belongs to no known model family; known: {known}. "

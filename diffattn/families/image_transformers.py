@@ -1,7 +1,23 @@
 """Image transformers, and those of their ControlNets that are built alike."""
 
 from .layout import Arguments, Family, Layers, TokenPath, transformer
-from .readers import flux_ids, lumina, picture, qwen_shapes, z_image
+from .packed import qwen_image21
+from .readers import (
+    bria_fibo2,
+    flux2_ids,
+    flux3,
+    flux_ids,
+    hidream,
+    ideogram,
+    image_or_video,
+    last_ids,
+    lumina,
+    nucleus,
+    picture,
+    qwen_shapes,
+    vector_ids,
+    z_image,
+)
 
 
 def sd3(argument: str) -> tuple[Layers, ...]:
@@ -37,7 +53,14 @@ FLUX_RESIDUALS = "controlnet_block_samples", "controlnet_single_block_samples"
 ROWS: tuple[Family, ...] = (
     Family(
         "Flux",
-        ("FluxTransformer2DModel", "FluxControlNetModel"),
+        (
+            "FluxTransformer2DModel",
+            "FluxControlNetModel",
+            "BriaTransformer2DModel",
+            "BriaFiboTransformer2DModel",
+            "OvisImageTransformer2DModel",
+            "LongCatImageTransformer2DModel",
+        ),
         transformer(r"(single_)?transformer_blocks\.\d+\.attn", flux_ids),
         rope="pos_embed",
         tokens=TokenPath(
@@ -51,9 +74,28 @@ ROWS: tuple[Family, ...] = (
         ),
     ),
     Family(
+        "Chroma",
+        ("ChromaTransformer2DModel",),
+        transformer(r"(single_)?transformer_blocks\.\d+\.attn", flux_ids, mask="padding"),
+        rope="pos_embed",
+    ),
+    Family(
+        "Fibo2",
+        ("BriaFibo2Transformer2DModel",),
+        (
+            Layers(r"noise_refiner\.\d+\.attention", "spatial", bria_fibo2(joint=False)),
+            Layers(r"layers\.\d+\.attention", "spatial", bria_fibo2(joint=True)),
+        ),
+    ),
+    Family(
         "Flux2",
         ("Flux2Transformer2DModel",),
-        transformer(r"(single_)?transformer_blocks\.\d+\.attn", flux_ids),
+        transformer(
+            r"(single_)?transformer_blocks\.\d+\.attn",
+            flux2_ids,
+            fewer_queries=True,
+            helpers=("_flux2_kv_causal_attention",),
+        ),
         rope="pos_embed",
         tokens=TokenPath(
             ("Flux2Transformer2DModel",),
@@ -62,6 +104,14 @@ ROWS: tuple[Family, ...] = (
             "pos_embed",
             others_behind=True,
             refuses=own_arguments,
+        ),
+    ),
+    Family(
+        "Flux3",
+        ("Flux3Transformer2DModel",),
+        (
+            Layers(r"mode_blocks\.image\.\d+\.attn", "spatial", flux3(joint=False)),
+            Layers(r"single_transformer_blocks\.\d+\.attn", "spatial", flux3(joint=True)),
         ),
     ),
     Family(
@@ -102,7 +152,23 @@ ROWS: tuple[Family, ...] = (
         ),
         timestep="t",
     ),
-    Family("PixArt", ("PixArtTransformer2DModel",), transformer(r"transformer_blocks\.\d+\.attn1", picture(before=0))),
+    Family(
+        "PixArt",
+        ("PixArtTransformer2DModel", "DiTTransformer2DModel"),
+        transformer(r"transformer_blocks\.\d+\.attn1", picture(before=0)),
+    ),
+    # the layers of its blocks before and behind see the text alone
+    Family("UVit2D", ("UVit2DModel",), transformer(r"transformer_layers\.\d+\.attn1", vector_ids), timestep=None),
+    # the times of denoising, text and an embedded image before
+    Family(
+        "UniDiffuser",
+        ("UniDiffuserModel",),
+        transformer(
+            r"transformer\.transformer_(in_blocks\.\d+|mid_block|out_blocks\.\d+\.block)\.attn1",
+            picture("latent_image_embeds"),
+        ),
+        timestep="timestep_img",
+    ),
     Family("Sana", ("SanaTransformer2DModel",), transformer(r"transformer_blocks\.\d+\.attn1", picture(before=0))),
     Family(
         "Lumina2",
@@ -116,5 +182,64 @@ ROWS: tuple[Family, ...] = (
         "HunyuanDiT",
         ("HunyuanDiT2DModel", "HunyuanDiT2DControlNetModel"),
         transformer(r"blocks\.\d+\.attn1", picture(before=0)),
+    ),
+    # registers and text before
+    Family(
+        "AuraFlow",
+        ("AuraFlowTransformer2DModel",),
+        transformer(r"(joint|single)_transformer_blocks\.\d+\.attn", picture()),
+    ),
+    Family(
+        "CogView",
+        ("CogView3PlusTransformer2DModel", "CogView4Transformer2DModel"),
+        transformer(r"transformer_blocks\.\d+\.attn1", picture()),
+    ),
+    Family(
+        "HunyuanImage",
+        ("HunyuanImageTransformer2DModel",),
+        transformer(r"(single_)?transformer_blocks\.\d+\.attn", image_or_video),
+    ),
+    Family("Krea2", ("Krea2Transformer2DModel",), transformer(r"transformer_blocks\.\d+\.attn", last_ids)),
+    Family(
+        "Ideogram4",
+        ("Ideogram4Transformer2DModel",),
+        transformer(r"layers\.\d+\.attention", ideogram, mask="padding"),
+    ),
+    # edits put the kept keys of their references first
+    Family(
+        "GLM-Image",
+        ("GlmImageTransformer2DModel",),
+        transformer(r"transformer_blocks\.\d+\.attn1", picture(), fewer_queries=True),
+    ),
+    Family(
+        "LuminaNext", ("LuminaNextDiT2DModel",), transformer(r"layers\.\d+\.attn1", picture(before=0), mask="padding")
+    ),
+    Family(
+        "Qwen-Image-2.1",
+        ("QwenImage21Transformer2DModel",),
+        transformer(r"transformer_blocks\.\d+\.attn", qwen_image21, fewer_queries=True),
+    ),
+    Family("PRX", ("PRXTransformer2DModel",), transformer(r"blocks\.\d+\.attention", picture(), fewer_queries=True)),
+    Family(
+        "NucleusMoE",
+        ("NucleusMoEImageTransformer2DModel",),
+        transformer(r"transformer_blocks\.\d+\.attn", nucleus, fewer_queries=True),
+    ),
+    # text and images that are given before
+    Family(
+        "OmniGen", ("OmniGenTransformer2DModel",), transformer(r"layers\.\d+\.self_attn", picture(), mask="queries")
+    ),
+    # padding up to the largest size, then text
+    Family(
+        "HiDream",
+        ("HiDreamImageTransformer2DModel",),
+        transformer(r"(double|single)_stream_blocks\.\d+\.block\.attn1", hidream),
+        timestep="timesteps",
+    ),
+    Family(
+        "ERNIE-Image",
+        ("ErnieImageTransformer2DModel",),
+        # its blocks get their tokens before the samples
+        (Layers(r"layers\.\d+\.self_attention", "spatial", picture(before=0, after=None), has_features=False),),
     ),
 )

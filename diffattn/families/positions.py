@@ -48,6 +48,25 @@ def video_size(coordinates: Tensor) -> tuple[int, int, int, int, int] | None:
     return len(stretch), *picture, stretch.start * size, (len(time) - stretch.stop) * size
 
 
+def first_video(bounds: Tensor) -> tuple[int, int, int] | None:
+    """Frames, height and width of the video that the tokens with these bounds (3, n, 2) begin with.
+
+    They are where a token begins and ends in time, rows and columns. The video's frames follow each other without a
+    gap, frame by frame and each row by row; frames behind them that do not are keyframes and references. None where the
+    tokens begin with no video.
+    """
+    (begins, ends), rows, columns = bounds[0].unbind(-1), bounds[1, :, 0], bounds[2, :, 0]
+    is_first = (rows == rows[0]) & (columns == columns[0])
+    size = _first_return(is_first) or (1 if is_first.all() else len(rows))
+    whole = len(rows) // size * size
+    begins, ends, rows, columns = (axis[:whole].view(-1, size) for axis in (begins, ends, rows, columns))
+    picture = picture_size(rows[0], columns[0])
+    alike = (begins == begins[:, :1]) & (ends == ends[:, :1]) & (rows == rows[:1]) & (columns == columns[:1])
+    follows = torch.cat([alike[:1, 0], begins[1:, 0] == ends[:-1, 0]])
+    frames = int((alike.all(dim=1) & follows).long().cumprod(dim=0).sum())
+    return (frames, *picture) if frames and picture is not None else None
+
+
 def _width(rows: Tensor, columns: Tensor) -> int | None:
     """Tokens in a row; None where all columns share an id and rows do not tell."""
     width = _first_return(columns == columns[0])

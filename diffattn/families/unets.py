@@ -1,7 +1,7 @@
 """UNets: attention within feature maps, and along the frames of motion modules."""
 
 from .layout import Family, Layers
-from .readers import feature_map, frames_of
+from .readers import MAP_THEN_TEXT, TEXT_THEN_MAP, feature_map, features_in, frames_of
 
 _BLOCK = r"\.transformer_blocks\.\d+\."
 
@@ -28,17 +28,66 @@ _UNET_LAYERS = (
         feature_map,
         rf"(.*){_BLOCK}.*",
     ),
+    # layers without blocks around them, which put keys of the text before their own
+    Layers(r".*attentions\.\d+", "spatial", TEXT_THEN_MAP, r"(.*)", has_features=False, fewer_queries=True),
+    # those of the upscaler, in blocks that get feature maps
+    Layers(r".*attentions\.\d+\.attn1", "spatial", feature_map, r"(.*)\.attn1", has_features=False),
 )
 
 
 ROWS: tuple[Family, ...] = (
     Family(
         "Stable Diffusion UNet",
-        ("UNet2DConditionModel", "ControlNetModel", "ControlNetUnionModel"),
+        (
+            "UNet2DConditionModel",
+            "ControlNetModel",
+            "ControlNetUnionModel",
+            "UNetControlNetXSModel",
+            "AudioLDM2UNet2DConditionModel",
+            "DreamLiteUNetModel",
+        ),
         _UNET_LAYERS,
         latent="sample",
     ),
-    Family("AnimateDiff", ("UNetMotionModel",), _UNET_LAYERS, latent="sample"),
+    # layers without blocks around them, which get the feature maps themselves
+    Family(
+        "UNet2D",
+        ("UNet2DModel",),
+        (Layers(r".*attentions\.\d+", "spatial", feature_map, r"(.*)", has_features=False),),
+        latent="sample",
+    ),
+    Family(
+        "Stable Cascade",
+        ("StableCascadeUNet",),
+        (
+            Layers(
+                r"(down|up)_blocks\.\d+\.\d+\.attention",
+                "spatial",
+                MAP_THEN_TEXT,
+                r"((?:down|up)_blocks\..*)",
+                has_features=False,
+                fewer_queries=True,
+            ),
+        ),
+        timestep="timestep_ratio",
+        latent="sample",
+    ),
+    # the first of each level's layers sees the features, the others the text
+    Family(
+        "Kandinsky 3",
+        ("Kandinsky3UNet",),
+        (
+            Layers(
+                r"(down|up)_blocks\.\d+\.attentions\.0\.attention",
+                "spatial",
+                features_in("x"),
+                r"(.*)\.attention",
+                has_features=False,
+            ),
+        ),
+        latent="sample",
+    ),
+    Family("AnimateDiff", ("UNetMotionModel", "SparseControlNetModel"), _UNET_LAYERS, latent="sample"),
     Family("SVD", ("UNetSpatioTemporalConditionModel",), _UNET_LAYERS, latent="sample"),
     Family("I2VGen-XL", ("I2VGenXLUNet",), _UNET_LAYERS, latent="sample"),
     Family("UNet3D", ("UNet3DConditionModel", "STARControlNetModel"), _UNET_LAYERS, latent="sample"),

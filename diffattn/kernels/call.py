@@ -85,14 +85,30 @@ class WindowCall:
 
     def attend_others(self) -> Tensor:
         """The queries off the grid: they see all tokens but no pooled keys. `(b, h, others, c)`."""
-        queries = self.grid.split(self.q)[1]
-        return F.scaled_dot_product_attention(
-            queries, self.k, self.v, attn_mask=self.mask, scale=self.scale, enable_gqa=self.grouped
-        )
+        return attend_others(self.q, self.k, self.v, self.grid, mask=self.mask, scale=self.scale)
 
     def join(self, cells: Tensor) -> Tensor:
         """The output in the order of the tokens, from that of the cells `(b, h, cells, c)`."""
         return self.grid.join(cells, self.attend_others()) if self.grid.others else cells
+
+
+def attend_others(
+    q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, *, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """What queries off the grid get, `(b, h, others, c)`: softmax over all keys, and zeros where they do not ask."""
+    queries, (first, last) = grid.split(q)[1], grid.silent
+    if not first + last:
+        return F.scaled_dot_product_attention(
+            queries, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    if grid.queries == grid.cells:
+        return v.new_zeros(*queries.shape[:3], v.shape[3])
+    asking = slice(first, grid.others - last)
+    mask = mask if mask is None or mask.shape[-2] == 1 else mask[..., asking, :]
+    out = F.scaled_dot_product_attention(
+        queries[:, :, asking], k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return F.pad(out, (0, 0, first, last))
 
 
 def reordered(tokens: Tensor, grid: TokenGrid, change: Callable[[Tensor], Tensor]) -> Tensor:

@@ -76,7 +76,7 @@ class Part:
 
 def full_parts(grid: TokenGrid, heads: int, head_dim: int) -> list[Part]:
     """Full attention by a flash kernel: both products, and q, k, v and the output once each."""
-    return [Part("full", 4 * grid.tokens**2 * heads * head_dim, 4 * grid.tokens * heads * head_dim * HALF)]
+    return [Part("full", 4 * grid.pairs * heads * head_dim, 4 * grid.tokens * heads * head_dim * HALF)]
 
 
 def keys_computed(pattern: Pattern, grid: TokenGrid) -> float:
@@ -99,7 +99,7 @@ def window_parts(pattern: Pattern, grid: TokenGrid, heads: int, head_dim: int) -
 
 def dense_parts(grid: TokenGrid, heads: int, head_dim: int) -> list[Part]:
     """The same by SDPA under a mask of all pairs, which is kept from call to call and read in numbers."""
-    pairs = grid.tokens**2
+    pairs = grid.pairs
     return [
         Part("mask", 0, pairs * (1 + HALF), launches=1),
         Part("all pairs", 4 * pairs * heads * head_dim, pairs * HALF * heads, MASKED, launches=1),
@@ -125,7 +125,7 @@ def routing_parts(mechanism: RoutingAttention, grid: TokenGrid, heads: int, head
         Part("lists", 0, 2 * asking * tiles * heads * SINGLE + 2 * asking * blocks * heads),
         Part("exact tiles", 4 * cells * exact * heads * head_dim, 4 * cells * row),
         Part("means seen", 4 * logits * head_dim, 0),
-        Part("other tokens", 4 * (grid.tokens**2 - cells**2) * heads * head_dim, 4 * others * row),
+        Part("other tokens", 4 * grid.other_pairs * heads * head_dim, 4 * others * row),
     ]
 
 

@@ -33,7 +33,7 @@ weights) have files of their own.
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,6 +87,8 @@ class AgentAttention(Mechanism):
     >>> AgentAttention(num_agents=256).plan(TokenGrid(64, 64, before=512))
     Plan(tokens=4096, agents=256)
     """
+
+    one_mask: ClassVar[bool] = True
 
     agents: Literal["pool", "merge"] = "pool"
     """"pool": averages of the queries over the grid; "merge": similar tokens merged."""
@@ -291,7 +293,7 @@ class AgentAttention(Mechanism):
         features = merging.compared_features(k, grid, context)
         pairs = merging.match(features, self.destinations(grid, len(q), context))
         merged = pairs.first(grid.cells - plan.tokens)
-        short = TokenGrid(1, plan.tokens, before=grid.before, after=grid.after)
+        short = TokenGrid(1, plan.tokens, before=grid.before, after=grid.after, silent=grid.silent)
         parts = [grid.split(tokens) for tokens in (q, k, v)]
         short_q, short_k, short_v = (short.join(merged.merge(cells), others) for cells, others in parts)
         if plan.agents:
@@ -360,7 +362,8 @@ class AgentAttention(Mechanism):
         plan = self.plan(grid, context)
         keys = plan.tokens + grid.others
         asking = (keys if self.others == "agents" else plan.tokens) if plan.agents else 0
-        products = 4 * (plan.agents * (keys + asking) + (keys - asking) * keys)
+        exact = 0 if keys == asking else keys - asking - sum(grid.silent)
+        products = 4 * (plan.agents * (keys + asking) + exact * keys)
         if self.agents == "merge" and plan != (grid.cells, 0):
             stage = merging.stage_at(self._stages, context.progress)
             targets = merging.count_destinations(grid, stage.sx, stage.sy)

@@ -69,6 +69,10 @@ class Mechanism:
     """Layers that `apply` gives it by default: "spatial" (images, and video cells seen at once) or "temporal"."""
     across_frames: ClassVar[bool] = False
     """Does it change nothing within a frame? Then models with layers along the frames keep the others by default."""
+    joins_grids: ClassVar[bool] = False
+    """Are grids of one size in a sequence frames of one grid to it? Else they see each other exactly."""
+    one_mask: ClassVar[bool] = False
+    """Must a mask be the same for all queries?"""
 
     @property
     def exact(self) -> bool:

@@ -36,6 +36,7 @@ from torch.nn import functional as F
 
 from ..config import register
 from ..grid import TokenGrid
+from ..kernels.call import attend_others
 from ..options import POSITIVE, Must, at_least
 from .base import Context, Mechanism, default_scale
 from .parts.scope_attention import Keys, add_model_mask, attend_scopes, block_frames, four_axes
@@ -171,7 +172,7 @@ class DualScopeAttention(Mechanism):
         if grid.frames == 1:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         rows, other_rows = (mask, mask) if mask is None or mask.shape[2] == 1 else grid.split(mask)
-        asking, others = grid.split(q)
+        asking, _ = grid.split(q)
         scale = default_scale(q) if scale is None else scale
         cells = attend_scopes(
             asking,
@@ -186,7 +187,7 @@ class DualScopeAttention(Mechanism):
         )
         if not grid.others:
             return cells
-        return grid.join(cells, F.scaled_dot_product_attention(others, k, v, attn_mask=other_rows, scale=scale))
+        return grid.join(cells, attend_others(q, k, v, grid, mask=other_rows, scale=scale))
 
     def explain_backend(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, backend: str, context: Context) -> str:
         if grid.frames == 1:
@@ -261,5 +262,5 @@ class DualScopeAttention(Mechanism):
         shared = self.global_frames(grid.frames)
         scopes = Scopes(self.padding, duplicates=self.duplicates or self.official)
         pairs = count_pairs(scopes, self.local_frames(grid.frames), grid.frames, shared) if grid.frames > 1 else 1
-        pairs = pairs * (grid.height * grid.width) ** 2 + grid.tokens**2 - grid.cells**2
+        pairs = pairs * (grid.height * grid.width) ** 2 + grid.other_pairs
         return 4 * pairs * heads * head_dim

@@ -29,7 +29,7 @@ Time O(n d^2), memory O(n d + d^2) per head. Sums are taken in float32 at least.
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +59,8 @@ class LinearAttention(Mechanism):
     >>> LinearAttention().flops(TokenGrid(64, 64, before=512), heads=24, head_dim=128) / 1e9
     7.276068864
     """
+
+    one_mask: ClassVar[bool] = True
 
     feature_map: str = "elu"
     """What queries and keys go through: elu, relu, identity or learned."""

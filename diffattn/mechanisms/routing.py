@@ -18,7 +18,7 @@ there by clusters of unequal size, here by a balanced k-d tree.
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ from .softmax import softmax_reference
 TILE, BLOCK = 8, 4
 """Sides of tiles and blocks unless told otherwise. They have the tokens of one frame: at 9 x 24 x 24 tokens tiles of
 (1, 8, 8) left half the error of (8, 8, 8), at 35% and at 15% of all pairs (a small Wan model in training)."""
+LINE_TILE, LINE_BLOCK = 64, 16
+"""The same on a single row of one frame, such as audio: as many tokens."""
 SHARE = Must("a number above 0 and at most 1", lambda share: 0 < share <= 1)
 
 
@@ -59,6 +61,8 @@ class RoutingAttention(Mechanism):
     3
     """
 
+    joins_grids: ClassVar[bool] = True
+
     share: Annotated[float, SHARE] = 0.35
     """Of all pairs of tokens, at most: those with other tokens, with keys of chosen tiles, and with blocks. 1: all."""
     top_k: Annotated[int | None, at_least(1)] = None
@@ -67,12 +71,12 @@ class RoutingAttention(Mechanism):
     """The same as a share of all tiles, and at least the tiles that it lies on: fits every size and text."""
     tile: Annotated[PerAxis | None, sizes(1)] = None
     """Sides of a tile of keys in tokens: (rows, columns), (frames, rows, columns), or one int for all of them. None:
-    8 x 8 of one frame, or of as many frames as a block has."""
+    8 x 8 of one frame, or of as many frames as a block has, and 64 of a single row."""
     query_tile: Annotated[PerAxis | None, sizes(1)] = None
     """The same of the queries that choose together; None: `tile`. Larger ones are faster and choose less well."""
     pool: Annotated[PerAxis | None, sizes(1)] = None
-    """The same of a block, whose keys and values have one mean; it divides the tile. None: 4 x 4 of one frame, or a
-    side of the tile that 4 does not divide."""
+    """The same of a block, whose keys and values have one mean; it divides the tile. None: 4 x 4 of one frame, or 16
+    of a single row, or a side of the tile that these do not divide."""
     blocks: Annotated[int | None, at_least(1)] = None
     """The same as a number: the tile halved along each axis for as long as the grid has no more blocks than these.
     With `top_share`, what is computed beside the tiles grows like the grid and no longer like its square."""
@@ -90,7 +94,7 @@ class RoutingAttention(Mechanism):
             raise ValueError(f"routing: give top_k={self.top_k} or top_share={self.top_share}, not both")
         if self.pool is not None and self.blocks is not None:
             raise ValueError(f"routing: give pool={self.pool} or blocks={self.blocks}, not both")
-        tile, pool = self._tile_and_block
+        tile, pool = self._tile_and_block(TILE, BLOCK)
         check_divides(self.type, tile if self.tile is None else self.tile, pool if self.pool is None else self.pool)
 
     @property
@@ -109,19 +113,19 @@ class RoutingAttention(Mechanism):
     def backends(self) -> tuple[str, ...]:
         return BACKENDS
 
-    @property
-    def _tile_and_block(self) -> tuple[Shape, Shape]:
-        """Sides of a tile and of a block on an endless grid."""
+    def _tile_and_block(self, tile_side: int, block_side: int) -> tuple[Shape, Shape]:
+        """Sides of a tile and of a block on an endless grid; those given are for what the options leave open."""
         frames = 1 if self.pool is None else per_axis(self.pool, 1)[0]
-        tile = (frames, TILE, TILE) if self.tile is None else per_axis(self.tile, 1)
+        tile = (frames, tile_side, tile_side) if self.tile is None else per_axis(self.tile, 1)
         if self.pool is not None:
             return tile, per_axis(self.pool, 1)
-        rows, columns = (side if side % BLOCK else BLOCK for side in tile[1:])
+        rows, columns = (side if side % block_side else block_side for side in tile[1:])
         return tile, (1, rows, columns)
 
     def sides(self, grid: TokenGrid) -> Sides:
         """Sides of the query tiles, the tiles and the blocks on a grid: no longer than the grid."""
-        whole, block = self._tile_and_block
+        is_line = grid.frames == grid.height == 1
+        whole, block = self._tile_and_block(*((LINE_TILE, LINE_BLOCK) if is_line else (TILE, BLOCK)))
         if self.blocks is not None:
             block = _halved(whole, grid.shape, self.blocks)
         tile, pool = within(whole, block, grid.shape)
@@ -148,7 +152,7 @@ class RoutingAttention(Mechanism):
         if self.share == 1:
             return count
         rest, tile_pairs = self._pairs_beside_tiles(grid), grid.cells * math.prod(tile)
-        floor = (rest + least * tile_pairs) / grid.tokens**2
+        floor = (rest + least * tile_pairs) / grid.pairs
         if floor >= 1:  # a grid so small that nothing could be saved
             return count
         if self.share < floor:
@@ -157,19 +161,19 @@ class RoutingAttention(Mechanism):
                 f"{math.ceil(floor * 1000) / 1000:.3f} of all, above share={self.share}; give at least that, larger "
                 "blocks by pool=, or leave layers of few tokens out by min_tokens="
             )
-        return min(max(int((self.share * grid.tokens**2 - rest) / tile_pairs), least), count)
+        return min(max(int((self.share * grid.pairs - rest) / tile_pairs), least), count)
 
     def _pairs_beside_tiles(self, grid: TokenGrid) -> int:
         """Pairs with other tokens and with blocks."""
         blocks = self.tiles_in(grid) * self.sides(grid).blocks_per_tile
-        return grid.tokens**2 - grid.cells**2 + grid.cells * blocks
+        return grid.other_pairs + grid.cells * blocks
 
     def share_on(self, grid: TokenGrid) -> float:
         """The share of all pairs that is computed, blocks counted as a key each."""
         if self.is_exact(grid):
             return 1.0
         exact = grid.cells * self.exact_tiles(grid) * math.prod(self.sides(grid).tile)
-        return (self._pairs_beside_tiles(grid) + exact) / grid.tokens**2
+        return (self._pairs_beside_tiles(grid) + exact) / grid.pairs
 
     def check(self, grid: TokenGrid, *, context: Context = Context()) -> None:
         for name in ("tile", "query_tile", "pool"):
@@ -338,7 +342,7 @@ class RoutingAttention(Mechanism):
     def flops(self, grid: TokenGrid, heads: int, head_dim: int, *, context: Context = Context()) -> int:
         """Products of the softmax; of the choice, its pass over the blocks' weights and the products of the spreads."""
         if self.is_exact(grid):
-            return 4 * grid.tokens**2 * heads * head_dim
+            return 4 * grid.pairs * heads * head_dim
         asking, tile, pool = self.sides(grid)
         blocks = self.tiles_in(grid) * (math.prod(tile) // math.prod(pool))
         pairs = self._pairs_beside_tiles(grid) + grid.cells * self.exact_tiles(grid) * math.prod(tile)

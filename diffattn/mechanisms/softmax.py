@@ -121,4 +121,4 @@ class SoftmaxAttention(Mechanism):
         return torch.ones(grid.tokens, grid.tokens, dtype=torch.bool)
 
     def flops(self, grid: TokenGrid, heads: int, head_dim: int, *, context: Context = Context()) -> int:
-        return 4 * grid.tokens**2 * heads * head_dim
+        return 4 * grid.pairs * heads * head_dim

@@ -26,7 +26,7 @@ Time O(m^2 d + src dst h d) for m merged tokens, memory O(n d) and a bounded pie
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,8 @@ class TokenMergeAttention(Mechanism):
     >>> TokenMergeAttention(ratio=0.5).merged(TokenGrid(64, 64, before=512))
     2048
     """
+
+    one_mask: ClassVar[bool] = True
 
     ratio: float = 0.5
     """Share of the cells merged away, at most 1 - 1 / (cells of a block): 0.75 for stride (2, 2)."""
@@ -102,12 +104,23 @@ class TokenMergeAttention(Mechanism):
         frames, rows, columns = (1, *self.stride)[-3:]
         return min(frames, grid.frames), min(rows, grid.height), min(columns, grid.width)
 
+    def check(self, grid: TokenGrid, *, context: Context = Context()) -> None:
+        is_line = grid.frames == grid.height == 1 and grid.width > 1
+        if is_line and math.prod(self.block(grid)) == 1 and not self._too_coarse(context):
+            raise ValueError(
+                f"token_merge: a block of stride {self.stride} is a single cell of the grid {grid}, with nothing to "
+                "merge; give a stride with several columns, such as (1, 4)"
+            )
+
     def merged(self, grid: TokenGrid, context: Context = Context()) -> int:
         """How many cells one call merges away."""
-        if self.max_downsample is not None and context.downsample > self.max_downsample:
+        if self._too_coarse(context):
             return 0
         part, (st, sy, sx) = self.part(grid), self.block(grid)
         return grid.cells // part.cells * merging.count_merged(part, sx, sy, self.ratio, st)
+
+    def _too_coarse(self, context: Context) -> bool:
+        return self.max_downsample is not None and context.downsample > self.max_downsample
 
     def destinations(self, grid: TokenGrid, context: Context) -> Tensor:
         """Cells of `part(grid)` that others may be merged into, `(dst,)`."""
@@ -128,6 +141,7 @@ class TokenMergeAttention(Mechanism):
     ) -> Tensor:
         self.check_backend(backend)
         grid.check(q, k)
+        self.check(grid, context=context)
         gone = self.merged(grid, context)
         if not gone:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, scale=scale)

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..mechanisms.base import Mechanism
 from .calls.steps import single_models
+from .exact import exact_layers, undo
 from .layer import SwappedLayer
 from .model_swap import ModelSwap, current
 from .plan import Mechanisms, attention_modules, plan, plan_all, resolve, resolve_all
@@ -132,7 +133,7 @@ def apply(
             `strength=0.5` image-to-image begins at 0.5. None: 0, or what `quality` says.
         shares: of `routing`: its `share`, in equal parts of the schedule from `start` to `end`, one after the other.
         backend: kernel by name, see `diffattn.kernels`; "auto" chooses and logs its choice.
-        components: name or names of the pipeline's parts to swap. None: unet, transformer and transformer_2.
+        components: name or names of the pipeline's parts to swap. None: its unet and its transformers.
         min_tokens: leave the model's own attention in calls with fewer tokens.
         reuse: compute a layer's attention in one of so many steps, the first and the last included, and use its output
             again between them: one output for each layer and sample is kept. Works with `"softmax"` too. None: 1, or
@@ -215,15 +216,16 @@ def attn_processors(
 
 
 def restore(target: Any) -> None:
-    """Undo `apply` on a pipeline or model, bit for bit; raises `ValueError` where nothing is swapped.
+    """Undo `apply` and `apply_exact` on a pipeline or model, bit for bit; raises `ValueError` where nothing is swapped.
 
     Layers whose processor something else has replaced since are left alone and named in a warning.
     """
-    swaps = swaps_of(target)
-    if not swaps:
+    swaps, exact = swaps_of(target), exact_layers(target)
+    if not swaps and not exact:
         raise ValueError(f"nothing to restore: no attention of this {type(target).__name__} is swapped")
     for swap in swaps:
         swap.undo()
+    undo(exact)
 
 
 def swaps_of(target: Any) -> list[ModelSwap]:

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from .. import config
 from ..families import flux_ids
 from ..mechanisms.base import Context, Mechanism
+from ..mechanisms.sequences import attend_sequence
+from .calls.inputs import Inputs
 from .calls.situation import COLUMNS, Situation
 
 
@@ -34,16 +36,7 @@ class Layer(Protocol):
 
     weights: nn.Module | None
 
-    def compute(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        features: Tensor | None,
-        scale: float | None,
-        situation: Situation | None = None,
-    ) -> tuple[Tensor, Situation]:
+    def compute(self, given: Inputs, situation: Situation | None = None) -> tuple[Tensor, Situation]:
         """The layer's output and what the call was; with a given `situation` nothing is looked up."""
         ...
 
@@ -98,7 +91,7 @@ def _attend(
     layer: Tensor,
     columns: int,
 ) -> tuple[Tensor, Tensor]:
-    out, situation = _layers[int(layer)].compute(query, key, value, mask, features, scale)
+    out, situation = _layers[int(layer)].compute(Inputs(query, key, value, mask, features, scale))
     aliases = any(out.data_ptr() == given.data_ptr() for given in (query, key, value))
     return out.clone() if aliases else out.contiguous(), situation.to_tensor(len(query))
 
@@ -136,7 +129,7 @@ def _attend_backward(
     owner = _layers[int(layer)]
     with _autograd():
         q, k, v = (tensor.detach().requires_grad_() for tensor in (query, key, value))
-        out, _ = owner.compute(q, k, v, mask, features, scale, Situation.from_tensor(situation))
+        out, _ = owner.compute(Inputs(q, k, v, mask, features, scale), Situation.from_tensor(situation))
         wanted = [q, k, v, *([] if owner.weights is None else owner.weights.parameters())]
         found = torch.autograd.grad(out, wanted, grad, allow_unused=True)
     return [
@@ -198,18 +191,11 @@ class _autograd:
         self._keys.__exit__(*exception)
 
 
-def attend_at(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    ids: Tensor,
-    scale: float | None,
-    mechanism: Mechanism,
-    backend: str,
-) -> Tensor:
+def attend_at(given: Inputs, ids: Tensor, mechanism: Mechanism, backend: str) -> Tensor:
     """The operator of an exported program, whose grid is that of Flux's position `ids`."""
-    out: Tensor = torch.ops.diffattn.attend_at(query, key, value, mask, ids, scale, config.to_json(mechanism), backend)
+    out: Tensor = torch.ops.diffattn.attend_at(
+        given.query, given.key, given.value, given.mask, ids, given.scale, config.to_json(mechanism), backend
+    )
     return out
 
 
@@ -225,19 +211,14 @@ def _attend_at(
     backend: str,
 ) -> Tensor:
     own: Mechanism = config.from_json(mechanism)
-    grids = [layout.grid(query.shape[2]) for layout in flux_ids(nn.Module(), {"img_ids": ids})]
-    if len(grids) == 1:
-        return own.attend(
-            query, key, value, grids[0], scale=scale, backend=backend, context=Context(mask=mask)
-        ).contiguous()
-    samples = []
-    for i, grid in enumerate(grids):
-        one = slice(i, i + 1)
-        context = Context(mask=mask if mask is None or len(mask) == 1 else mask[one])
-        samples.append(
-            own.attend(query[one], key[one], value[one], grid, scale=scale, backend=backend, context=context)
-        )
-    return torch.cat(samples)
+    whole, layouts = Inputs(query, key, value, mask, None, scale), flux_ids(nn.Module(), {"img_ids": ids})
+    samples = [whole] if len(layouts) == 1 else [whole.sample(i) for i in range(len(layouts))]
+    outs = []
+    for layout, given in zip(layouts, samples, strict=True):
+        grid, context = layout.grid(key.shape[2]), Context(mask=given.mask)
+        grids, qkv = (grid, *layout.further(grid)), (given.query, given.key, given.value)
+        outs.append(attend_sequence(own, *qkv, grids, scale=scale, backend=backend, context=context))
+    return torch.cat(outs).contiguous()
 
 
 @_attend_at.register_fake

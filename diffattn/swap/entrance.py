@@ -73,18 +73,32 @@ class Door:
 class KeepsFeatures(Protocol):
     """What the hook asks of a `SwappedLayer`."""
 
-    def keep_features(self, block_input: Tensor) -> None:
-        """Note the input of the block around the layer."""
+    def keep_features(self, block_input: Tensor | None) -> None:
+        """Note the input of the block around the layer; None when the block is over."""
 
 
 class Features:
-    """A forward pre-hook on a block that hands its input to the layer."""
+    """Hooks on a block that hand its input to the layer, and take it away when the block is over."""
 
-    def __init__(self, layer: KeepsFeatures) -> None:
+    def __init__(self, layer: KeepsFeatures, block: nn.Module) -> None:
         self._layer = layer
+        self._handles = [
+            block.register_forward_pre_hook(self.enter, with_kwargs=True),
+            block.register_forward_hook(self.leave, always_call=True),
+        ]
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The block's forward begins."""
         self._layer.keep_features(args[0] if args else kwargs["hidden_states"])
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """It is over."""
+        self._layer.keep_features(None)
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
 
 
 def may_skip(model: nn.Module) -> bool:

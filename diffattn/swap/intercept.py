@@ -25,7 +25,7 @@ import itertools
 import pickle
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, NoReturn, Protocol
 
@@ -33,8 +33,7 @@ import torch.nn.functional
 from torch import Tensor
 
 from ..kernels.call import repeat_heads
-
-DISPATCH, SDPA = "dispatch_attention_fn", "scaled_dot_product_attention"
+from .helpers import DISPATCH, SDPA, attending_helpers
 
 _serial = itertools.count()
 
@@ -47,7 +46,7 @@ class Layer(Protocol):
         """May several heads of queries share one of keys, or does each need its own?"""
         ...
 
-    def wants(self, query: Tensor, key: Tensor, parallel_config: Any = None) -> bool:
+    def wants(self, query: Tensor, key: Tensor, parallel_config: Any = None, is_causal: bool = False) -> bool:
         """Is this call the mechanism's, or the model's own attention? Both tensors are (b, h, n, d)."""
         ...
 
@@ -104,7 +103,7 @@ class Exit:
         """diffusers' dispatcher, tensors (b, n, h, d)."""
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         layer = self.layer
-        if layer is None or not layer.wants(q, k, parallel_config):
+        if layer is None or not layer.wants(q, k, parallel_config, is_causal):
             own: Callable[..., Tensor] = self._names[DISPATCH]
             return own(
                 query,
@@ -120,6 +119,7 @@ class Exit:
                 parallel_config=parallel_config,
             )
         _refuse(dropout_p, is_causal)
+        attn_mask = _with_window(attn_mask, attention_kwargs or {}, q, k)
         k, v = repeat_heads(k, v, q.shape[1]) if enable_gqa and not layer.grouped_heads else (k, v)
         self._leave_prompts()
         return layer.attend(q, k, v, attn_mask, scale, parallel_config).transpose(1, 2)
@@ -137,7 +137,7 @@ class Exit:
     ) -> Tensor:
         """torch's function, tensors (b, h, n, d)."""
         layer = self.layer
-        if layer is None or not layer.wants(query, key):
+        if layer is None or not layer.wants(query, key, None, is_causal):
             return torch.nn.functional.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
@@ -163,6 +163,25 @@ def _refuse(dropout_p: float, is_causal: bool) -> None:
             f"swapped attention has neither dropout nor a causal order, but the model asks for "
             f"dropout_p={dropout_p}, is_causal={is_causal}; leave this layer out with layers="
         )
+
+
+def _with_window(mask: Tensor | None, kernel: dict[str, Any], query: Tensor, key: Tensor) -> Tensor | None:
+    """The mask together with a window (left, right) that a processor asks of the kernel itself (ACE-Step, flash)."""
+    unknown = sorted(kernel.keys() - {"window_size"})
+    if unknown:
+        raise NotImplementedError(
+            f"swapped attention has no options of the model's own kernel, but the model asks for {', '.join(unknown)}; "
+            "leave this layer out with layers="
+        )
+    left, right = kernel.get("window_size", (-1, -1))
+    if max(left, right) < 0:
+        return mask
+    ahead = torch.arange(key.shape[2], device=key.device) - torch.arange(query.shape[2], device=key.device)[:, None]
+    seen = (ahead >= -(left if left >= 0 else key.shape[2])) & (ahead <= (right if right >= 0 else key.shape[2]))
+    own = as_four_axes(mask)
+    if own is None:
+        return seen[None, None]
+    return own & seen if own.dtype == torch.bool else own.masked_fill(~seen, -torch.inf)
 
 
 def has_exit(processor: object) -> bool:
@@ -293,15 +312,18 @@ def _rebind(function: Any, exit_: Exit) -> tuple[Callable[..., Any], Callable[[]
         functional.__dict__[SDPA] = exit_.scaled_dot_product_attention
         ours["F"] = functional
 
+    def bound(own: Any) -> Any:
+        new = types.FunctionType(own.__code__, module.__dict__, own.__name__, own.__defaults__, own.__closure__)
+        new.__kwdefaults__ = own.__kwdefaults__
+        return new
+
+    ours |= {name: bound(helper) for name, helper in attending_helpers(function).items()}
+
     def refresh() -> None:
         module.__dict__.update({**function.__globals__, **ours})
 
     refresh()
-    bound = types.FunctionType(
-        function.__code__, module.__dict__, function.__name__, function.__defaults__, function.__closure__
-    )
-    bound.__kwdefaults__ = function.__kwdefaults__
-    return bound, refresh
+    return bound(function), refresh
 
 
 def own_attention(
@@ -353,3 +375,16 @@ def as_four_axes(mask: Tensor | None) -> Tensor | None:
     if mask is None or mask.ndim == 4:
         return mask
     return mask[:, None, None] if mask.ndim == 2 else mask[:, None]
+
+
+def mask_on_keys(mask: Tensor | None, cells: Sequence[int]) -> Tensor | None:
+    """What a mask (b, 1, 1 or n, m) on padding says of the keys: the row of a query that is none, a cell's.
+
+    `cells` has one of the whole batch, or one of each sample. A mask of numbers is added to the scores of every query
+    as it is: Chroma's pipelines pass ones and zeros, which weigh the padding less and do not hide it.
+    """
+    if mask is None or mask.shape[2] == 1 or mask.is_floating_point():
+        return mask
+    if len(set(cells)) == 1:
+        return mask[:, :, cells[0] : cells[0] + 1]
+    return torch.stack([mask[i % len(mask), :, cell : cell + 1] for i, cell in enumerate(cells)])

@@ -6,17 +6,33 @@ operator (`swap.compiled`), so that a graph knows neither sizes nor steps.
 """
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..families import Layers
 from ..grid import TokenGrid
 from ..mechanisms.base import Context, Mechanism
-from . import compiled, context_parallel, intercept, keeping
-from .calls.frames import Call, Frame, Reading, Ref, Scope, find, in_backward, pop
-from .calls.records import DENSE_PART, EXACT, PAUSED, PERTURBED, REUSED, SWAPPED, TOO_FEW, Record, note, without_data
+from ..mechanisms.sequences import attend_sequence, flops_of_sequence
+from . import compiled, context_parallel, intercept
+from .calls import keeping
+from .calls.frames import Call, Frame, Given, Reading, Ref, Scope, find, in_backward, next_samples, pop
+from .calls.inputs import Inputs
+from .calls.records import (
+    ASIDE,
+    DENSE_PART,
+    EXACT,
+    PAUSED,
+    PERTURBED,
+    REUSED,
+    SWAPPED,
+    TOO_FEW,
+    Record,
+    note,
+    without_data,
+)
 from .calls.situation import Situation, downsample
 from .settings.schedule import Part, Schedule
 from .state import State
@@ -36,13 +52,15 @@ class SwappedLayer:
     index: int
     min_tokens: int = 0
     weights: nn.Module | None = None
+    row: Layers | None = None
+    """What the family says of the layer; None: nothing."""
     active: bool = True
     """False after `restore`: diffusers may set the processor again, which is then the model's own attention."""
     reached: bool = False
     """Has a forward ever come to this layer's exit?"""
     traced: bool = False
     """Has torch.compile gone through this layer's own attention, where nobody counts calls?"""
-    traced_features: Tensor | None = field(default=None, repr=False)
+    traced_features: Given = field(default=None, repr=False)
     """The block's input while torch.compile traces the block; the graph holds it, not the layer."""
     last: "Record | None" = field(default=None, repr=False)
     """What the last call was, for `diffattn.summary`."""
@@ -92,7 +110,7 @@ class SwappedLayer:
         whole = getattr(self.module.processor, "_parallel_config", None) is None
         return whole and all(mechanism.grouped_heads for mechanism in self.schedule.mechanisms)
 
-    def wants(self, query: Tensor, key: Tensor, parallel_config: Any = None) -> bool:
+    def wants(self, query: Tensor, key: Tensor, parallel_config: Any = None, is_causal: bool = False) -> bool:
         """Is this call the mechanism's, or the model's own attention for now?
 
         A call with other keys than the queries' own tokens stays dense where it would anyway, and is refused else;
@@ -101,20 +119,23 @@ class SwappedLayer:
         """
         if not self.active:
             return False
-        if query.shape[2] != key.shape[2]:
+        rectangular = self.row is not None and self.row.fewer_queries
+        if rectangular and is_causal:  # a text's own
+            return False
+        if query.shape[2] != key.shape[2] and not rectangular:
             self._refuse_other_keys(query, key, parallel_config)
             return False
         if self.schedule.own:
             if torch.compiler.is_compiling():
                 self.traced = self.reached = True
             else:
-                self._count(EXACT, query, find(self.scope))
+                self._count(EXACT, query, key, find(self.scope))
             return False
         if intercept.values_replace_attention():
             if not torch.compiler.is_compiling():
-                self._count(PERTURBED, query, find(self.scope))
+                self._count(PERTURBED, query, key, find(self.scope))
             return False
-        return compiled.opaque() or self._outcome(query, parallel_config) == SWAPPED
+        return compiled.opaque() or self._outcome(query, key, parallel_config) == SWAPPED
 
     def attend(
         self,
@@ -128,32 +149,29 @@ class SwappedLayer:
         """The layer's output for (b, h, n, d), where the tokens may be those of one rank among several."""
         if compiled.opaque():
             return compiled.attend(query, key, value, mask, self._take_traced_features(query), scale, self)
-        return self._swapped(query, key, value, mask, None, scale, parallel_config)[0]
+        return self._swapped(Inputs(query, key, value, mask, None, scale), parallel_config)[0]
 
-    def compute(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        features: Tensor | None,
-        scale: float | None,
-        situation: Situation | None = None,
-    ) -> tuple[Tensor, Situation]:
+    def compute(self, given: Inputs, situation: Situation | None = None) -> tuple[Tensor, Situation]:
         """As `wants` and `attend`, for the operator; `situation` is what an earlier pass found."""
         parallel_config = getattr(self.module.processor, "_parallel_config", None)
-        dense = situation.dense if situation else self._outcome(query, parallel_config) != SWAPPED
+        dense = situation.dense if situation else self._outcome(given.query, given.key, parallel_config) != SWAPPED
         if dense:
-            out = intercept.own_attention(self.module.processor, query, key, value, mask, scale)
-            return out, situation or Situation(dense=True)
-        return self._swapped(query, key, value, mask, features, scale, parallel_config, situation)
+            return self._own_attention(given), situation or Situation(dense=True)
+        return self._swapped(given, parallel_config, situation)
 
-    def _outcome(self, query: Tensor, parallel_config: Any) -> str:
+    def _own_attention(self, given: Inputs) -> Tensor:
+        """What the family's own processor would compute."""
+        q, k, v = given.query, given.key, given.value
+        return intercept.own_attention(self.module.processor, q, k, v, given.mask, given.scale)
+
+    def _outcome(self, query: Tensor, key: Tensor, parallel_config: Any) -> str:
         """`SWAPPED`, or why the call stays dense; noted in the running call."""
         frame = self._frame(query.shape[2])
         outcome = self._outcome_in(frame, query, parallel_config)
+        if outcome == SWAPPED and self._is_aside(frame, query, key):
+            return ASIDE
         if outcome != SWAPPED:  # which is counted with its grid
-            self._count(outcome, query, frame)
+            self._count(outcome, query, key, frame)
         return outcome
 
     def _outcome_in(self, frame: Frame | None, query: Tensor, parallel_config: Any) -> str:
@@ -166,6 +184,12 @@ class SwappedLayer:
         if self.min_tokens and context_parallel.count_tokens(parallel_config, query) < self.min_tokens:
             return TOO_FEW
         return SWAPPED
+
+    def _is_aside(self, frame: Frame | None, query: Tensor, key: Tensor) -> bool:
+        """Is this a call of other tokens among themselves, beside the layer's own?"""
+        if self.row is None or not self.row.fewer_queries or frame is None:
+            return False
+        return frame.readings[self.scope].layouts[0].is_aside(query.shape[2], key.shape[2])
 
     def _refuse_other_keys(self, query: Tensor, key: Tensor, parallel_config: Any) -> None:
         """Raise for a call with other keys than the queries' own tokens, unless it is dense anyway."""
@@ -182,7 +206,7 @@ class SwappedLayer:
         if outcome == SWAPPED:
             intercept.refuse_other_keys(self.name, query.shape[2], key.shape[2], self.mechanism)
         if frame is not None and not any(layer == id(self) for layer, *_ in frame.call.done):
-            self._count(outcome, query, frame)  # what follows a call of the layer's own are image prompts
+            self._count(outcome, query, key, frame)  # what follows a call of the layer's own are image prompts
 
     def _frame(self, tokens: int) -> Frame | None:
         """The forward that a call with this many tokens belongs to."""
@@ -194,25 +218,21 @@ class SwappedLayer:
         return frame
 
     def _swapped(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        features: Tensor | None,
-        scale: float | None,
-        parallel_config: Any,
-        situation: Situation | None = None,
+        self, given: Inputs, parallel_config: Any, situation: Situation | None = None
     ) -> tuple[Tensor, Situation]:
         """The mechanism's output, over all ranks, and what the call was."""
-        mask = intercept.as_four_axes(mask)
+        query = given.query
+        given = replace(given, mask=intercept.as_four_axes(given.mask))
         ids = self._reading(query.shape[2]).ids if torch.compiler.is_exporting() else None
         if ids is not None and parallel_config is None and self.weights is None and not self.schedule.needs:
             self.traced = self.reached = True
-            out = compiled.attend_at(query, key, value, mask, ids, scale, self.mechanism, self.backend)
-            return out, Situation()
+            return compiled.attend_at(given, ids, self.mechanism, self.backend), Situation()
         if parallel_config is None:
-            return self._attend_all(query, key, value, mask, features, scale, situation)
+            return self._attend_all(given, situation)
+        if query.shape[2] != given.key.shape[2]:
+            raise NotImplementedError(
+                "under context parallelism a call must have as many queries as keys; call diffattn.restore first"
+            )
         if situation is not None:
             raise NotImplementedError(
                 "a compiled model has no backward pass under context parallelism with swapped attention; train it "
@@ -221,9 +241,9 @@ class SwappedLayer:
         shards = context_parallel.shards(parallel_config, query, self._reading)
         for mechanism in self.schedule.mechanisms:
             context_parallel.check_mechanism(mechanism, self.weights, query, shards.heads[shards.rank])
-        mask = shards.gather_mask(mask)
-        q, k, v = (shards.gather(tensor) for tensor in (query, key, value))
-        out, found = self._attend_all(q, k, v, mask, features, scale, situation)
+        q, k, v = (shards.gather(tensor) for tensor in (query, given.key, given.value))
+        whole = Inputs(q, k, v, shards.gather_mask(given.mask), given.features, given.scale)
+        out, found = self._attend_all(whole, situation)
         return shards.scatter(out), found
 
     def _reading(self, tokens: int) -> Reading:
@@ -235,22 +255,18 @@ class SwappedLayer:
             )
         return frame.readings[self.scope]
 
-    def _attend_all(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        features: Tensor | None,
-        scale: float | None,
-        situation: Situation | None,
-    ) -> tuple[Tensor, Situation]:
+    def _attend_all(self, given: Inputs, situation: Situation | None) -> tuple[Tensor, Situation]:
         """The mechanism on all tokens; sample by sample where their grids differ."""
-        call, found_now = Call(), situation is None
+        query, call, found_now = given.query, Call(), situation is None
         if situation is None:
-            situation, call = self._look_up(query)
-            features = call.take_features(self.index, len(query)) if features is None else features
-        record = Record(situation, without_data(query), None if mask is None else without_data(mask))
+            situation, call = self._look_up(query, given.key)
+            features = call.take_features(self.index, len(query)) if given.features is None else given.features
+            given = replace(given, features=features)
+        if self.row is not None and self.row.mask_of(self.module) == "padding":
+            cells = [grid.before - grid.silent[0] for grid in situation.grids]
+            given = replace(given, mask=intercept.mask_on_keys(given.mask, cells))
+        mask = None if given.mask is None else without_data(given.mask)
+        record = Record(situation, without_data(query), given.key.shape[2], mask)
         part = self.schedule.parts[situation.part]
         memories = keeping.memories(id(self), part, call, situation, query)
         kept = keeping.output(part.reuse, call, memories)
@@ -261,41 +277,28 @@ class SwappedLayer:
             note(call.done, self, SWAPPED if kept is None else REUSED, record)
         if kept is not None:
             return kept, situation
-        out = self._attend_samples(query, key, value, mask, features, scale, situation, memories)
+        out = self._attend_samples(given, situation, memories)
         if part.reuse > 1:
             keeping.keep(call, memories, out)
         return out, situation
 
-    def _attend_samples(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        features: Tensor | None,
-        scale: float | None,
-        situation: Situation,
-        memories: list[dict[str, Any]],
-    ) -> Tensor:
+    def _attend_samples(self, given: Inputs, situation: Situation, memories: list[dict[str, Any]]) -> Tensor:
         """The mechanism on the whole batch, or on each sample by itself."""
-        several: list[dict[str, Any] | None] = [*memories] or [None] * len(situation.grids)
-        if len(situation.grids) == 1:
-            return self._attend(query, key, value, mask, features, scale, situation, 0, several[0])
-        samples = []
-        for i in range(len(situation.grids)):
-            q, k, v = (x[i : i + 1] for x in (query, key, value))
-            own_features = None if features is None else features[i : i + 1]
-            own_mask = mask if mask is None or mask.shape[0] == 1 else mask[i : i + 1]
-            samples.append(self._attend(q, k, v, own_mask, own_features, scale, situation, i, several[i]))
-        return torch.cat(samples)
+        grids = situation.grids
+        several: list[dict[str, Any] | None] = [*memories] or [None] * len(grids)
+        if len(grids) == 1:
+            return self._attend(given, situation, grids[0], several[0])
+        parts = enumerate(zip(grids, several, strict=True))
+        return torch.cat([self._attend(given.sample(i), situation, grid, memory) for i, (grid, memory) in parts])
 
-    def _look_up(self, query: Tensor) -> tuple[Situation, Call]:
+    def _look_up(self, query: Tensor, key: Tensor) -> tuple[Situation, Call]:
         """The situation of a call of this thread, and its forward."""
         tokens = query.shape[2]
         reading, frame = self._reading(tokens), self._frame(tokens)
         assert frame is not None
         try:
-            call, grids = frame.call, self.state.grids(reading, tokens)
+            call, grids = frame.call, self.state.grids(reading, key.shape[2], tokens)
+            also = reading.also(grids[0])
         except Exception:
             pop(frame.door)  # torch.export does not call the hook of a forward that fails
             raise
@@ -303,6 +306,7 @@ class SwappedLayer:
         needs = part.mechanism.needs
         return Situation(
             grids,
+            also,
             part=number,
             downsample=downsample(call.pixels, grids[0]) if call.pixels and "downsample" in needs else 1,
             progress=moment.progress if moment and "progress" in needs else None,
@@ -316,40 +320,35 @@ class SwappedLayer:
         number = self.schedule.number(None if call.moment is None else call.moment.progress)
         return number, self.schedule.parts[number]
 
-    def keep_features(self, block_input: Tensor) -> None:
-        """Note the block's input until the layer has used it; dense steps need none."""
+    def keep_features(self, block_input: Tensor | None) -> None:
+        """Note the block's input, None at its end; dense steps need none."""
+        kept = None if block_input is None else (block_input, 0)
         if compiled.opaque():
-            self.traced_features = block_input
+            self.traced_features = kept
             return
         frame = find(self.scope)
-        if frame is not None and not frame.call.dense and not self.state.paused:
-            frame.call.features[self.index] = block_input
+        if frame is not None and (kept is None or not (frame.call.dense or self.state.paused)):
+            frame.call.features[self.index] = kept
 
     def _take_traced_features(self, query: Tensor) -> Tensor | None:
-        features = self.traced_features
-        if features is None:
-            return None
-        samples = query.shape[0]
-        self.traced_features = features[samples:] if features.shape[0] > samples else None
-        return features[:samples]
+        features, self.traced_features = next_samples(self.traced_features, query.shape[0])
+        return features
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        features: Tensor | None,
-        scale: float | None,
-        situation: Situation,
-        sample: int,
-        memory: dict[str, Any] | None,
-    ) -> Tensor:
-        grid, context = situation.grids[sample], self._context(situation, mask, features, memory)
+    def _attend(self, given: Inputs, situation: Situation, grid: TokenGrid, memory: dict[str, Any] | None) -> Tensor:
+        context = self._context(situation, given.mask, given.features, memory)
         mechanism = self.schedule.parts[situation.part].mechanism
         if mechanism.exact:
-            return intercept.own_attention(self.module.processor, query, key, value, mask, scale)
-        return mechanism.attend(query, key, value, grid, scale=scale, backend=self.backend, context=context)
+            return self._own_attention(given)
+        return attend_sequence(
+            mechanism,
+            given.query,
+            given.key,
+            given.value,
+            (grid, *situation.also),
+            scale=given.scale,
+            backend=self.backend,
+            context=context,
+        )
 
     def _context(
         self, situation: Situation, mask: Tensor | None, features: Tensor | None, memory: dict[str, Any] | None = None
@@ -368,14 +367,14 @@ class SwappedLayer:
             call_index=self.index if "call_index" in needs else 0,
         )
 
-    def _count(self, outcome: str, query: Tensor, frame: Frame | None) -> None:
+    def _count(self, outcome: str, query: Tensor, key: Tensor, frame: Frame | None) -> None:
         if frame is not None and not in_backward():
             self.reached = True
-            note(frame.call.done, self, outcome, Record(Situation(dense=True), without_data(query), None))
+            note(frame.call.done, self, outcome, Record(Situation(dense=True), without_data(query), key.shape[2], None))
 
     def assume(self, grid: TokenGrid, query: Tensor) -> None:
         """Take this for the last call, for a table of costs without any."""
-        self.last = Record(Situation((grid,)), query, None)
+        self.last = Record(Situation((grid,)), query, grid.tokens, None)
 
     def flops(self, mechanism: Mechanism | None = None) -> int:
         """What `mechanism`, or the layer's own, would compute in the last call, for one sample."""
@@ -386,10 +385,10 @@ class SwappedLayer:
         """What `mechanism`, or the one that computed it, would compute in a call, for one sample."""
         query, situation = record.query, record.situation
         if situation.dense:
-            return 4 * query.shape[2] ** 2 * query.shape[1] * query.shape[3]
+            return 4 * query.shape[2] * record.keys * query.shape[1] * query.shape[3]
         context = self._context(situation, record.mask, None)
         own = mechanism or self.schedule.parts[situation.part].mechanism
-        return own.flops(situation.grids[0], query.shape[1], query.shape[3], context=context)
+        return flops_of_sequence(own, (situation.grids[0], *situation.also), query.shape[1], query.shape[3], context)
 
     def explain_backend(self) -> str:
         """The kernel of the last call, and why "auto" chose it."""
@@ -397,4 +396,5 @@ class SwappedLayer:
             return self.backend
         query, situation = self.last.query, self.last.situation
         context, own = self._context(situation, self.last.mask, None), self.schedule.parts[situation.part].mechanism
-        return own.explain_backend(query, query, query, situation.grids[0], self.backend, context)
+        whole = query[:, :, :1].expand(-1, -1, situation.grids[0].tokens, -1)
+        return own.explain_backend(whole, whole, whole, situation.grids[0], self.backend, context)

@@ -153,8 +153,7 @@ class ModelSwap:
         own = dict(self.model.named_modules())
         for name, layer in self.layers.items():
             if "features" in layer.schedule.needs:
-                block = own[name.rpartition(".")[0]]
-                self._hooks.append(block.register_forward_pre_hook(Features(layer), with_kwargs=True))
+                self._hooks.append(Features(layer, own[name.rpartition(".")[0]]))
 
     def _scale_rope(self) -> None:
         factor = getattr(self.mechanism, "ntk_factor", 1.0)
@@ -180,10 +179,10 @@ class ModelSwap:
         if family.latent:
             height, width = given[family.latent].shape[-2:]
             call.pixels = int(height * width)
-        if "timestep" in state.needs:
-            call.timestep = largest(given[family.timestep])
-        if state.chosen is not None or (state.counts_steps and call.run is not None):
-            timestep = given[family.timestep]
+        timestep = None if family.timestep is None else given[family.timestep]
+        if timestep is not None and "timestep" in state.needs:
+            call.timestep = largest(timestep)
+        if timestep is not None and (state.chosen is not None or (state.counts_steps and call.run is not None)):
             call.moment = state.runs.moment(caller, lambda: largest(timestep), with_sigma="sigma" in state.needs)
         if state.chosen is not None and call.moment is not None:
             call.dense = not state.chosen(call.moment.step, call.moment.total, call.moment.skipped)

@@ -141,6 +141,8 @@ class Ordering:
         layouts = [layout for reading in readings for layout in reading.layouts]
         places = {(place.frames, place.height, place.width, place.after) for place in layouts}
         shapes = {place[:3] for place in places}
+        if any(layout.also for layout in layouts):
+            return "the sequence holds several grids"
         if len(shapes) != 1:
             return "the samples of a call have other grids, or none was read"
         ((frames, height, width),) = shapes

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import config
-from ..families import Layers, Read, family_of, find_layers, owner_of
+from ..families import Layers, Read, family_of, find_layers, owner_of, row_of
 from ..mechanisms.base import Mechanism
 from ..options import check_fields, read
 from . import intercept
@@ -21,10 +21,13 @@ from .model_swap import ModelSwap
 from .settings.placement import ComponentChoice, LayerChoice, Placement
 from .settings.recipe import ModelRecipe, Recipe
 from .settings.schedule import Schedule
-from .unsupported import check_processor, check_supported
+from .unsupported import check_processor, check_supported, check_told, reason_on_a_line
 
-COMPONENTS = ("unet", "transformer", "transformer_2")
+COMPONENTS = ("unet", "transformer", "transformer_2", "transformer_ref", "unconditional_transformer")
 """Parts of a pipeline that `apply` takes unless told otherwise."""
+
+STAGES = ("prior", "prior_prior", "decoder")
+"""Parts that it takes of a pipeline without those, where their classes have a row."""
 
 EVERY = "*"
 Mechanisms = Mechanism | Schedule | Recipe | Mapping[str, Mechanism | Schedule]
@@ -76,6 +79,7 @@ def models_of(target: Any, components: ComponentChoice = None) -> list[nn.Module
     if not isinstance(parts, dict):
         raise TypeError(f"expected a diffusers pipeline or model, got {type(target).__name__}")
     usual = [name for name in COMPONENTS if parts.get(name) is not None]
+    usual = usual or [name for name in STAGES if row_of(parts.get(name)) is not None]
     chosen = usual if components is None else names_in(components)
     for name in chosen:
         if not isinstance(parts.get(name), nn.Module):
@@ -112,6 +116,7 @@ def plan_all(target: Any, mechanism: Mechanisms, placement: Placement | None = N
         ]
     for swap in swaps:
         _check_sigma(target, swap)
+        check_told(target, swap.family, swap.mechanisms, placement.counts_steps)
     _leave_shared_layers(swaps)
     runs = Runs(None if isinstance(target, nn.Module) else target)
     parts = [] if isinstance(target, nn.Module) else target.components.values()
@@ -258,8 +263,8 @@ def plan(model: nn.Module, schedule: Schedule, placement: Placement) -> ModelSwa
         if reason is not None:
             swap.kept[name] = reason
             continue
-        check_processor(intercept.original_of(module.processor))
         entry, owner = entries[name], owner_of(entries[name], name)
+        check_processor(intercept.original_of(module.processor), known=entry.helpers)
         swap.layers[name] = SwappedLayer(
             name=name,
             ref=Ref(module),
@@ -271,6 +276,7 @@ def plan(model: nn.Module, schedule: Schedule, placement: Placement) -> ModelSwa
             index=len(swap.layers),
             min_tokens=placement.min_tokens,
             weights=_weights(schedule, name, module),
+            row=entry,
         )
     if not swap.layers:
         reasons = "; ".join(sorted(set(swap.kept.values()))) or "it has no attention layers"
@@ -284,8 +290,10 @@ def _scales_rope(mechanism: Mechanism) -> bool:
 
 
 def _in_cross_block(model: nn.Module, name: str) -> bool:
-    """Is the layer in a UNet block that attends to text alone, twice?"""
-    return bool(vars(model.get_submodule(name.rpartition(".")[0])).get("only_cross_attention", False))
+    """Does the layer attend to text alone, by itself or by the UNet block around it?"""
+    block, layer = vars(model.get_submodule(name.rpartition(".")[0])), vars(model.get_submodule(name))
+    alone = block.get("only_cross_attention", False) or layer.get("only_cross_attention", False)
+    return bool(alone) or block.get("self_attn") is False
 
 
 def _reason_to_keep(
@@ -302,6 +310,10 @@ def _reason_to_keep(
         return f"attention within one frame: {mechanism.type} would change nothing"
     if "features" in mechanism.needs and not entries[name].has_features:
         return f"its block is not called with the block's input, which {mechanism.type} compares"
+    if mechanism.one_mask and entries[name].mask_of(module) == "queries":
+        return f"each query has a mask of its own, and {mechanism.type} takes one for all"
+    if entries[name].line and (reason := reason_on_a_line(mechanism)) is not None:
+        return reason
     processor = intercept.original_of(module.processor)
     if not intercept.has_exit(processor):
         return f"{type(processor).__name__} computes no softmax attention by a call that can be swapped"
@@ -358,7 +370,7 @@ def _heads(module: nn.Module) -> tuple[int, int] | None:
         return None
     query = getattr(module, "to_q", None) or getattr(module, "to_query", None)
     width = _first_number(module, "inner_dim") or (None if query is None else _first_number(query, "out_features"))
-    head_dim = _first_number(module, "head_dim") if width is None else width // heads
+    head_dim = _first_number(module, "head_dim", "dim_heads") if width is None else width // heads
     return None if head_dim is None else (heads, head_dim)
 
 

@@ -5,15 +5,18 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from ..grid import TokenGrid
 from ..mechanisms.softmax import SoftmaxAttention
 from .apply import swaps_of
 from .calls.records import REUSED, SWAPPED
 from .calls.worth import Worth
+from .exact import exact_layers, exact_models
 from .layer import SwappedLayer
 from .model_swap import ModelSwap
 from .ordering import IN_LAYERS, wants_order
-from .plan import attention_modules, models_of
+from .plan import COMPONENTS, attention_modules, models_of
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,17 @@ class Summary:
 
 def summary(target: Any) -> Summary:
     """Every attention layer of a model or pipeline: swapped or kept and why, tokens, cost before and after."""
-    swaps = {id(swap.model): swap for swap in swaps_of(target)}
-    models = {id(model): model for model in [*(swap.model for swap in swaps.values()), *models_of(target)]}
+    swaps, exact = {id(swap.model): swap for swap in swaps_of(target)}, exact_models(target)
+    found = [*(swap.model for swap in swaps.values()), *exact]
+    parts = getattr(target, "components", {})
+    alone = exact and not isinstance(target, nn.Module) and all(parts.get(name) is None for name in COMPONENTS)
+    usual = [] if alone else models_of(target)
     rows: list[Row] = []
-    for key, model in models.items():
-        swap, name = swaps.get(key), type(model).__name__
+    for key, model in {id(model): model for model in [*found, *usual]}.items():
+        swap, name, same = swaps.get(key), type(model).__name__, exact_layers(model)
         for layer in attention_modules(model):
-            rows.append(Row(name, layer, False, "not swapped") if swap is None else _row(name, layer, swap))
+            kept = str(same[layer].processor) if layer in same else "not swapped"
+            rows.append(Row(name, layer, False, kept) if swap is None else _row(name, layer, swap))
     told = {swap.name: _order(swap) for swap in swaps.values()}
     worth = {swap.name: swap.worth for swap in swaps.values() if swap.worth is not None}
     return Summary(tuple(rows), {name: order for name, order in told.items() if order}, worth)

@@ -30,9 +30,9 @@ class State:
     """The recipe that the layers follow, which is not for all sizes."""
     recall: Recall = field(default_factory=Recall)
 
-    def grids(self, reading: Reading, tokens: int) -> tuple[TokenGrid, ...]:
+    def grids(self, reading: Reading, tokens: int, queries: int) -> tuple[TokenGrid, ...]:
         """What mechanisms are given of a forward: one grid for the whole batch, or one per sample."""
-        grids = reading.grids(tokens)
+        grids = reading.grids(tokens, queries)
         if self.made_for is not None:
             for grid in grids:
                 self.made_for.check(grid)

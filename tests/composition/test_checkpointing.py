@@ -22,7 +22,7 @@ class Checkpointed(Composition):
 
 
 @pytest.mark.cell("Gradient checkpointing", outcome="works")
-@pytest.mark.parametrize("family", ["Flux", "SD1.5", "Wan"])
+@pytest.mark.parametrize("family", ["Flux", "SD1.5", "Wan", "LTX-2", "HunyuanVideo-1.5", "Wan-VACE"])
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_gradients(family: str, order: str, caplog: pytest.LogCaptureFixture) -> None:
     """What is compared are the gradients of all parameters."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from compiling import Graphs, compile_blocks
 from hand_masks import RADIUS, TOLERANCE, error
-from models import BUILDERS, Tiny, flux, picture_ids
+from models import BUILDERS, Tiny, draw, flux, picture_ids
 from torch import Tensor
 
 import diffattn
@@ -89,6 +89,45 @@ def test_a_whole_model_at_many_sizes() -> None:
     for got, one in zip(outputs(tiny, compiled), want, strict=True):
         assert error(got, one) < TOLERANCE
     assert graphs.count <= wanted_graphs
+
+
+def video_sized(family: str, rows: int, columns: int) -> dict[str, Any]:
+    """A call of another size."""
+    if family == "LTX-2":
+        return {
+            "hidden_states": draw(2, 3 * rows * columns, 4),
+            "height": rows,
+            "width": columns,
+            "video_coords": None,
+        }
+    control = {"control_hidden_states": draw(2, 6, 3, 2 * rows, 2 * columns)} if family == "Wan-VACE" else {}
+    return {"hidden_states": draw(2, 4, 3, 2 * rows, 2 * columns), **control}
+
+
+@pytest.mark.cell("torch.compile, many sizes", outcome="works", note="no graph more than without a swap")
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["LTX-2", "HunyuanVideo-1.5", "Wan-VACE"])
+@pytest.mark.slow
+def test_blocks_of_video_models_at_many_sizes(family: str) -> None:
+    """Padded text among them, whose mask is one over queries and keys."""
+    tiny, calls = BUILDERS[family](), [video_sized(family, *size) for size in SIZES[:4]]
+
+    def outputs_of_all() -> list[Tensor]:
+        return [tiny.run(**call) for call in calls]
+
+    plain = Graphs()
+    compile_blocks(tiny.model, plain)
+    outputs_of_all()
+    torch._dynamo.reset()
+    tiny, graphs = BUILDERS[family](), Graphs()
+    diffattn.apply(tiny.model, "clear", radius=RADIUS)
+    want = outputs_of_all()
+    compile_blocks(tiny.model, graphs)
+    for _ in range(2):
+        for got, one in zip(outputs_of_all(), want, strict=True):
+            assert error(got, one) < TOLERANCE
+    assert graphs.count <= plain.count
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.cell("torch.compile, many sizes", family="Flux", outcome="works")

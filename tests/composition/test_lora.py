@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 in_both_orders = pytest.mark.parametrize("order", ["before", "after"])
-families = pytest.mark.parametrize("family", ["Flux", "SD1.5", "Wan"])
+families = pytest.mark.parametrize("family", ["Flux", "SD1.5", "Wan", "LTX-2", "HunyuanVideo-1.5", "Wan-VACE"])
 # peft says so at every second adapter
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
 

@@ -65,7 +65,9 @@ def is_int8(module: nn.Module) -> bool:
     return type(module.weight).__name__ == "Int8Tensor"
 
 
-torchao_families = pytest.mark.parametrize("family", ["Flux", "SD3", "Wan", "SD1.5"])
+torchao_families = pytest.mark.parametrize(
+    "family", ["Flux", "SD3", "Wan", "SD1.5", "LTX-2", "HunyuanVideo-1.5", "Wan-VACE"]
+)
 
 
 @pytest.mark.cell("Quantized: torchao int8", outcome="works")

@@ -26,6 +26,7 @@ STEPS = 5
 
 in_both_orders = pytest.mark.parametrize("order", ["before", "after"])
 families = pytest.mark.parametrize("family", ["Flux", "Wan"])
+models = pytest.mark.parametrize("family", ["Flux", "Wan", "LTX-2", "HunyuanVideo-1.5", "Wan-VACE"])
 mechanisms = pytest.mark.parametrize(
     "mechanism",
     [
@@ -41,7 +42,7 @@ def cell(feature: str, note: str = "") -> Any:
 
 @cell("LoRA")
 @mechanisms
-@families
+@models
 @in_both_orders
 # peft says so at every second adapter
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
@@ -130,7 +131,7 @@ def test_offload(family: str, mechanism: Mechanism, order: str, caplog: pytest.L
 @pytest.mark.compile
 @torch.no_grad()
 @mechanisms
-@families
+@models
 def test_compiled_blocks(family: str, mechanism: Mechanism) -> None:
     torch._dynamo.reset()
     tiny, graphs = BUILDERS[family](), Graphs()
@@ -147,7 +148,7 @@ def test_compiled_blocks(family: str, mechanism: Mechanism) -> None:
 
 
 @cell("adapter files")
-@families
+@models
 @mechanisms
 def test_adapter_files(family: str, mechanism: Mechanism, tmp_path: Path) -> None:
     """Changed layers under a mechanism go into a file, and come with it into a fresh model."""

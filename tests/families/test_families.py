@@ -17,6 +17,7 @@ import pytest
 import torch
 from hand_masks import RADIUS, TOLERANCE, by_hand, error, gradients, relative
 from models import BUILDERS, TEXT, Tiny, Tokens, draw, flux, picture_ids, sana
+from releases import built, needs
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -80,7 +81,7 @@ def own_output(name: str) -> Tensor:
         return build(name).run()
 
 
-@pytest.fixture(params=BUILDERS)
+@pytest.fixture(params=built(BUILDERS))
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -98,7 +99,10 @@ def tiny(family: str) -> Iterator[Tiny]:
 @pytest.mark.parametrize("mechanism", ["softmax", "plain"])
 def test_exact_attention_changes_nothing(tiny: Tiny, family: str, mechanism: str) -> None:
     handle = diffattn.apply(tiny.model, mechanism)
-    assert torch.equal(tiny.run(), own_output(family))
+    if mechanism == "plain" and any(tokens.silent != (0, 0) for own in tiny.spatial.values() for tokens in own):
+        assert error(tiny.run(), own_output(family)) < TOLERANCE  # queries are padded, and rounded in other groups
+    else:
+        assert torch.equal(tiny.run(), own_output(family))
     assert all(layer.reached for layer in handle.layers)
 
 
@@ -112,7 +116,7 @@ def test_clear_is_the_model_under_a_mask_made_by_hand(tiny: Tiny, family: str) -
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [name for name in BUILDERS if name in ("AnimateDiff", "SVD", "I2VGen-XL", "UNet3D")])
+@pytest.mark.parametrize("family", ["AnimateDiff", "SparseCtrl-ControlNet", "SVD", "I2VGen-XL", "UNet3D", "Latte"])
 def test_layers_along_the_frames_are_swapped_on_request(tiny: Tiny, family: str) -> None:
     want = by_hand(tiny, tiny.temporal)
     handle = diffattn.apply(
@@ -166,7 +170,6 @@ def test_another_model_of_the_family_is_left_alone(tiny: Tiny, family: str) -> N
 @torch.no_grad()
 def test_set_attn_processor_equals_apply(tiny: Tiny, family: str) -> None:
     if not hasattr(tiny.model, "set_attn_processor"):
-        assert family.startswith(("Z-Image", "Lumina2", "Mochi"))
         with pytest.raises(ValueError, match=r"has no set_attn_processor in diffusers: use diffattn\.apply"):
             diffattn.attn_processors(tiny.model, "clear", radius=RADIUS)
         return
@@ -184,6 +187,10 @@ def test_set_attn_processor_equals_apply(tiny: Tiny, family: str) -> None:
 def test_pooled_keys_fit_every_layer(tiny: Tiny, family: str) -> None:
     """CLEAR's extra keys: one weight per layer, and as many keys as the layer's grid has blocks."""
     divisible = all(t.rows % 2 == 0 and t.columns % 2 == 0 for layout in tiny.spatial.values() for t in layout)
+    if all(t.rows == 1 for layout in tiny.spatial.values() for t in layout):
+        with pytest.raises(ValueError, match="down_factor=2 does not divide the grid"):
+            diffattn.apply(tiny.model, "clear", radius=RADIUS, down_factor=2)
+        return
     handle = diffattn.apply(tiny.model, "clear", radius=RADIUS, down_factor=2)
     assert len(list(handle.parameters())) == len(handle.layers)
     if divisible:
@@ -338,19 +345,17 @@ def test_a_surplus_of_tokens_is_an_error_where_no_text_comes_along(family: str) 
             layout.grid(tokens)
 
 
-def test_every_row_says_which_layers_see_the_cells_alone() -> None:
+def test_every_row_says_which_layers_see_the_cells_alone(tiny: Tiny, family: str) -> None:
     """By the tokens of the tiny models: text, padding or references on a side, or none of it."""
-    for family in BUILDERS:
-        tiny = build(family)
-        names = [name for name, _ in tiny.model.named_modules()]
-        for name, entry in find_layers(family_of(tiny.model), names).items():
-            layouts = [own for key, own in tiny.spatial.items() if re.fullmatch(key, name)]
-            if entry.owner is not None or not layouts or family.endswith("ControlNet"):
-                continue
-            read = entry.read(tiny.model, arguments(tiny.model, (), tiny.inputs))
-            for tokens in layouts[0]:
-                others = tokens.before + tokens.after
-                assert all(layout.before == layout.after == 0 for layout in read) == (others == 0), (family, name)
+    names = [name for name, _ in tiny.model.named_modules()]
+    for name, entry in find_layers(family_of(tiny.model), names).items():
+        layouts = [own for key, own in tiny.spatial.items() if re.fullmatch(key, name)]
+        if entry.owner is not None or not layouts or family.endswith("ControlNet"):
+            continue
+        read = entry.read(tiny.model, arguments(tiny.model, (), tiny.inputs))
+        for tokens in layouts[0]:
+            others = tokens.before + tokens.after
+            assert all(layout.before == layout.after == 0 for layout in read) == (others == 0), name
 
 
 def test_other_tokens_that_are_known_must_be_there() -> None:
@@ -560,6 +565,7 @@ def test_the_same_model_in_two_places_is_swapped_once() -> None:
     assert torch.equal(tiny.run(), own_output("Flux"))
 
 
+@needs("diffusers", "0.42", "models of the table")
 def test_the_readme_has_the_table_of_what_runs() -> None:
     assert support_table.README.exists()
     text = support_table.README.read_text()

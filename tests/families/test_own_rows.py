@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
+from further.images import glm_image, krea2
+from further.videos import joy_image, kandinsky5
 from hand_masks import RADIUS, TOLERANCE, by_hand, error
-from models import COLUMNS, ROWS, TEXT, TIME, Tiny, Tokens, _make, draw, flux, picture_ids
-from releases import needs
+from models import COLUMNS, ROWS, Tiny, flux
+from releases import built
 from torch import Tensor, nn
 
 import diffattn
@@ -20,8 +22,8 @@ LEARNED = diffattn.config.create("linear", feature_map="learned")
 
 @pytest.fixture
 def families(monkeypatch: pytest.MonkeyPatch) -> list[Family]:
-    """The rows, to add to for one test."""
-    rows = [*FAMILIES]
+    """The rows but those of the models here, to add to for one test."""
+    rows = [row for row in FAMILIES if row.name not in OWN]
     monkeypatch.setattr("diffattn.families.FAMILIES", rows)
     return rows
 
@@ -35,111 +37,13 @@ class Own:
     read: Any
 
 
-def joy_image() -> Tiny:
-    model = _make(
-        "JoyImageEditTransformer3DModel",
-        in_channels=4,
-        hidden_size=32,
-        num_attention_heads=2,
-        text_dim=12,
-        num_layers=2,
-        rope_dim_list=[4, 6, 6],
-    )
-    inputs = dict(
-        hidden_states=draw(2, 4, 1, 2 * ROWS, 2 * COLUMNS),
-        timestep=torch.tensor([7, 3]),
-        encoder_hidden_states=draw(2, TEXT, 12),
-    )
-    return Tiny(model, inputs, {r"double_blocks\.\d+\.attn": (Tokens(0, 1, ROWS, COLUMNS, TEXT),)})
-
-
-def kandinsky5(**options: Any) -> Tiny:
-    model = _make(
-        "Kandinsky5Transformer3DModel",
-        in_visual_dim=4,
-        in_text_dim=12,
-        in_text_dim2=8,
-        time_dim=16,
-        out_visual_dim=4,
-        model_dim=32,
-        ff_dim=32,
-        num_text_blocks=1,
-        num_visual_blocks=2,
-        axes_dims=(4, 6, 6),
-        **options,
-    )
-    inputs = dict(
-        hidden_states=draw(1, 3, 8, 10, 4),
-        encoder_hidden_states=draw(1, TEXT, 12),
-        timestep=torch.tensor([7.0]),
-        pooled_projections=draw(1, 8),
-        visual_rope_pos=[torch.arange(3), torch.arange(4), torch.arange(5)],
-        text_rope_pos=torch.arange(TEXT),
-    )
-    return Tiny(model, inputs, {r"visual_transformer_blocks\.\d+\.self_attention": (Tokens(0, 3, 4, 5),)})
-
-
 def channels_last(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
     frames, height, width = call["hidden_states"].shape[1:4]
     return (Layout(height // 2, width // 2, frames, before=0),)
 
 
-def krea2() -> Tiny:
-    model = _make(
-        "Krea2Transformer2DModel",
-        in_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=32,
-        timestep_embed_dim=8,
-        text_hidden_dim=12,
-        num_text_layers=2,
-        text_num_attention_heads=2,
-        text_num_key_value_heads=2,
-        text_intermediate_size=16,
-        num_layerwise_text_blocks=1,
-        num_refiner_text_blocks=1,
-        axes_dims_rope=(4, 6, 6),
-    )
-    ids = torch.cat([torch.zeros(TEXT, 3), picture_ids()])
-    inputs = dict(
-        hidden_states=draw(2, ROWS * COLUMNS, 4),
-        encoder_hidden_states=draw(2, TEXT, 2, 12),
-        timestep=TIME,
-        position_ids=ids,
-    )
-    return Tiny(model, inputs, {r"transformer_blocks\.\d+\.attn": (Tokens(TEXT, 1, ROWS, COLUMNS),)})
-
-
 def six_by_nine(module: nn.Module, call: Arguments) -> tuple[Layout, ...]:
     return (Layout(ROWS, COLUMNS),)
-
-
-def glm_image() -> Tiny:
-    model = _make(
-        "GlmImageTransformer2DModel",
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        text_embed_dim=12,
-        time_embed_dim=8,
-        condition_dim=4,
-        prior_vq_quantizer_codebook_size=8,
-    )
-    inputs = dict(
-        hidden_states=draw(2, 4, 2 * ROWS, 2 * COLUMNS),
-        encoder_hidden_states=draw(2, TEXT, 12),
-        prior_token_id=torch.zeros(2, ROWS * COLUMNS, dtype=torch.long),
-        prior_token_drop=torch.zeros(2, dtype=torch.bool),
-        timestep=torch.tensor([7, 3]),
-        target_size=torch.ones(2, 2),
-        crop_coords=torch.zeros(2, 2),
-    )
-    return Tiny(model, inputs, {r"transformer_blocks\.\d+\.attn1": (Tokens(TEXT, 1, ROWS, COLUMNS),)})
 
 
 OWN = {
@@ -150,15 +54,8 @@ OWN = {
 }
 
 
-NEWER = {"JoyImage": "JoyImageEditTransformer3DModel", "Krea2": "Krea2Transformer2DModel"}
-"""Classes that the lowest diffusers does not have."""
-
-
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[needs("diffusers", "0.42", NEWER[n])] if n in NEWER else []) for n in OWN],
-)
+@pytest.mark.parametrize("name", built(OWN))
 def test_a_row_of_ones_own(name: str, families: list[Family]) -> None:
     own = OWN[name]
     tiny = own.build()

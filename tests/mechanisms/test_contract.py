@@ -163,6 +163,20 @@ def test_padded_text_is_not_seen(mechanism: Mechanism, additive: bool) -> None:
 
 
 @pytest.mark.parametrize("mechanism", examples())
+def test_masks_of_single_queries_are_taken_or_refused_as_it_says(mechanism: Mechanism) -> None:
+    grid = TokenGrid(8, 10, before=2, after=3)
+    q, k, v = (tensor.detach() for tensor in inputs(grid, torch.float64))
+    mask = torch.ones(1, 1, grid.tokens, grid.tokens, dtype=torch.bool)
+    mask[..., :2, -3:] = mask[..., 20:40, :2] = False
+    if mechanism.one_mask:
+        with pytest.raises(ValueError, match="mask"):
+            mechanism.attend(q, k, v, grid, context=Context(mask=mask))
+    else:
+        out = mechanism.attend(q, k, v, grid, context=Context(mask=mask))
+        assert_close(out, mechanism.reference(q, k, v, grid, context=Context(mask=mask)))
+
+
+@pytest.mark.parametrize("mechanism", examples())
 def test_a_mask_may_have_fewer_axes(mechanism: Mechanism) -> None:
     grid = TokenGrid(8, 10, before=2, after=3)
     q, k, v = (tensor.detach() for tensor in inputs(grid, torch.float64))

@@ -20,6 +20,7 @@ import tiny_pipelines
 import torch
 from hand_masks import RADIUS, TOLERANCE, error
 from models import BUILDERS, Tiny, flux, picture_ids, sd15
+from releases import built
 from shared_model import SHAPES, flux_pipelines, picture, spread
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -397,12 +398,16 @@ def test_swapped_models_leave_nothing_in_the_process() -> None:
 # --- what processors are set to
 
 
-def test_the_default_processors_of_a_swapped_unet(caplog: pytest.LogCaptureFixture) -> None:
+WITH_DEFAULTS = ["SD1.5", "AnimateDiff", "SD-ControlNet-Union", "SparseCtrl-ControlNet", "ControlNet-XS"]
+
+
+@pytest.mark.parametrize("name", built(WITH_DEFAULTS))
+def test_the_default_processors_of_a_swapped_unet(name: str, caplog: pytest.LogCaptureFixture) -> None:
     """They make no call that can be swapped: as after set_attn_processor, and said."""
-    tiny = sd15()
+    tiny = BUILDERS[name]()
     tiny.model.set_default_attn_processor()
     own = tiny.run()
-    tiny = sd15()
+    tiny = BUILDERS[name]()
     diffattn.apply(tiny.model, "clear", radius=2)
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="diffattn"):

@@ -47,7 +47,7 @@ class Recorder:
         self.parallel_configs: list[Any] = []
         self.calls: list[tuple[Tensor, Tensor, Tensor, Tensor | None, float | None]] = []
 
-    def wants(self, query: Tensor, key: Tensor, parallel_config: Any = None) -> bool:
+    def wants(self, query: Tensor, key: Tensor, parallel_config: Any = None, is_causal: bool = False) -> bool:
         self.parallel_configs.append(parallel_config)
         return self.wanted
 

@@ -9,7 +9,7 @@ else that the model computes. Text encoder and VAE come on top and are the same 
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, NamedTuple
 
 from torch import nn
@@ -253,7 +253,7 @@ def _times_at(scale: float, measured: Times, rates: Rates) -> Times:
 
 def _scaled(grid: TokenGrid, scale: float) -> TokenGrid:
     rows, columns = (max(1, round(side * scale)) for side in (grid.height, grid.width))
-    return TokenGrid(rows, columns, grid.frames, grid.before, grid.after)
+    return replace(grid, height=rows, width=columns)
 
 
 def _text_tokens(target: Any, model: nn.Module) -> int:

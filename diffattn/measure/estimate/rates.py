@@ -101,7 +101,7 @@ class Measured:
         return f"measured on {hardware_line(hardware(self.like.device))}"
 
     def attention(self, call: AttentionCall, mechanism: Mechanism) -> Pair:
-        grid = smaller(call.grid, lambda grid: 4 * grid.tokens**2 * call.heads * call.head_dim)
+        grid = smaller(call.grid, lambda grid: 4 * grid.pairs * call.heads * call.head_dim)
         generator = torch.Generator().manual_seed(0)
         shape = 1, call.heads, grid.tokens, call.head_dim
         q, k, v = (torch.randn(shape, generator=generator).to(self.like) for _ in range(3))
@@ -135,9 +135,7 @@ def smaller(grid: TokenGrid, flops: Callable[[TokenGrid], float]) -> TokenGrid:
     shrunk = grid
     for parts in range(1, max(grid.height, grid.width) + 1):
         side = math.sqrt(parts)
-        shrunk = TokenGrid(
-            max(1, round(grid.height / side)), max(1, round(grid.width / side)), grid.frames, grid.before, grid.after
-        )
+        shrunk = replace(grid, height=max(1, round(grid.height / side)), width=max(1, round(grid.width / side)))
         if flops(shrunk) <= MOST_FLOPS:
             break
     return shrunk

@@ -30,7 +30,7 @@ class AttentionCall:
     @property
     def full(self) -> int:
         """Floating-point operations of full attention on one sample."""
-        return 4 * self.grid.tokens**2 * self.heads * self.head_dim
+        return 4 * self.grid.pairs * self.heads * self.head_dim
 
 
 @dataclass(frozen=True)

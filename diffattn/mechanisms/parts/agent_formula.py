@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffattn.grid import TokenGrid
+from diffattn.kernels.call import attend_others
 
 
 def key_mask(mask: Tensor | None) -> Tensor | None:
@@ -54,4 +55,4 @@ def agent_attention(
         out = out + shortcut * values
     if others_ask or not grid.others:
         return out
-    return grid.join(out, F.scaled_dot_product_attention(grid.split(q)[1], k, v, attn_mask=mask, scale=scale))
+    return grid.join(out, attend_others(q, k, v, grid, mask=mask, scale=scale))

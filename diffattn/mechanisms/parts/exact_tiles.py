@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffattn.grid import TokenGrid
+from diffattn.kernels.call import attend_others
 from diffattn.kernels.order import TileOrder
 from diffattn.kernels.pattern import Shape
 from diffattn.kernels.routed import RoutedCall, explain, run
@@ -80,8 +81,7 @@ def attend_tiles(
     out = order.from_tiles(tiles.flatten(1, 2)[None])[0].unflatten(0, q.shape[:2])
     if not grid.others:
         return out
-    others = F.scaled_dot_product_attention(grid.split(q)[1], k, v, attn_mask=mask, scale=scale)
-    return grid.join(out, others)
+    return grid.join(out, attend_others(q, k, v, grid, mask=mask, scale=scale))
 
 
 def explain_tiles(mask: Tensor | None, backend: str, lay_out: Callable[[Tensor | None], RoutedCall]) -> str:

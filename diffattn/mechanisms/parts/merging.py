@@ -84,6 +84,8 @@ def compared_features(k: Tensor, grid: TokenGrid, context: Context) -> Tensor:
         return k[..., grid.cell_slice, :].transpose(1, 2).flatten(2)
     # a block may carry text in an argument of its own, which comes to lie before or after the rest
     first = {grid.tokens: grid.before, grid.before + grid.cells: grid.before, grid.cells + grid.after: 0, grid.cells: 0}
+    if grid.before == 0 and grid.cells <= features.shape[1] <= grid.tokens:
+        return features[:, : grid.cells]  # padding of the cells' own part, and then text
     if features.shape[1] not in first:
         raise ValueError(
             f"merging compares one feature per cell or per token of {grid} ({grid.cells} or {grid.tokens}), got "

@@ -58,11 +58,11 @@ class RoundedWindow:
         """All pairs of tokens that are computed, blocks counted as a key each."""
         grid = self.grid
         if self.is_exact:
-            return grid.tokens**2
+            return grid.pairs
         rows, tiles, _ = self.lists(torch.device("cpu"))
         cells = F.pad(cells_of_tiles(grid.shape, self.sides.tile), (0, 1))
         exact = int((cells[rows] * cells[tiles].sum(1)).sum())
-        return exact + grid.cells * self.blocks + grid.tokens**2 - grid.cells**2
+        return exact + grid.cells * self.blocks + grid.other_pairs
 
     def call(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> RoutedCall:
         return routed_call(

@@ -167,4 +167,4 @@ class Window(Mechanism):
 
     def window_pairs(self, grid: TokenGrid) -> int:
         """Pairs of tokens that the window alone computes."""
-        return self.pattern(grid).pairs(grid) + grid.tokens**2 - grid.cells**2
+        return self.pattern(grid).pairs(grid) + grid.other_pairs

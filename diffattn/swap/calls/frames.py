@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from diffattn.families import Layout, Read, arguments, flux_ids
+from diffattn.families import Layout, Read, arguments, flux2_ids, flux_ids
 from diffattn.grid import TokenGrid
 
 from .. import context_parallel
@@ -70,25 +70,51 @@ class Reading:
             self._unread = None
         return self._layouts
 
-    def grids(self, tokens: int) -> tuple[TokenGrid, ...]:
+    def grids(self, tokens: int, queries: int) -> tuple[TokenGrid, ...]:
         """One grid for the whole batch, or one per sample where they differ."""
-        first, *others = (layout.grid(tokens) for layout in self.layouts)
+        first, *others = (layout.grid(tokens, queries) for layout in self.layouts)
         return (first, *others) if any(grid != first for grid in others) else (first,)
+
+    def also(self, grid: TokenGrid) -> tuple[TokenGrid, ...]:
+        """Further grids of sequences whose first is `grid`."""
+        first, *others = self.layouts
+        if any(layout.also != first.also for layout in others):
+            raise NotImplementedError(
+                "the samples of a call hold several images each, of other sizes: not supported; call the model sample "
+                "by sample, or call diffattn.restore first"
+            )
+        return first.further(grid)
 
     @property
     def ids(self) -> Tensor | None:
         """The position ids that the layouts would be read from; None where something else tells them."""
         module = self._module()
-        if self._unread is None or self._unread[0] is not flux_ids or module is None:
+        if self._unread is None or self._unread[0] not in (flux_ids, flux2_ids) or module is None:
             return None
-        ids: Tensor = arguments(module, *self._unread[1:])["img_ids"]
-        return ids
+        call = arguments(module, *self._unread[1:])
+        ids: Tensor = call["img_ids"]
+        return ids if call.get("kv_cache_mode") is None else None
 
     def splits_text(self) -> bool:
         """Does context parallelism split text as a stream of its own?"""
         module = self._module()
         assert module is not None
         return context_parallel.splits_text(module)
+
+
+Given = tuple[Tensor, int] | None
+"""A block's input and how many of its samples were taken; None outside of the block."""
+
+
+def next_samples(given: Given, samples: int) -> tuple[Tensor | None, Given]:
+    """The next samples of a block's input and what is left, which begins again after the last.
+
+    Some families (Mochi) call sample by sample, others (Stable Audio 3) several times with the whole batch.
+    """
+    if given is None:
+        return None, None
+    features, taken = given
+    return features[taken : taken + samples], (features, (taken + samples) % features.shape[0])
 
 
 @dataclass(eq=False)
@@ -108,21 +134,17 @@ class Call:
     """The order in which its tokens are, see `diffattn.swap.ordering`; None: row-major."""
     placed: bool = False
     """Are the positions in it already?"""
-    features: dict[int, Tensor] = field(default_factory=dict)
-    """Index of a layer -> its block's input, until the layer has used it."""
+    features: dict[int, Given] = field(default_factory=dict)
+    """Index of a layer -> its block's input, while the block runs."""
     turns: dict[int, int] = field(default_factory=dict)
     """Layer -> number of its last call in this forward: some families (Mochi) call sample by sample."""
     done: dict[Any, Any] = field(default_factory=dict)
     """What the layers did: see `diffattn.swap.calls.records`."""
 
     def take_features(self, layer: int, samples: int) -> Tensor | None:
-        """The input of a layer's block for the next samples; some families (Mochi) call sample by sample."""
-        features = self.features.pop(layer, None)
-        if features is None:
-            return None
-        if len(features) > samples:
-            self.features[layer] = features[samples:]
-        return features[:samples]
+        """The input of a layer's block for the next samples."""
+        features, self.features[layer] = next_samples(self.features.get(layer), samples)
+        return features
 
 
 @dataclass(frozen=True, eq=False)

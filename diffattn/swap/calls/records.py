@@ -15,6 +15,8 @@ TOO_FEW = "dense with fewer tokens than min_tokens"
 REUSED = "with the output of an earlier step"
 PERTURBED = "dense in guidance that replaces attention by its values"
 PAUSED = "dense in a pause"
+ASIDE = "dense among other tokens"
+"""A call beside a layer's own, which is not counted."""
 
 Done = dict[tuple[int, str, Any], tuple[int, "Record"]]
 """(id of a layer, outcome, what the call was) -> number of such calls, and one of them."""
@@ -22,17 +24,18 @@ Done = dict[tuple[int, str, Any], tuple[int, "Record"]]
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """What one call was: its tensors are without data."""
+    """What one call was, with the number of its keys; tensors are without data."""
 
     situation: Situation
     query: Tensor
+    keys: int
     mask: Tensor | None
 
     @property
     def signature(self) -> tuple[Any, ...]:
         """Equal for calls that cost the same."""
         mask = None if self.mask is None else (tuple(self.mask.shape), self.mask.dtype)
-        return self.situation, tuple(self.query.shape), mask
+        return self.situation, tuple(self.query.shape), self.keys, mask
 
 
 def note(done: Done, layer: object, outcome: str, record: Record) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from diffattn.grid import TokenGrid
 from diffattn.kernels.order import TileOrder
 
-COLUMNS = 11
+COLUMNS = 13
 """Numbers of a situation as a tensor, for each sample."""
 
 
@@ -19,6 +19,8 @@ class Situation:
 
     grids: tuple[TokenGrid, ...] = ()
     """One for the whole batch, or one per sample."""
+    also: tuple[TokenGrid, ...] = ()
+    """Further grids of the sequence, the same for the whole batch."""
     dense: bool = False
     part: int = 0
     """Of the layer's schedule."""
@@ -30,13 +32,13 @@ class Situation:
     """That of the cells, in a call without gradients; None: row-major."""
 
     def to_tensor(self, samples: int) -> Tensor:
-        """`(samples, 11)` float64 on the CPU: what a compiled graph saves for its backward pass."""
+        """`(samples, 13)` float64 on the CPU: what a compiled graph saves for its backward pass."""
         grids = self.grids * samples if len(self.grids) == 1 else self.grids or (None,) * samples
         told = [math.nan if value is None else value for value in (self.progress, self.timestep, self.sigma)]
         rows = [
             [
-                *((0, 0, 0, 0, 0) if g is None else (*g.shape, g.before, g.after)),
-                self.dense,
+                *((0,) * 7 if g is None else (*g.shape, g.before, g.after, *g.silent)),
+                self.dense + 2 * bool(self.also),
                 self.part,
                 self.downsample,
                 *told,
@@ -49,13 +51,18 @@ class Situation:
     def from_tensor(cls, table: Tensor) -> "Situation":
         """Undo `to_tensor`."""
         rows = table.tolist()
-        places = [tuple(map(int, row[:5])) for row in rows]
+        if rows[0][7] > 1:
+            raise NotImplementedError(
+                "a compiled model has no backward pass where a sequence holds several grids; train it without "
+                "torch.compile"
+            )
+        places = [tuple(map(int, row[:7])) for row in rows]
         if len(set(places)) == 1:
             places = places[:1]
-        grids = tuple(TokenGrid(h, w, f, before, after) for f, h, w, before, after in places if f)
-        _, _, _, _, _, dense, part, downsample, *told = rows[0]
+        grids = tuple(TokenGrid(h, w, f, a, b, (first, last)) for f, h, w, a, b, first, last in places if f)
+        dense, part, downsample, *told = rows[0][7:]
         progress, timestep, sigma = (None if math.isnan(value) else value for value in told)
-        return cls(grids, bool(dense), int(part), int(downsample), progress, timestep, sigma)
+        return cls(grids, (), bool(dense), int(part), int(downsample), progress, timestep, sigma)
 
 
 def downsample(pixels: int, grid: TokenGrid) -> int:

@@ -209,6 +209,10 @@ def test_compared_features() -> None:
     assert torch.equal(compared_features(keys, grid, Context(features=features[:, :7])), features[:, 1:7])
     with pytest.raises(ValueError, match=r"one feature per cell or per token .*\(6 or 9\), got 5"):
         compared_features(keys, grid, Context(features=features[:, :5]))
+    # with nothing before, padding may come along and the text not
+    first = TokenGrid(2, 3, after=3)
+    for count in range(6, 10):
+        assert torch.equal(compared_features(keys, first, Context(features=features[:, :count])), features[:, :6])
 
 
 def test_a_mask_is_refused() -> None:

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calls.frames import Call
-from .calls.situation import Situation
-from .settings.schedule import Part
+from ..settings.schedule import Part
+from .frames import Call
+from .situation import Situation
 
 OUTPUT, STEP = "output", "step of output"
 

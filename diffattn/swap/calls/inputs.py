@@ -1,0 +1,23 @@
+"""The tensors of one attention call."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Queries, keys and values `(b, h, n, d)`, the model's mask, the block's input `(b, n, channels)`, the scale."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    features: Tensor | None
+    scale: float | None
+
+    def sample(self, number: int) -> "Inputs":
+        """One of the batch, as a batch of one."""
+        q, k, v = (x[number : number + 1] for x in (self.query, self.key, self.value))
+        mask, features = (None if x is None else x[number % len(x)][None] for x in (self.mask, self.features))
+        return Inputs(q, k, v, mask, features, self.scale)
