@@ -17,6 +17,7 @@ from torch import nn
 
 import diffattn
 from diffattn.families import FAMILIES, REFUSED
+from diffattn.families.refused import PART
 from diffattn.swap.unsupported import UNSUPPORTED
 
 FOLDERS = (diffusers.models.transformers, diffusers.models.unets, diffusers.models.controlnets)
@@ -66,6 +67,23 @@ def test_every_class_has_a_row_or_a_reason() -> None:
             unknown += [] if places else [name]
     assert found > 80
     assert not unknown, "give each a row in diffattn/families, or a reason in diffattn/families/refused.py"
+
+
+@needs("diffusers", "0.42", "some of the classes")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_most_denoisers_are_swapped() -> None:
+    """Of those whose attention is softmax over a grid four are not: three keep keys, one attends sparsely by itself.
+
+    Lists and parts are swapped in the models that hold them.
+    """
+    rows = {name for family in FAMILIES for name in family.models} - {"SanaTransformer2DModel"}
+    found = {name: model for folder in FOLDERS for name, model in classes(folder).items()}
+    swapped = {name for name, model in found.items() if name in rows or is_list(model)}
+    parts = {name for name in found if REFUSED.get(name, "").startswith(PART)}
+    keeping = {"AnyFlowFARTransformer3DModel", "SanaWMLTX2RefinerTransformer3DModel", "WanAnimate2Transformer3DModel"}
+    without = {name for name in found if REFUSED.get(name) and name not in parts} | {"SanaTransformer2DModel"}
+    assert len(swapped | parts) >= 92
+    assert found.keys() - swapped - parts - without == {*keeping, "Kandinsky6SRTransformer3DModel"}
 
 
 @needs("diffusers", "0.42", "some of the classes")
