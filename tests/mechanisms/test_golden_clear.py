@@ -118,7 +118,7 @@ class FixedLayer:
             weights.load_state_dict({"spatial_weight": spatial_weight})
         self.context = Context(weights=weights)
 
-    def wants(self, query: Tensor, key: Tensor, parallel_config: Any = None) -> bool:
+    def wants(self, query: Tensor, key: Tensor, parallel_config: Any = None, is_causal: bool = False) -> bool:
         return True
 
     def attend(
