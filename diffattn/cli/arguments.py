@@ -52,7 +52,7 @@ def parse_grid(text: str, before: int = 0, after: int = 0) -> TokenGrid:
     """`ROWSxCOLUMNS` or `FRAMESxROWSxCOLUMNS`, in tokens.
 
     >>> parse_grid("8x16x24", before=4)
-    TokenGrid(height=16, width=24, frames=8, before=4, after=0)
+    TokenGrid(height=16, width=24, frames=8, before=4, after=0, silent=(0, 0))
     """
     if not re.fullmatch(r"\d{1,9}x\d{1,9}(x\d{1,9})?", text):
         raise ValueError(

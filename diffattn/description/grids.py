@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..families import Layout, readers
+from ..families import Layout, readers, video_readers
 
 Size = tuple[int, int, int]
 """frames, height, width"""
@@ -137,8 +137,9 @@ def snake_name(model: nn.Module) -> str:
 
 
 def free_name(name: str) -> str:
-    """The name, or another where the readers' module has it."""
-    return f"{name}_cells" if hasattr(readers, name) or keyword.iskeyword(name) else name
+    """The name, or another where a module of readers has it."""
+    taken = hasattr(readers, name) or hasattr(video_readers, name) or keyword.iskeyword(name)
+    return f"{name}_cells" if taken else name
 
 
 def spoken(layout: Layout | Size) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..families import Arguments, Family, Layers, Read, readers
+from ..families import Arguments, Family, Layers, Read, readers, video_readers
 from ..families.layout import MaskKind, transformer
 from .grids import Source, View, config_of, frames_key, patches, short_name, snake_name
 from .probing import Place
@@ -49,7 +49,8 @@ class Reader:
 
 def namespace() -> dict[str, Any]:
     """The names that a row may use in the modules of `diffattn.families`."""
-    return {**vars(readers), "Family": Family, "Layers": Layers, "transformer": transformer}
+    own = {"Family": Family, "Layers": Layers, "transformer": transformer}
+    return {**vars(video_readers), **vars(readers), **own}
 
 
 def reader_for(

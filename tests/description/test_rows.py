@@ -16,7 +16,7 @@ from releases import built
 
 import diffattn
 from diffattn import families
-from diffattn.families import Family, family_of, find_layers, image_transformers, readers, unets
+from diffattn.families import Family, family_of, find_layers, image_transformers, readers, unets, video_readers
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
 
@@ -29,7 +29,7 @@ def block(text: str, title: str) -> str:
 
 def pasted(text: str) -> Family:
     """The row, put into `ROWS` of a module of `families`, and its readers into the readers' module."""
-    names = {**vars(unets), **vars(image_transformers), **vars(readers)}
+    names = {**vars(unets), **vars(image_transformers), **vars(video_readers), **vars(readers)}
     exec(block(text, "reader to write"), names)
     [family] = eval(f"({block(text, 'row to try')})", names)
     assert isinstance(family, Family)

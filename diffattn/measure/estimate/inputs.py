@@ -82,11 +82,13 @@ def _sd3(call: Call) -> dict[str, Any]:
 
 def _qwen_image(call: Call) -> dict[str, Any]:
     config, grid = call.config, call.grid
+    layered = {"additional_t_cond": torch.zeros(call.batch, dtype=torch.long, device=call.timestep.device)}
     return {
         "hidden_states": call.zeros(grid.cells, config.in_channels),
         "encoder_hidden_states": call.zeros(call.text, config.joint_attention_dim),
         "timestep": call.timestep,
         "img_shapes": [[(grid.frames, grid.height, grid.width)]] * call.batch,
+        **(layered if config.get("use_additional_t_cond") else {}),
     }
 
 
