@@ -148,6 +148,8 @@ class HandReference(HandMask):
             qkv = [F.pad(query[i : i + 1], (0, 0, *tokens.silent)), *(tensor[i : i + 1] for tensor in (key, value))]
             wide = [tensor.double() for tensor in qkv]
             mask = None if own is None else own.expand(len(query), *own.shape[1:])[i : i + 1]
+            if mask is not None and mask.shape[2] == query.shape[2] > 1:
+                mask = F.pad(mask, (0, 0, *tokens.silent), value=mask.dtype == torch.bool)
             if mask is not None and self._padding_apart:
                 mask = mask[:, :, grid.before : grid.before + 1]  # what a cell sees is what all see but padding
             if tokens.further and self._mechanism.joins_grids:  # frames of one

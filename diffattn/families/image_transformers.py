@@ -219,7 +219,12 @@ ROWS: tuple[Family, ...] = (
         ("QwenImage21Transformer2DModel",),
         transformer(r"transformer_blocks\.\d+\.attn", qwen_image21, fewer_queries=True),
     ),
-    Family("PRX", ("PRXTransformer2DModel",), transformer(r"blocks\.\d+\.attention", picture(), fewer_queries=True)),
+    # older releases of diffusers make a mask over queries and keys of that on the text
+    Family(
+        "PRX",
+        ("PRXTransformer2DModel",),
+        transformer(r"blocks\.\d+\.attention", picture(), fewer_queries=True, mask="padding"),
+    ),
     Family(
         "NucleusMoE",
         ("NucleusMoEImageTransformer2DModel",),

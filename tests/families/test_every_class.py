@@ -28,7 +28,8 @@ NO_ATTENTION = {"MiniMaxMusic3ConditionEncoder"}
 
 def classes(folder: ModuleType) -> dict[str, type]:
     """The models that the modules of a folder and of those in it define, exported or not."""
-    names = [info.name for info in pkgutil.walk_packages(folder.__path__, f"{folder.__name__}.")]
+    found = (info.name for info in pkgutil.walk_packages(folder.__path__, f"{folder.__name__}."))
+    names = [name for name in found if "flax" not in name]  # older releases have models for it beside
     modules = [importlib.import_module(name) for name in names]
     return {
         name: value

@@ -82,6 +82,8 @@ FURTHER: dict[str, Callable[[], Tiny]] = {
 
 NEWER = {
     "AnyFlow": "0.39",
+    "Cosmos3": "0.39",
+    "Cosmos3-sound": "0.39",
     "DreamLite": "0.39",
     "Fibo2": "0.42",
     "Fibo2-edit": "0.42",
