@@ -268,3 +268,26 @@ def qwen_image_layered() -> Tiny:
     places = Tokens(TEXT, 1, ROWS, COLUMNS, 2 * cells + 12, further=further)
     tiny.spatial = dict.fromkeys(tiny.spatial, (places,))
     return tiny
+
+
+def unet_upscaler() -> Tiny:
+    """Blocks of Stable Diffusion's latent upscaler, which attend to the features, then to the text."""
+    model = _make(
+        "UNet2DConditionModel",
+        block_out_channels=(32, 32, 64, 64),
+        layers_per_block=4,
+        cross_attention_dim=12,
+        attention_head_dim=8,
+        down_block_types=("KDownBlock2D", "KCrossAttnDownBlock2D", "KCrossAttnDownBlock2D", "KCrossAttnDownBlock2D"),
+        up_block_types=("KCrossAttnUpBlock2D", "KCrossAttnUpBlock2D", "KCrossAttnUpBlock2D", "KUpBlock2D"),
+        mid_block_type=None,
+        act_fn="gelu",
+        norm_num_groups=None,
+        resnet_time_scale_shift="scale_shift",
+        time_embedding_type="fourier",
+        conv_in_kernel=1,
+        conv_out_kernel=1,
+    )
+    layer = r"\.attentions\.\d+\.attn1"
+    inputs = {**_unet_inputs(), "sample": draw(2, 4, 48, 64)}
+    return Tiny(model, inputs, {rf"(down|up)_blocks\.\d+{layer}": (Tokens(0, 1, 6, 8),)})

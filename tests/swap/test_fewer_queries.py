@@ -5,6 +5,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from further import rectangular
 from hand_masks import RADIUS, TOLERANCE, by_hand, error, gradients, relative
 from models import BUILDERS, COLUMNS, ROWS, TEXT, Tokens, draw, flux, picture_ids
 from releases import built
@@ -172,3 +173,14 @@ def test_blocks_that_attend_to_conditions_alone_are_kept() -> None:
         tiny.run()
         assert len(handle.layers) == len(blocks) - 1
         assert "not a self-attention" in str(diffattn.summary(tiny.model))
+
+
+@torch.no_grad()
+def test_blocks_of_the_latent_upscaler() -> None:
+    """Their first attention sees the features, the second the text."""
+    tiny = rectangular.unet_upscaler()
+    own, want = tiny.run(), by_hand(tiny, tiny.spatial)
+    with diffattn.apply(tiny.model, "clear", radius=RADIUS) as handle:
+        assert error(tiny.run(), want) < TOLERANCE
+        assert len(handle.layers) == 8 and all(layer.reached for layer in handle.layers)
+    assert error(want, own) > 1e-3 and torch.equal(tiny.run(), own)
