@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LOWEST := .venv-lowest
 LOWEST_INSTALLED := $(LOWEST)/.installed
+NEWEST := .venv-newest
 # What stands closest to diffusers, transformers, typer and Pillow.
-LOWEST_TESTS := tests/families tests/adapters tests/cli tests/test_config.py tests/media/test_pictures.py $(addprefix tests/swap/test_, $(addsuffix .py, apply intercept steps calls loaded_swaps))
+CLOSEST_TESTS := tests/families tests/adapters tests/cli tests/test_config.py tests/media/test_pictures.py $(addprefix tests/swap/test_, $(addsuffix .py, apply intercept steps calls loaded_swaps))
 # Triton beside torch, for the checks of CUDA code: the release that torch of constraints.txt asks for on CUDA.
 TRITON := build/triton-3.7.1
 CUDA_CODE = PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=5 tests/cuda_code
@@ -21,7 +22,7 @@ define new_enough
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-lowest cuda-code cuda-code-all cuda-figures check docs format bench numbers build
+.PHONY: help setup demo test test-all test-lowest test-newest cuda-code cuda-code-all cuda-figures check docs format bench numbers build
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,7 +32,7 @@ setup: $(INSTALLED) ## make .venv with the library and everything for developmen
 $(INSTALLED): pyproject.toml constraints.txt
 	$(new_enough)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo,metrics,train,quantized,video,face]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo,metrics,train,quantized,video,face,web]'
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation natten
 	@touch $@
 
@@ -45,7 +46,13 @@ test-all: $(INSTALLED) ## run every test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(ARGS)
 
 test-lowest: $(LOWEST_INSTALLED) ## run the tests closest to diffusers on the lowest versions in pyproject.toml
-	$(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal --durations=5 $(LOWEST_TESTS) $(ARGS)
+	$(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal --durations=5 $(CLOSEST_TESTS) $(ARGS)
+
+test-newest: ## run them on the newest versions that there are, whatever constraints.txt says
+	$(new_enough)
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable . peft hypothesis pytest pytest-xdist
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal --durations=5 $(CLOSEST_TESTS) $(ARGS)
 
 $(LOWEST_INSTALLED): pyproject.toml constraints-lowest.txt
 	$(new_enough)

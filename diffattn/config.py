@@ -8,9 +8,12 @@ A class joins with `@register("name")`; third parties do the same, or declare an
 """
 
 import dataclasses
+import inspect
 import json
 import logging
+import re
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
@@ -19,6 +22,8 @@ from . import options as typed
 logger = logging.getLogger("diffattn")
 
 ENTRY_POINT_GROUP = "diffattn.mechanisms"
+OWN = "diffattn.mechanisms"
+"""The module that registers the library's own, imported before names are looked up or taken."""
 
 C = TypeVar("C", bound=type)
 _registry: dict[str, type] = {}
@@ -27,7 +32,8 @@ _registry: dict[str, type] = {}
 def register(name: str) -> Callable[[C], C]:
     """Make a mechanism known by its short name: `@diffattn.register("stripes")` above a frozen dataclass.
 
-    The class gets the name as its `type`. Registering another class under a taken name raises `ValueError`.
+    The class gets the name as its `type`. Registering another class under a taken name raises `ValueError`, a class
+    that is no dataclass `TypeError`.
     """
 
     def add(cls: C) -> C:
@@ -35,6 +41,7 @@ def register(name: str) -> Callable[[C], C]:
             raise TypeError(
                 f"{cls.__name__} is no dataclass: put @dataclass(frozen=True, kw_only=True) below @register"
             )
+        import_module(OWN)
         known = _registry.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"the name {name!r} is taken by {known.__module__}.{known.__qualname__}")
@@ -50,6 +57,7 @@ def registered() -> dict[str, type]:
 
     An entry point that cannot be loaded, or whose name is taken, is left out with a warning.
     """
+    import_module(OWN)
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         try:
             _load(entry)
@@ -58,9 +66,30 @@ def registered() -> dict[str, type]:
     return dict(sorted(_registry.items()))
 
 
+def described() -> list[dict[str, Any]]:
+    """Name, first line of the docstring, and options with type and default of every mechanism, as plain values."""
+    found = []
+    for name, cls in registered().items():
+        hints = typed.hints_of(cls)
+        options = [
+            {"name": field.name, "expects": typed.describe(hints[field.name]), "default": _default(field)}
+            for field in dataclasses.fields(cls)
+            if field.init
+        ]
+        found.append({"name": name, "summary": (inspect.getdoc(cls) or "").split("\n")[0], "options": options})
+    return found
+
+
+def _default(field: dataclasses.Field[Any]) -> str | None:
+    if field.default is dataclasses.MISSING:
+        return "required"
+    return None if field.default is None else str(field.default)
+
+
 def lookup(name: str) -> type:
     """The class registered under `name`; an unknown name raises `ValueError` with the known ones."""
     typed.read("the short name of a mechanism", name, str)
+    import_module(OWN)
     entries = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
     if name not in _registry and name in entries:
         try:
@@ -111,7 +140,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     """`{"type": short name, field: value, ...}`; nested configs likewise, tuples as lists."""
     return {
         "type": config.type,
-        **{f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.init},
+        **{f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.init},
     }
 
 
@@ -123,6 +152,41 @@ def from_dict(values: dict[str, Any]) -> Any:
     if "type" not in values:
         raise ValueError(f'a mechanism config needs a "type", got the keys {sorted(map(str, values))}')
     return create(values["type"], **options)
+
+
+def from_text(text: str, wanted: str = "a mechanism must be written as name(option=value, ..)") -> Any:
+    """A mechanism as it is written in a line, `clear(radius=8, pool=2)` or `linear`; undoes `str`.
+
+    Another text raises `ValueError`, which says what is `wanted`.
+    """
+    found = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", text)
+    if found is None:
+        raise ValueError(f"{wanted}, got {typed.shown(text)}")
+    given = [option.partition("=") for option in _options(found[2] or "")]
+    return create(found[1], **{name.strip(): typed.Text(value.strip()) for name, _, value in given})
+
+
+def _options(text: str) -> list[str]:
+    """NAME=VALUE texts; a value goes on to the next name, as in `mechanisms=linear,clear(radius=2), heads=..`."""
+    options: list[str] = []
+    for part in parted(text):
+        if options and not re.match(r"\s*\w+\s*=", part):
+            options[-1] += f",{part}"
+        else:
+            options.append(part)
+    return options
+
+
+def parted(text: str) -> list[str]:
+    """At the commas outside brackets."""
+    depth, parts = 0, [""]
+    for letter in text:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part for part in parts if part.strip()]
 
 
 def to_json(config: Any) -> str:
@@ -142,9 +206,10 @@ def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """An option's value as JSON has it: tuples as lists, nested configs as dicts."""
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return to_dict(value) if dataclasses.is_dataclass(value) else value
 
 

@@ -5,8 +5,13 @@ import dis
 DEBUG = "DIFFATTN_DEBUG"
 
 
-CHATTY = ("torchao", "torch.utils._pytree")
-"""Loggers that warn of missing GPU kernels whenever diffusers finds torchao installed."""
+CHATTY = (
+    "torchao",
+    "torch.utils._pytree",
+    "diffusers.quantizers.torchao.torchao_quantizer",
+    "transformers.utils.import_utils",
+)
+"""Loggers that warn of kernels, Triton or torchvision that are missing, whenever diffusers' models are imported."""
 
 
 WRONG_INPUT, INTERRUPTED = 2, 130

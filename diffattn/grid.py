@@ -105,7 +105,7 @@ class TokenGrid:
         return cells, torch.cat([before, after], dim=dim)
 
     def join(self, cells: Tensor, others: Tensor, dim: int = -2) -> Tensor:
-        """Undo `split`."""
+        """Undo `split`: `(..., tokens, d)` of `(..., cells, d)` and `(..., before + after, d)`, tokens along `dim`."""
         before, after = others.split([self.before, self.after], dim=dim)
         return torch.cat([before, cells, after], dim=dim)
 
@@ -136,7 +136,7 @@ class TokenGrid:
     def check(self, query: Tensor, key: Tensor) -> None:
         """Raise `ValueError` where the tokens of a self-attention call are not those of this grid.
 
-        Queries of silent tokens are among those of a call, of any value.
+        Both are (..., tokens, d). Queries of silent tokens are among those of a call, of any value.
         """
         if query.shape[-2] != self.tokens or key.shape[-2] != self.tokens:
             raise ValueError(

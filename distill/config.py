@@ -6,17 +6,18 @@ config = override(config, ["steps=500", "mechanism.radius=2", "loss.attention=0"
 """
 
 import dataclasses
-import json
-import tomllib
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from diffattn import ClearAttention
 from diffattn import config as mechanisms
+from diffattn.adapters.slopes import check_leaning
+from diffattn.files.tables import read_table
 from diffattn.mechanisms import Mechanism
-from diffattn.options import Must, Text, check_fields, known, shown
+from diffattn.options import Must, Text, check_fields, known, read, shown
 
 from .training.losses import LossWeights
 
@@ -34,11 +35,18 @@ class DistillConfig:
     """One run. Batches are counted over all processes and accumulated parts."""
 
     model: Annotated[str, Must("the hub id or folder of a pipeline", bool)]
-    """Hub id or folder of a diffusers pipeline; `tiny` is the bundled one."""
+    """Hub id or folder of a diffusers pipeline; `tiny` and `tiny:wan` are bundled ones, for images and clips."""
+    part: str | None = None
+    """Of a pipeline with several models, as Wan 2.2's two, the one that is trained, such as transformer_2."""
     mechanism: Mechanism
     """What the student's attention becomes."""
+    drawn: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the mechanism that are drawn anew at every step, from the values given here: `{"radius": (3, 4, 6)}`.
+    One adapter then serves all of them, and `mechanism` is what it says of itself."""
     data: str = ""
-    """Folder of cached samples (`diffattn distill cache`); `shapes` is the bundled pipeline's own world."""
+    """Folder of cached samples (`diffattn distill cache`); `shapes` and `moving` are the bundled pipelines' worlds."""
+    frames: Annotated[int | None, _whole(1)] = None
+    """Frames of a clip, of a video model; None: those of the data."""
     trainable: Literal["projections", "lora", "mechanism"] = "projections"
     lora_rank: Annotated[int, _whole(1)] = 16
     backend: str = "auto"
@@ -52,7 +60,15 @@ class DistillConfig:
         tuple[float, ...],
         Must("fractions from 0 to 1, such as 0,0.5,1", lambda depths: all(0 <= own <= 1 for own in depths)),
     ] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """Its layers as fractions of the depth, 0 the first and 1 the last of those."""
+    """Its layers as fractions of the depth, 0 the first and 1 the last of those. Those of the feature loss too."""
+    slopes: bool = False
+    """Projections lean with the option that is drawn: each has a slope beside it, and `load` gives those of a value."""
+    layerwise: Annotated[int, _whole(0)] = 0
+    """The first steps, in which every layer learns by itself: on the teacher's input, to give the teacher's output."""
+    noises: Annotated[int, _whole(0)] = 0
+    """How many noises a sample has, which recur; 0: a new one at every visit."""
+    teacher_cache: Annotated[float, NOT_NEGATIVE] = 0.0
+    """GiB on disk for what the teacher says to samples and noises that recur; 0 to ask it every time."""
     steps: Annotated[int, _whole(1)] = 10_000
     batch_size: Annotated[int, _whole(1)] = 32
     accumulation: Annotated[int, _whole(1)] = 1
@@ -104,6 +120,23 @@ class DistillConfig:
         if self.mechanism.exact:
             raise ValueError(f"{self.mechanism} is the teacher's own attention: nothing is to be distilled")
         self.mechanism.check_backend(self.backend)
+        object.__setattr__(self, "drawn", _options_of(self.mechanism, self.drawn))
+        if self.slopes:
+            check_leaning(self.drawn)
+            if self.trainable != "projections":
+                raise ValueError(f"slopes are those of projections, got trainable={self.trainable}: leave one out")
+        if self.teacher_cache and not self.noises:
+            raise ValueError(
+                f"teacher_cache={self.teacher_cache} keeps what recurs, and with noises=0 no noise does: give noises=1 "
+                "or more, or teacher_cache=0"
+            )
+
+    @property
+    def settings(self) -> tuple[Mechanism, ...]:
+        """What the student's attention may be in a step: `mechanism`, with every combination of what is drawn."""
+        own = self.mechanism.to_dict()
+        combinations = itertools.product(*self.drawn.values())
+        return tuple(mechanisms.from_dict(own | dict(zip(self.drawn, values, strict=True))) for values in combinations)
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step, from 0."""
@@ -114,7 +147,34 @@ class DistillConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; `from_dict` undoes it."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {**values, "mechanism": self.mechanism.to_dict(), "loss": dataclasses.asdict(self.loss)}
+        return {
+            **values,
+            "mechanism": self.mechanism.to_dict(),
+            "loss": dataclasses.asdict(self.loss),
+            "drawn": {name: [mechanisms.plain(value) for value in own] for name, own in self.drawn.items()},
+        }
+
+
+FIXED = ("ntk_factor",)
+"""Options of mechanisms that change the model once, and cannot be drawn."""
+
+
+def _options_of(mechanism: Mechanism, drawn: Any) -> dict[str, tuple[Any, ...]]:
+    """What is drawn, each value as the mechanism reads it; raises `ValueError` for what it does not take."""
+    if not isinstance(drawn, Mapping):
+        raise ValueError(f'drawn must be a table such as {{"radius": [3, 4, 6]}}, got {shown(drawn)}')
+    found: dict[str, tuple[Any, ...]] = {}
+    for name, given in drawn.items():
+        if name in FIXED:
+            raise ValueError(f"drawn: {name} is the same in all steps; give it as mechanism.{name}")
+        values = read(f"drawn.{name}", given, tuple[Any, ...], "several values, such as 3,4,6")
+        if len(values) < 2:
+            raise ValueError(f"drawn.{name} must be several values, such as 3,4,6, got {shown(given)}")
+        own = mechanism.to_dict()
+        found[name] = tuple(getattr(mechanisms.from_dict({**own, name: value}), name) for value in values)
+        if len(set(found[name])) < len(values):
+            raise ValueError(f"drawn.{name} must be values that differ, got {shown(given)}")
+    return found
 
 
 def clear_flux_official(data: str = "", radius: float = 16) -> DistillConfig:
@@ -158,21 +218,40 @@ def tiny(data: str = "shapes", radius: float = 4) -> DistillConfig:
     )
 
 
-PRESETS = {"clear_flux_official": clear_flux_official, "tiny": tiny}
+def tiny_video(data: str = "moving", radius: float = 16, radius_t: float = 2) -> DistillConfig:
+    """The bundled Wan pipeline on one CPU core, in minutes: a latent frame of nine sees itself and those beside it."""
+    return DistillConfig(
+        model="tiny:wan",
+        mechanism=ClearAttention(radius=radius, radius_t=radius_t),
+        data=data,
+        loss=LossWeights(target=1.0, prediction=0.5, attention=0.02),
+        steps=120,
+        batch_size=4,
+        rate=1.5e-3,
+        warmup=10,
+        decay=0.5,
+        text_length=16,
+        save_every=30,
+    )
+
+
+PRESETS = {"clear_flux_official": clear_flux_official, "tiny": tiny, "tiny_video": tiny_video}
 
 
 def preset(name: str) -> DistillConfig:
-    """A preset by its name."""
+    """A preset by its name; `ValueError` for one that there is not."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known: {', '.join(sorted(PRESETS))}")
     return PRESETS[name]()
 
 
 def from_dict(values: dict[str, Any], base: DistillConfig | None = None) -> DistillConfig:
-    """A config from plain values or texts, those that are missing from `base`; unknown names raise."""
+    """A config from plain values or texts, the rest from `base`; `ValueError` for names unknown or missing."""
     known([field.name for field in dataclasses.fields(DistillConfig)], values, "field", " of a distillation config")
     former = base.to_dict() if base is not None else {}
     merged = {**former, **values}
+    if isinstance(merged.get("drawn"), dict) and base is not None:
+        merged["drawn"] = {**former["drawn"], **merged["drawn"]}
     for name in ("loss", "mechanism"):
         part = merged.get(name)
         if isinstance(part, dict) and base is not None:
@@ -191,24 +270,15 @@ def from_dict(values: dict[str, Any], base: DistillConfig | None = None) -> Dist
 
 
 def read_config(path: str | Path, base: DistillConfig | None = None) -> DistillConfig:
-    """A config from a JSON or TOML file, over `base`."""
-    path = Path(path)
-    try:
-        text = path.read_text()
-        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no config file {path}") from error
-    except OSError as error:
-        raise ValueError(f"expected a config file; {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid {'TOML' if path.suffix == '.toml' else 'JSON'}: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold one table of fields, got {type(values).__name__}")
-    return from_dict(values, base)
+    """A config from a JSON or TOML file, over `base`; `ValueError` where that cannot be read, or is no config."""
+    return from_dict(read_table(path), base)
 
 
 def override(config: DistillConfig, options: Iterable[str]) -> DistillConfig:
-    """`NAME=VALUE` texts over a config; `mechanism.radius=2` and `loss.attention=0` reach inside."""
+    """`NAME=VALUE` texts over a config; `mechanism.radius=2` and `loss.attention=0` reach inside.
+
+    Raises `ValueError` for texts of another form, unknown names and values that do not fit.
+    """
     changes: dict[str, Any] = {}
     for option in options:
         name, equals, text = option.partition("=")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffattn.swap.plan import models_of
@@ -79,9 +80,9 @@ def model_of(pipe: Any) -> Any:
         found = models_of(pipe)
     except (TypeError, ValueError) as error:
         raise ValueError(f"expected a diffusers pipeline to encode with, got {type(pipe).__name__}: {error}") from error
-    if len(found) > 1:
-        raise ValueError(f"expected a pipeline with one model, got {len(found)}; caches are for one")
     model = found[0]
+    if any(model_facts(other) != model_facts(model) for other in found[1:]):
+        raise ValueError(f"expected models that take the same samples, got {len(found)} that do not: cache for one")
     absent = [part for part in ("vae", *encoder_of(model).parts) if getattr(pipe, part, None) is None]
     if absent:
         raise ValueError(
@@ -103,6 +104,42 @@ def multiple_of(pipe: Any, model: Any) -> tuple[int, int]:
         return cell, 2 * cell
     patch = model.config.get("patch_size") or 1
     return cell, cell * (patch[-1] if isinstance(patch, (tuple, list)) else patch)
+
+
+def check_frames(pipe: Any, frames: int) -> None:
+    """Raise `ValueError` for clips that are not whole latent frames."""
+    each = frames_of_latent(pipe)
+    if frames % each != 1 % each:
+        near = [number for number in range(frames - each, frames + each) if number > 1 and number % each == 1]
+        raise ValueError(
+            f"expected clips of {each} n + 1 frames, as the VAE of {type(pipe).__name__} takes them, got {frames}; ask "
+            f"for {' or '.join(map(str, near))}"
+        )
+
+
+def frames_of_latent(pipe: Any) -> int:
+    """Frames of a clip that become one latent frame; the first becomes one by itself."""
+    return int(getattr(pipe, "vae_scale_factor_temporal", 1))
+
+
+def latent_frames(pipe: Any, model: Any, frames: int) -> int:
+    """Latent frames of a clip of so many frames, with those that fill the last patch."""
+    own = (frames - 1) // frames_of_latent(pipe) + 1
+    return own + -own % _patch_frames(model)
+
+
+def whole_patches(model: Any, latents: Tensor) -> Tensor:
+    """Latents (c, f, h, w) with the first frame repeated before itself until they are whole patches.
+
+    The patches of CogVideoX 1.5 span two latent frames. Its pipeline draws the missing ones in front, and drops them.
+    """
+    missing = -latents.shape[1] % _patch_frames(model)
+    return torch.cat([latents[:, :1].expand(-1, missing, -1, -1), latents], dim=1)
+
+
+def _patch_frames(model: Any) -> int:
+    """Latent frames in a patch; more than one in CogVideoX 1.5 alone."""
+    return int(model.config.get("patch_size_t") or 1)
 
 
 def _flux_text(pipe: Any, caption: str, length: int) -> Tensors:
@@ -165,11 +202,6 @@ def _facts_by(text_dim: str) -> Callable[[Any], Facts]:
 
 
 def _cogvideox_facts(model: Any) -> Facts:
-    if model.config.patch_size_t is not None:
-        raise ValueError(
-            f"{type(model).__name__} takes {model.config.patch_size_t} frames in a patch, and a cached image has "
-            f"one; give the Trainer a Source of your own, see diffattn.distill.data.samples"
-        )
     facts = _facts_by("text_embed_dim")(model)
     # Learned and sinusoidal positions are counted from the end of the text.
     fixed = not model.config.use_rotary_positional_embeddings

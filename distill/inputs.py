@@ -61,6 +61,9 @@ def _plain(model: Any, noised: Noised, conditioning: dict[str, Tensor], guidance
 
 
 def _cogvideox(model: Any, noised: Noised, conditioning: dict[str, Tensor], guidance: float | None) -> Arguments:
+    frames, patch = noised.latents.shape[2], model.config.patch_size_t or 1
+    if frames % patch:
+        raise ValueError(f"{type(model).__name__} takes latents in patches of {patch} frames, got {frames}")
     arguments: Arguments = {
         **conditioning,
         "hidden_states": noised.latents.transpose(1, 2),

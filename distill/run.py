@@ -6,6 +6,7 @@
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,13 @@ from diffattn.files.writing import write_json, written
 
 from .config import DistillConfig, override
 from .data.pictures import check_output
-from .data.shapes import held_out
 from .evaluation.evaluate import Evaluation, evaluate
 from .evaluation.page import save
 from .evaluation.picture_metrics import Metric
 from .evaluation.sheets import Sheets
 from .export import FIGURES, export
-from .loading import SHAPES
-from .setting import Setting, open_setting
+from .loading import WORLDS, model_parts
+from .setting import Setting, open_setting, world_prompts
 from .student import Student
 from .training import checkpoints
 from .training.log import LOG, read_log
@@ -38,7 +38,8 @@ def train(
 ) -> tuple[Setting | None, Outcome]:
     """Train by a config into `folder`, and export the adapter when it is done; every process of a group calls it.
 
-    The first process gets the student, which a sharded run opens anew from its last checkpoint; others get None.
+    The first process gets the student, which a sharded run opens anew from its last checkpoint; others get None. Raises
+    `ValueError`, before anything is written, where the folder holds a run and `resume` is False.
     """
     check_output(folder)
     if not resume and checkpoints.find(folder):
@@ -65,6 +66,15 @@ def train(
     return setting if main else None, outcome
 
 
+def divided(config: DistillConfig, folder: Path) -> dict[Path, DistillConfig]:
+    """The runs that a config stands for, by their folders: itself, or one for each of a pipeline's several models.
+
+    These have folders of their own below `folder`, named as the models, where the config does not name one of them.
+    """
+    parts = model_parts(config) if config.part is None else []
+    return {folder / part: replace(config, part=part) for part in parts} if len(parts) > 1 else {folder: config}
+
+
 def export_run(folder: Path, output: Path, **hub: Any) -> Path:
     """`export` of a finished or stopped run: its last checkpoint, with the figures that lie in its folder.
 
@@ -74,7 +84,7 @@ def export_run(folder: Path, output: Path, **hub: Any) -> Path:
     options = []
     if checkpoints.find(folder):
         data = checkpoints.read_config(folder).data
-        options = ["data="] if data != SHAPES and not Path(data).is_dir() else []
+        options = ["data="] if data not in WORLDS and not Path(data).is_dir() else []
     setting = open_run(folder, options=options)
     file = folder / "evaluation.json"
     evaluation = _read_evaluation(file) if file.is_file() else None
@@ -89,15 +99,20 @@ def _read_evaluation(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not an evaluation ({error}); evaluate the run again, or remove it") from error
 
 
-CHANGEABLE = ("mechanism", "data", "guidance", "text_length")
+CHANGEABLE = ("mechanism", "data", "frames", "guidance", "text_length")
 """Fields of a run's config that may be others when it is evaluated."""
 
 
 def open_run(folder: Path, device: torch.device | str = "cpu", options: Iterable[str] = ()) -> Setting:
-    """The student of a run's last checkpoint; `options` as `mechanism.radius=3` change what its weights are used in."""
+    """The student of a run's last checkpoint; `options` as `mechanism.radius=3` change what its weights are used in.
+
+    Raises `ValueError` where the folder has no checkpoint, and for options that are those of training.
+    """
     found = checkpoints.find(folder)
     if not found:
-        raise ValueError(f"{folder} holds no checkpoint: is it the folder of a `diffattn distill run`?")
+        parts = sorted(place.name for place in folder.iterdir() if checkpoints.find(place)) if folder.is_dir() else []
+        hint = f"name one of the runs in it, {', '.join(parts)}" if parts else "is it that of a `diffattn distill run`?"
+        raise ValueError(f"{folder} holds no checkpoint: {hint}")
     trained = checkpoints.read_config(folder)
     config = override(trained, options)
     changed = [name for name, value in config.to_dict().items() if value != trained.to_dict()[name]]
@@ -140,17 +155,18 @@ def evaluate_run(
 ) -> tuple[Evaluation, list[Path]]:
     """Evaluate a student on held-out samples and prompts, and write the figures to `folder`.
 
-    `metrics` and `rounds` as in `evaluate`.
+    `prompts` None: held-out captions of the bundled worlds. `metrics`, functions of two images (height, width, 3), and
+    `rounds` as in `evaluate`.
     """
     check_output(folder)
     if prompts is None:
-        prompts = held_out(24) if setting.config.data == SHAPES else []
+        prompts = world_prompts(setting.config.data)
     if prompts:
         setting.complete()
     source = setting.held_out()
     evaluation, drawn = evaluate(
         setting.student,
-        setting.pipe.scheduler,
+        setting.scheduler,
         source,
         samples=samples,
         guidance=setting.config.guidance,
@@ -174,7 +190,7 @@ def draw_losses(folder: Path) -> Path | None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name in ("total", "target", "prediction", "attention"):
+    for name in ("total", "target", "prediction", "attention", "features", "layers"):
         points = [(row["step"], row[name]) for row in rows if name in row]
         if points:
             axes.plot(*zip(*points, strict=True), label=name, linewidth=1)

@@ -11,7 +11,7 @@ hooks on the linear layers, which fire inside those of `fully_shard` around thei
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,8 +21,11 @@ from torch import Tensor, nn
 from diffattn.kernels.choose import BACKENDS
 from diffattn.mechanisms import Mechanism
 from diffattn.swap.apply import Handle, commit
+from diffattn.swap.model_swap import ModelSwap
 from diffattn.swap.plan import plan_all
 from diffattn.swap.settings.placement import LayerChoice, Placement
+
+from .slopes import Slopes
 
 Trainable = Literal["projections", "lora", "mechanism"]
 
@@ -40,11 +43,13 @@ class Student:
     parameters: dict[str, nn.Parameter]
     """What is trained, by name: the model's own names, or `<layer>.processor.<name>` for the mechanism's weights."""
     originals: "Originals"
+    slopes: Slopes | None = None
+    """What the projections lean by with the option that is drawn."""
 
     @contextlib.contextmanager
     def teacher(self) -> Iterator[None]:
         """The original model, without gradients, inside the block."""
-        with torch.no_grad(), self.handle.paused(), self.originals.in_place(), _without_lora(self.model):
+        with self.untrained(), self.handle.paused():
             yield
 
     @contextlib.contextmanager
@@ -53,17 +58,38 @@ class Student:
 
         A mechanism's own weights stay as they are.
         """
-        with torch.no_grad(), self.originals.in_place(), _without_lora(self.model):
+        with torch.no_grad(), self.originals.in_place(), _without_lora(self.model), self._without_slopes():
             yield
+
+    def _without_slopes(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.slopes is None else self.slopes.away()
 
     @property
     def projections(self) -> tuple[str, ...]:
         """Names of the trained parameters that are the model's own, for `diffattn.save(include=...)`."""
-        return tuple(name for name in self.parameters if ".processor." not in name and "lora_" not in name)
+        return tuple(name for name in self.parameters if name in self.originals.names)
+
+    def use(self, mechanism: Mechanism) -> None:
+        """From now on the student's attention is this one of the `settings` that `make_student` was given."""
+        for layer in self.handle.layers:
+            layer.mechanism = mechanism
+        if self.slopes is not None:
+            self.slopes.at(mechanism)
+
+    @contextlib.contextmanager
+    def returning(self) -> Iterator[None]:
+        """Whatever ends the block, the attention is then what it was before it."""
+        former = self.handle.layers[0].mechanism
+        try:
+            yield
+        finally:
+            self.use(former)
 
     def restore(self) -> None:
         """The model with its original weights and attention, no LoRA and no hooks; its parameters stay frozen."""
         self.originals.give_back()
+        if self.slopes is not None:
+            self.slopes.remove()
         if self.trainable == "lora":
             self.model.unload_lora()  # type: ignore[operator]
         self.handle.restore()
@@ -77,12 +103,21 @@ def make_student(
     layers: LayerChoice = None,
     lora_rank: int = 16,
     backend: str = "auto",
+    settings: Sequence[Mechanism] = (),
+    leaning: Mapping[str, Sequence[Any]] | None = None,
 ) -> Student:
     """Swap `mechanism` in, freeze everything, and choose what is trained.
 
-    Raises `ValueError` where nothing would be trained, or the backend has no gradients on the model's device.
+    `settings` are what `Student.use` may be given: other options of the mechanism, with the same weights. `leaning`
+    gives each projection a slope too: the option that is drawn, and its values.
+
+    Raises `ValueError` where nothing would be trained, the backend has no gradients on the model's device, or the
+    settings have other layers or weights.
     """
-    swaps = plan_all(model, mechanism, Placement(layers=layers, backend=backend))
+    placement = Placement(layers=layers, backend=backend)
+    swaps = plan_all(model, mechanism, placement)
+    for setting in settings:
+        _check_setting(setting, mechanism, plan_all(model, setting, placement), swaps)
     check_gradients(backend, next(model.parameters()).device.type)
     handle = commit(swaps, trained=True)
     try:
@@ -98,10 +133,30 @@ def make_student(
     except BaseException:
         handle.restore()
         raise
+    own = [name for name in parameters if trainable == "projections" and ".processor." not in name]
+    slopes = Slopes(model, own, leaning) if leaning else None
+    if slopes is not None:
+        slopes.at(mechanism)
+        parameters |= slopes.parameters
     for parameter in parameters.values():
         parameter.requires_grad_()
-    own = [name for name in parameters if trainable == "projections" and ".processor." not in name]
-    return Student(model, handle, trainable, parameters, Originals(model, own))
+    return Student(model, handle, trainable, parameters, Originals(model, own), slopes)
+
+
+def _check_setting(setting: Mechanism, mechanism: Mechanism, planned: list[ModelSwap], own: list[ModelSwap]) -> None:
+    """Raise where a setting would have other layers, weights or needs than the student's mechanism."""
+
+    def facts(swaps: list[ModelSwap]) -> list[Any]:
+        layers = [layer for swap in swaps for layer in swap.layers.values()]
+        shapes = [layer.weights and {k: v.shape for k, v in layer.weights.named_parameters()} for layer in layers]
+        return [[layer.name for layer in layers], shapes, [sorted(layer.schedule.needs) for layer in layers]]
+
+    for what, one, other in zip(("layers", "weights", "needs"), facts(planned), facts(own), strict=True):
+        if one != other:
+            raise ValueError(
+                f"{setting} has other {what} than {mechanism}, and one student cannot be both: draw options that leave "
+                f"its {what} as they are"
+            )
 
 
 def check_gradients(backend: str, device: str) -> None:
@@ -172,7 +227,7 @@ class Originals:
     """Copies of some parameters of linear layers, which can take their places for a forward."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
-        self._active = False
+        self.names, self._active = tuple(names), False
         self._modules: dict[nn.Module, dict[str, Tensor]] = {}
         for name in names:
             prefix, _, kind = name.rpartition(".")

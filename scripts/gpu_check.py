@@ -51,6 +51,11 @@ from diffattn.mechanisms.clear import ClearAttention  # noqa: E402
 from diffattn.mechanisms.halo import HaloAttention  # noqa: E402
 from diffattn.mechanisms.linear import LinearAttention  # noqa: E402
 from diffattn.mechanisms.neighborhood import NeighborhoodAttention  # noqa: E402
+from diffattn.mechanisms.patterns import (  # noqa: E402
+    MultiAxisAttention,
+    PerHeadAttention,
+    ShiftedWindowAttention,
+)
 from diffattn.mechanisms.routing import RoutingAttention  # noqa: E402
 
 SMALL = {
@@ -63,6 +68,13 @@ SMALL = {
     "routing": RoutingAttention(top_k=3, tile=(8, 16), pool=4),
     "routing, tile 8": RoutingAttention(top_k=4, tile=8, pool=4),
     "routing, order=content": RoutingAttention(top_k=3, tile=(8, 16), pool=4, order="content"),
+    "multi_axis": MultiAxisAttention(window=8),
+    "multi_axis, pool": MultiAxisAttention(window=8, pool=4),
+    "shifted_window": ShiftedWindowAttention(window=(8, 16)),
+    "per_head": PerHeadAttention(mechanisms=(HaloAttention(tile=8, halo=0), ClearAttention(radius=6)), heads=(0, 1, 1)),
+    "routing, order=centroids, means=weighted": RoutingAttention(
+        top_k=3, tile=(8, 16), pool=4, order="centroids", means="weighted"
+    ),
     "agent": AgentAttention(num_agents=64),
     "linear": LinearAttention(),
 }

@@ -73,7 +73,9 @@ def native(count: Count = 16, seed: Seed = 1, output: Output = FOLDER) -> None:
         Method("halo, pool 2", halo_of(0.51, grid, (2,), pool=2)),
         Method("routing", RoutingAttention(**half)),
         Method("routing, tile 4 pool 2", RoutingAttention(share=0.51, tile=4, pool=2)),
+        Method("routing, means=weighted", RoutingAttention(**half, means="weighted")),
         Method("routing, order=content", RoutingAttention(**half, order="content")),
+        Method("routing, order=centroids", RoutingAttention(**half, order="centroids")),
         Method("routing, order=content, query_tile 1", RoutingAttention(**half, order="content", query_tile=1)),
         Method("routing, choice by an oracle", OracleRouting(**half)),
         Method("routing, reuse 2", RoutingAttention(share=0.47, tile=2, pool=2), 2),
@@ -121,7 +123,9 @@ def enlarged(count: Count = 16, seed: Seed = 1, output: Output = FOLDER) -> None
         Method("neighborhood, pool 4", neighborhood_of(0.21, grid, pool=4)),
         Method("routing", RoutingAttention(**fifth)),
         Method("routing, chosen_by=mean", RoutingAttention(**fifth, chosen_by="mean")),
+        Method("routing, means=weighted", RoutingAttention(**fifth, means="weighted")),
         Method("routing, order=content", RoutingAttention(**fifth, order="content")),
+        Method("routing, order=centroids", RoutingAttention(**fifth, order="centroids")),
         Method("routing, order=content, query_tile 2", RoutingAttention(**fifth, order="content", query_tile=2)),
         Method("routing, choice by an oracle", OracleRouting(**fifth)),
         Method("routing, reuse 2", RoutingAttention(share=0.35, tile=4, pool=4), 2),
@@ -147,7 +151,9 @@ def velocity(count: Count = 8, seed: Seed = 1, output: Output = FOLDER) -> None:
         Method("routing, tile 8 pool 4", RoutingAttention(**share, tile=8, pool=4)),
         Method("routing, tile 8 pool 4, query_tile 16", RoutingAttention(share=0.15, tile=8, pool=4, query_tile=16)),
         Method("routing, tile 8 pool 4, chosen_by=mean", RoutingAttention(**share, chosen_by="mean")),
+        Method("routing, means=weighted", RoutingAttention(**share, tile=8, pool=4, means="weighted")),
         Method("routing, order=content", RoutingAttention(**share, tile=8, pool=4, order="content")),
+        Method("routing, order=centroids", RoutingAttention(**share, tile=8, pool=4, order="centroids")),
     ]
     lines = error_lines(painter, methods, zoom=4, grid=grid)
     title = f"velocity 512 px, image to image, {count} prompts x 3 steps"
@@ -227,7 +233,7 @@ def latency(
     found = model_errors({name: mechanism for name, (mechanism, _) in mechanisms.items()}, grid, count, seed)
     lines = []
     for name, (mechanism, _) in mechanisms.items():
-        own, calls = mechanism.share_on(grid), CALLS if mechanism.order == "content" else 1
+        own, calls = mechanism.share_on(grid), CALLS if mechanism.order != "space" else 1
         low, middle, high = (x / calls for x in (times[name].min, times[name].median, times[name].max))
         lines.append(Line(name, own, (full.min / high, full.median / middle, full.max / low)))
         text.append(
@@ -240,7 +246,7 @@ def latency(
 def run(mechanism: RoutingAttention, backend: str, qkv: tuple[Any, Any, Any], grid: TokenGrid) -> None:
     """One call; as many as a run has, with what it keeps from one to the next, of an order by content."""
     context = diffattn.mechanisms.Context(memory={})
-    for _ in range(CALLS if mechanism.order == "content" else 1):
+    for _ in range(CALLS if mechanism.order != "space" else 1):
         mechanism.attend(*qkv, grid, backend=backend, context=context)
 
 

@@ -1,6 +1,6 @@
 """Run every mechanism on a tiny random model of every family and write the outcome as the table in README.md.
 
-It writes docs/families.md as well, see `families_page`.
+It writes docs/families.md as well, see `class_tables/families_page.py`.
 
 PYTHONPATH=.:tests python scripts/support_table.py
 """
@@ -18,14 +18,22 @@ import diffattn
 from diffattn import config
 from diffattn.families import FAMILIES, family_of
 from diffattn.mechanisms import Mechanism
-from scripts import families_page
+from scripts.class_tables import families_page
 
 README = Path(__file__).parents[1] / "README.md"
 MARKERS = "<!-- support table -->", "<!-- /support table -->"
 OPTIONS = {
     "clear": {"radius": 2},
+    "hybrid": {"base": "clear(radius=2)"},
+    "multi_axis": {"window": 2, "pool": 2},
+    "global_context": {"window": 2},
     "neighborhood": {"kernel_size": 3},
+    "per_head": {"mechanisms": "clear(radius=2),linear"},
     "routing": {"top_k": 1, "tile": 2, "pool": 2},
+    "shifted_window": {"window": 2},
+    "sla": {"top_share": 0.5, "tile": 4, "query_tile": 4},
+    "vsa": {"top_share": 0.5, "tile": 2},
+    "window_state": {"radius": 2},
 }
 """Options of mechanisms that have no defaults for all of them, or none for grids as small as these."""
 

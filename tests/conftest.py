@@ -22,9 +22,10 @@ import pytest
 import torch
 import transformers
 
-from diffattn.measure import hardware
+from diffattn.measure import hardware, progress
 
 torch.set_num_threads(_threads)
+progress.EVERY = 1e9  # whether a command says how far it is would depend on how busy the machine is
 hypothesis.settings.register_profile("diffattn", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("diffattn")
 

@@ -238,6 +238,7 @@ def compiled(parallelize: Parallelism) -> dict[str, Any]:
 
 CLEAR = diffattn.ClearAttention(radius=2)
 ROUTING = diffattn.RoutingAttention(top_k=1, tile=2, pool=2)
+KINDS = diffattn.ShiftedWindowAttention(window=3)
 AGENT = diffattn.AgentAttention(num_agents=6)
 UNEVEN = dict(ulysses_anything=True)
 OTHER_PLAN = {
@@ -258,8 +259,10 @@ CASES: dict[str, Callable[[Parallelism], dict[str, Any]]] = {
     "agent": lambda on: compared(on, flux, AGENT),
     "routing": lambda on: compared(on, flux, ROUTING),
     "routing by content": lambda on: compared(on, flux, replace(ROUTING, order="content")),
+    "routing by centroids": lambda on: compared(on, flux, replace(ROUTING, order="centroids", means="weighted")),
     "pool": lambda on: compared(on, flux, diffattn.ClearAttention(radius=1, pool=2)),
     "weights for all heads": lambda on: compared(on, flux, diffattn.ClearAttention(radius=2, down_factor=3)),
+    "kinds of heads": lambda on: compared(on, lambda: flux(num_attention_heads=6), KINDS),
     "uneven tokens": lambda on: compared(on, models.qwen_image, CLEAR, **UNEVEN),
     "uneven heads": lambda on: compared(on, lambda: models.flux(num_attention_heads=3), CLEAR, **UNEVEN),
     "min_tokens between a rank's and all": lambda on: compared(on, flux, CLEAR, min_tokens=40),

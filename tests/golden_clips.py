@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffattn.mechanisms.dual_scope import DualScopeAttention
-from diffattn.mechanisms.parts.scopes import Phase
+from diffattn.mechanisms.parts.scopes.frames import Phase
 
 Tensors = Mapping[str, Tensor]
 

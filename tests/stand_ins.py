@@ -134,10 +134,11 @@ HUB: dict[str, Callable[..., Any]] = {
 
 def shrunk(pipe: Any, shrink: int = SHRINK) -> Any:
     """The pipeline with a `__call__` that takes the documents' arguments and a `to` that stays on the CPU."""
-    base = type(pipe)
+    base = getattr(type(pipe), "unshrunk", type(pipe))  # one from another stand-in has been here before
 
     def call(self: Any, *args: Any, **options: Any) -> Any:
-        if "height" not in inspect.signature(base.__call__).parameters:
+        taken = inspect.signature(base.__call__).parameters
+        if "height" not in taken:
             return base.__call__(self, *args, **options)
         for side in {"height", "width"} & set(options):
             options[side] = max(options[side] // shrink // MULTIPLE, 1) * MULTIPLE
@@ -145,11 +146,12 @@ def shrunk(pipe: Any, shrink: int = SHRINK) -> Any:
             options[side] = 64
         if "num_frames" in options:
             options["num_frames"] = min(options["num_frames"], MOST_FRAMES)
-        if "max_sequence_length" in base.__call__.__code__.co_varnames:
+        if "max_sequence_length" in taken:
             options["max_sequence_length"] = 32
         return base.__call__(self, *args, **{**options, "num_inference_steps": STEPS})
 
-    pipe.__class__ = type(base.__name__, (base,), {"__call__": call, "to": lambda self, *args, **kwargs: self})
+    own = {"__call__": call, "to": lambda self, *args, **kwargs: self, "unshrunk": base}
+    pipe.__class__ = type(base.__name__, (base,), own)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -99,7 +99,11 @@ def test_missing_options_are_named(stripes: type[Stripes]) -> None:
 
 
 def test_every_known_mechanism_survives_json() -> None:
-    options = {"clear": {"radius": 8, "down_factor": 4, "radius_t": 2.5}}
+    options: dict[str, dict[str, Any]] = {
+        "clear": {"radius": 8, "down_factor": 4, "radius_t": 2.5},
+        "hybrid": {"base": "routing(share=0.3)"},
+        "per_head": {"mechanisms": "agent,clear(radius=8,pool=2)", "heads": (1, 0, 0)},
+    }
     for name, cls in config.registered().items():
         required = {
             f.name: 4

@@ -29,6 +29,18 @@ for found in pkgutil.walk_packages(diffattn.__path__, "diffattn."):
         print(found.name, module.__file__)
 """
 
+DRAW = """
+import diffattn, torch
+from diffusers import FluxPipeline
+
+for name in diffattn.tiny.NATIVE:
+    assert (diffattn.tiny.path(name) / "model_index.json").is_file(), name
+pipe = FluxPipeline.from_pretrained(diffattn.tiny.path("flux"))
+diffattn.apply(pipe, "clear", radius=4)
+call = diffattn.tiny.defaults("flux") | {"num_inference_steps": 1}
+print(pipe("a red circle", **call).images[0].size)
+"""
+
 
 def tree(folder: str) -> set[str]:
     """Files below a folder of the checkout, without caches, as paths from the root."""
@@ -118,6 +130,11 @@ def test_every_module_of_the_wheel_can_be_imported(installed: Path) -> None:
     assert {name: path for name, path in found.items() if not path.startswith(inside)} == {}
     expected = modules(tree("diffattn") | {f"diffattn/{file}" for door in DOORS for file in tree(door)})
     assert set(found) | {"diffattn"} == expected
+
+
+@pytest.mark.slow
+def test_the_wheel_draws_by_a_bundled_pipeline(installed: Path) -> None:
+    assert run(installed, "-W", "ignore", "-c", DRAW).splitlines()[-1] == "(128, 128)"
 
 
 @pytest.mark.slow

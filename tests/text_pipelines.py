@@ -84,7 +84,19 @@ def wan() -> Any:
     )
 
 
-def cogvideox() -> Any:
+def wan22() -> Any:
+    """Two models, the second below three quarters of the noise, and the solver of Wan's checkpoints."""
+    one, low = wan(), models.wan().model
+    with torch.no_grad():
+        for parameter in low.parameters():
+            parameter.mul_(0.9)
+    solver = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return diffusers.WanPipeline(
+        one.tokenizer, one.text_encoder, one.vae, solver, one.transformer, low, boundary_ratio=0.75
+    )
+
+
+def cogvideox(model: Any = None) -> Any:
     vae = diffusers.AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 4,
         up_block_types=("CogVideoXUpBlock3D",) * 4,
@@ -98,9 +110,14 @@ def cogvideox() -> Any:
         tokenizer("t5"),
         t5(12),
         models.randomize(vae),
-        models.cogvideox().model,
+        models.cogvideox().model if model is None else model,
         diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction"),
     )
+
+
+def cogvideox15() -> Any:
+    """Patches of two latent frames."""
+    return cogvideox(models.cogvideox15().model)
 
 
 def pixart() -> Any:
@@ -166,6 +183,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "SD3": _made(sd3),
     "Wan": _made(wan),
     "CogVideoX": _made(cogvideox),
+    "CogVideoX-1.5": _made(cogvideox15),
     "PixArt": _made(pixart),
     "PixArt-Alpha": _made(pixart_alpha),
     "SD1.5": _made(sd15),
@@ -176,6 +194,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
 CALL: dict[str, dict[str, Any]] = {
     "Wan": {"num_frames": 1, "max_sequence_length": 12},
     "CogVideoX": {"num_frames": 1, "max_sequence_length": models.TEXT},
+    "CogVideoX-1.5": {"num_frames": 1, "max_sequence_length": models.TEXT},
     "PixArt": {"use_resolution_binning": False, "max_sequence_length": 9},
     "PixArt-Alpha": {"use_resolution_binning": False, "max_sequence_length": 9},
     "SD3": {"max_sequence_length": 11},

@@ -73,7 +73,13 @@ def train(
 
     chosen = from_dict(changes, config(steps=20, batch_size=4, accumulation=2 // ranks))
     model = flux_model()
-    student = make_student(model, chosen.mechanism, trainable=chosen.trainable)
+    student = make_student(
+        model,
+        chosen.mechanism,
+        trainable=chosen.trainable,
+        settings=chosen.settings if chosen.drawn else (),
+        leaning=chosen.drawn if chosen.slopes else None,
+    )
     trainer = Trainer(chosen, student, scheduler(), Noise(), folder, Accelerator(cpu=True))
     assert trainer.accelerator.num_processes == ranks
     outcome = trainer.run(until=until, resume=resume)

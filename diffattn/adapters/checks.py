@@ -18,7 +18,8 @@ def check_class(adapter: Adapter, model: nn.Module) -> None:
 def expected_parameters(swap: ModelSwap, names: list[str] | None) -> dict[str, Tensor]:
     """File name -> the model's parameter for everything the adapter must hold beside the mechanism's weights.
 
-    `names` None is the official layout: weight and bias of q, k, v and the image's output of every swapped layer.
+    `names` None is the official layout: weight and bias of q, k, v and the image's output of every swapped layer. The
+    tensors are the model's own, of its shapes. Raises `ValueError` for a name that the model does not have.
     """
     parameters = dict(swap.model.named_parameters())
     if names is None:
@@ -50,7 +51,8 @@ def check_writable(swap: ModelSwap, parameters: dict[str, Tensor]) -> None:
     all_parameters = dict(swap.model.named_parameters())
     for name, parameter in parameters.items():
         module = swap.model.get_submodule(stored_name(name, all_parameters).rpartition(".")[0])
-        if type(module) is not nn.Linear or type(parameter.data) is not Tensor or not parameter.is_floating_point():
+        foreign = isinstance(module, nn.Linear) and type(module) is not nn.Linear
+        if foreign or type(parameter.data) is not Tensor or not parameter.is_floating_point():
             raise ValueError(
                 f"{name} is quantized ({type(module).__name__}, {parameter.dtype}): load the adapter before "
                 f"quantizing, or use a LoRA adapter"
@@ -60,7 +62,7 @@ def check_writable(swap: ModelSwap, parameters: dict[str, Tensor]) -> None:
 
 
 def mechanism_weights(swap: ModelSwap) -> list[tuple[str, str, Tensor]]:
-    """Layer, name and tensor of the mechanism's own weights."""
+    """Layer, name and tensor of the mechanism's own weights, of the shapes that `Mechanism.weights` gives them."""
     return [
         (name, key, value)
         for name, layer in swap.layers.items()

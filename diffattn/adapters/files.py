@@ -9,6 +9,7 @@ the third beside it.
 """
 
 import json
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -19,16 +20,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import config
-from ..files.weights import check_finite, check_numbers
+from ..files.weights import check_finite, check_numbers, shards
 from ..mechanisms.base import Mechanism
 from ..options import shown
 from ..swap.plan import resolve
 
+logger = logging.getLogger("diffattn")
+
 FILE_NAME = "adapter.safetensors"
 LORA_NAME = "pytorch_lora_weights.safetensors"
 CONFIG_NAME = "diffattn_config.json"
+INDEX = ".safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")
 """What tensors may be, as safetensors calls it."""
+PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 OFFICIAL_NAME = re.compile(r"clear_local_(?P<radius>\d+)(?:_down_(?P<down_factor>\d+))?")
 
 
@@ -44,6 +49,11 @@ class Adapter:
     @classmethod
     def open(cls, path: Path, said: dict[str, Any] | None = None) -> "Adapter":
         """Read the header; a broken file raises `ValueError` with its name. `said` is what the folder's config says."""
+        if path.suffix in PICKLES:
+            raise ValueError(
+                f"{path} is a pickle, which can run code, and adapters are safetensors files: convert it once by "
+                f"safetensors.torch.save_file(torch.load({path.name!r}, map_location='cpu', weights_only=True), ..)"
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -56,8 +66,15 @@ class Adapter:
         return cls(path, shapes, {**_as_metadata(said, path.name), **own})
 
     def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the file, of the shapes and dtypes that it has, on the CPU."""
         with safe_open(self.path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in self.shapes}
+
+    def tensor(self, name: str) -> Tensor:
+        """One of them, of the shape that `shapes` has."""
+        with safe_open(self.path, framework="pt") as file:
+            found: Tensor = file.get_tensor(name)
+        return found
 
     def check_finite(self) -> None:
         """Raise `ValueError` for NaN or infinity; one tensor is in memory at a time."""
@@ -66,16 +83,22 @@ class Adapter:
 
     @property
     def is_lora(self) -> bool:
+        """Does the file hold a LoRA, in diffusers' own format?"""
         return self.path.name == LORA_NAME or any(".lora_" in name for name in self.shapes)
 
     def mechanism(self, options: dict[str, Any]) -> Mechanism:
-        """The mechanism of the metadata, or CLEAR by the file name; `options` override either."""
+        """The mechanism of the metadata, or CLEAR by the file name; `options` override either.
+
+        Raises `ValueError` where neither says one, and for options that the mechanism does not have.
+        """
         if "mechanism" in self.metadata:
             values = self.said("mechanism", dict[str, Any])
             try:
-                return config.from_dict({**values, **options})
+                mechanism: Mechanism = config.from_dict({**values, **options})
             except ValueError as error:
                 raise ValueError(f"the mechanism of {self.path.name}: {error}") from error
+            self._warn_of_untrained(mechanism)
+            return mechanism
         name = OFFICIAL_NAME.search(self.path.name)
         found = {key: int(value) for key, value in name.groupdict().items() if value} if name else {}
         if self.is_lora and not found:
@@ -88,6 +111,25 @@ class Adapter:
                 f"{self.path.name} does not say its mechanism: pass radius=... (and down_factor=...) for a CLEAR file"
             )
         return resolve("clear", **{**found, **options})
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """Options of the mechanism, and the values that one training had of them; empty where it had one of each."""
+        return self.said("drawn", dict[str, Any]) if "drawn" in self.metadata else {}
+
+    def _warn_of_untrained(self, mechanism: Mechanism) -> None:
+        """Say where an option lies outside of what the weights were trained for."""
+        for name, values in self.drawn.items():
+            own = config.plain(getattr(mechanism, name, None))
+            numbers = all(isinstance(value, (int, float)) for value in (own, *values))
+            if not (min(values) <= own <= max(values) if numbers else own in values):
+                logger.warning(
+                    "%s was trained for %s from %s, and is used with %s: expect other images",
+                    self.path.name,
+                    name,
+                    ", ".join(map(str, values)),
+                    own,
+                )
 
     @property
     def layers(self) -> list[str] | None:
@@ -124,7 +166,9 @@ def _as_metadata(said: dict[str, Any] | None, name: str) -> dict[str, str]:
         "mechanism": json.dumps(said["mechanism"]),
         "layers": json.dumps(said["layers"]),
         "model": said["model"],
+        **({"component": str(said["component"])} if said.get("component") else {}),
         "base_model": said.get("base_model", ""),
+        **({"drawn": json.dumps(said["drawn"])} if "drawn" in said else {}),
     }
 
 
@@ -146,7 +190,12 @@ def open_all(
     else:
         return _open_from_hub(str(source), weight_name, subfolder, **hub)
     said = read_config(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else None
-    return [Adapter.open(folder / name, said) for name in names]
+    return [Adapter.open(path, said) for name in names for path in _parts(folder / name)]
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files that an index names, or the file itself."""
+    return [path.parent / name for name in shards(path)] if path.name.endswith(INDEX) else [path]
 
 
 def _choose(folder: Path, weight_name: str | None) -> list[str]:
@@ -157,7 +206,8 @@ def _choose(folder: Path, weight_name: str | None) -> list[str]:
     elif (folder / CONFIG_NAME).is_file():
         names, who = read_config(folder / CONFIG_NAME)["files"], f"file of its {CONFIG_NAME},"
     else:
-        names = [name for name in (FILE_NAME, LORA_NAME) if name in found] or found
+        indices = sorted(path.name for path in folder.glob(f"*{INDEX}"))
+        names = [name for name in (FILE_NAME, LORA_NAME) if name in found] or (indices if len(indices) == 1 else found)
         if len(names) not in (1, 2) or (len(names) == 2 and names != [FILE_NAME, LORA_NAME]):
             raise ValueError(
                 f"{folder} has {len(found)} safetensors files ({', '.join(found)}): choose one by weight_name="
@@ -184,6 +234,8 @@ def _open_from_hub(repo: str, weight_name: str | None, subfolder: str | None, **
         except EntryNotFoundError:
             said = None  # an adapter from before there was one: its file says all
     names = [weight_name] if weight_name else said["files"] if said else [FILE_NAME]
+    for name in [name for name in names if name.endswith(INDEX)]:
+        names = [fetch(part).name for part in shards(fetch(name))]
     return [Adapter.open(fetch(name), said) for name in names]
 
 

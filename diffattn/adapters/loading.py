@@ -1,23 +1,24 @@
 """`load`: a mechanism and what was trained for it, put on a model."""
 
-import functools
 import logging
 import os
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..options import read, shown
 from ..swap.apply import Handle, commit
 from ..swap.calls.frames import Ref
 from ..swap.model_swap import ModelSwap
-from ..swap.plan import models_of, plan_all
+from ..swap.plan import models_of, names_in, plan_all
 from ..swap.settings.placement import ComponentChoice, Placement, StepChoice
 from . import lora
 from .checks import check_class, check_names, check_writable, expected_parameters, mechanism_weights
 from .files import FILE_NAME, Adapter, open_all
+from .filling import fill
+from .published import recognise
+from .slopes import Leaning, is_sloped, with_slopes
 
 logger = logging.getLogger("diffattn")
 
@@ -43,13 +44,17 @@ def load(
     keep_original: bool = True,
     **options: Any,
 ) -> Handle:
-    """`apply` with an adapter's weights: ours, or an official CLEAR file.
+    """`apply` with an adapter's weights: ours, an official CLEAR file, or published SLA or VSA weights for Wan.
+
+    What is published for SLA and VSA is told by its keys (`diffattn/adapters/published`); such a file may hold all of
+    the model's weights.
 
     Where the adapter is a LoRA, it is the same as `pipe.load_lora_weights(source)` and `apply`, on quantized models
     too; `restore` takes the LoRA away as well.
 
     Args:
         source: a file, a folder or a hub repository; the hub arguments are those of `load_lora_weights`.
+        components: the model, of a pipeline with several; an adapter that was trained for one of them says so itself.
         keep_original: keep the weights that the adapter replaces, on the CPU, so that `restore` is bit-exact.
         options: override what the adapter says of its mechanism, such as `radius=8` or `ntk_factor=10`.
 
@@ -62,13 +67,15 @@ def load(
     weight_name, subfolder = read("weight_name", weight_name, str | None), read("subfolder", subfolder, str | None)
     hub = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     opened = open_all(source, weight_name, subfolder, **hub)
+    found = recognise(opened)
+    components = _components(target, components, opened[0].metadata.get("component"))
     models = models_of(target, components)
     if len(models) != 1:
         names = ", ".join(type(model).__name__ for model in models)
         raise ValueError(f"an adapter belongs to one model, but the target has {names}: name one by components=[...]")
     for adapter in opened:
         check_class(adapter, models[0])
-    mechanism = opened[0].mechanism(options)
+    mechanism = opened[0].mechanism(options) if found is None else found.mechanism(options, models[0])
     placement = Placement(
         layers=opened[0].layers,
         steps=steps,
@@ -81,24 +88,37 @@ def load(
         exact_frames=exact_frames,
     )
     [swap] = plan_all(target, mechanism, placement)
-    actions = [_check(adapter, swap, target, keep_original) for adapter in opened]
-    if all(adapter.is_lora for adapter in opened) and mechanism_weights(swap):
+    if found is not None:
+        actions = found.check(swap, target, keep_original)
+    else:
+        actions = [_check(adapter, swap, target, keep_original) for adapter in opened]
+    if found is None and all(adapter.is_lora for adapter in opened) and mechanism_weights(swap):
         raise ValueError(
             f"{opened[0].path.name} is a LoRA without the weights that {mechanism} has of its own: {FILE_NAME} is "
             f"missing beside it"
         )
-    swap.loaded = True
+    swap.loaded, swap.drawn = True, {} if is_sloped(opened[0]) else opened[0].drawn
     handle = commit([swap], trained=True)
     try:
         for action in actions:
             action()
-        if swap.replaced_parameters or any(adapter.is_lora for adapter in opened):
+        if swap.replaced_parameters or any(adapter.is_lora for adapter in opened) or found is not None:
             saving = WarnsOfSaving(swap.model)
             swap.on_undo(saving.remove, saving.put_in_place)
     except BaseException:
         handle.restore()
         raise
     return handle
+
+
+def _components(target: Any, components: ComponentChoice, said: str | None) -> ComponentChoice:
+    """The model that an adapter is for: the one it names, of a pipeline that has several when it is made."""
+    if said is None or isinstance(target, nn.Module) or (components is not None and names_in(components) == [said]):
+        return components
+    if components is None and getattr(target, "components", {}).get(said) is not None:
+        return [said]
+    has = f"components={names_in(components)}" if components is not None else f"a {type(target).__name__} without it"
+    raise ValueError(f"the adapter was trained for {said}, and no other model of its pipeline, got {has}")
 
 
 def _check(adapter: Adapter, swap: ModelSwap, target: Any, keep_original: bool) -> Callable[[], None]:
@@ -109,50 +129,13 @@ def _check(adapter: Adapter, swap: ModelSwap, target: Any, keep_original: bool) 
         return lambda: lora.add(swap, adapter, None if isinstance(target, nn.Module) else target)
     parameters = expected_parameters(swap, adapter.projections)
     own = {f"{name}.processor.{key}": value for name, key, value in mechanism_weights(swap)}
-    check_names(adapter, {name: tuple(value.shape) for name, value in {**parameters, **own}.items()})
+    shapes, sloped = {name: tuple(value.shape) for name, value in parameters.items()}, is_sloped(adapter)
+    wanted = with_slopes(shapes) if sloped else shapes
+    check_names(adapter, wanted | {name: tuple(value.shape) for name, value in own.items()})
     check_writable(swap, parameters)
     adapter.check_finite()
-    return lambda: _fill(swap, adapter.tensors(), parameters, own, keep_original)
-
-
-@torch.no_grad()
-def _fill(
-    swap: ModelSwap,
-    tensors: dict[str, Tensor],
-    parameters: dict[str, Tensor],
-    own: dict[str, Tensor],
-    keep_original: bool,
-) -> None:
-    originals = (
-        {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
-        if keep_original
-        else None
-    )
-    for name, parameter in {**parameters, **own}.items():
-        parameter.copy_(tensors[name])
-    swap.replaced_parameters = frozenset(parameters)
-    if parameters:
-        # partial functions, so that in a deep copy they are about the copy's parameters
-        exchange = functools.partial(_exchange, parameters, originals)
-        swap.on_undo(exchange, exchange if keep_original else _nothing)
-
-
-def _nothing() -> None:
-    """Parameters that kept an adapter's values have them still."""
-
-
-@torch.no_grad()
-def _exchange(parameters: dict[str, Tensor], held: dict[str, Tensor] | None) -> None:
-    """Give the parameters the values that are held, and hold those that they had."""
-    if held is None:
-        logger.warning(
-            "keep_original=False: %d parameters keep the adapter's values; reload the model", len(parameters)
-        )
-        return
-    for name, parameter in parameters.items():
-        other = parameter.detach().to("cpu", copy=True)
-        parameter.copy_(held[name])
-        held[name] = other
+    read = Leaning(adapter, swap.mechanism) if sloped else adapter.tensor
+    return lambda: fill(swap, read, parameters, own, keep_original)
 
 
 class WarnsOfSaving:

@@ -3,20 +3,23 @@
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..config import plain
 from ..files.writing import write_json, written
 from ..swap.apply import swaps_of
 from ..swap.model_swap import ModelSwap
+from ..swap.plan import COMPONENTS
 from . import lora
 from .checks import mechanism_weights, stored_name
 from .files import CONFIG_NAME, FILE_NAME, LORA_NAME
+from .slopes import SUFFIX
 
 
 def save(
@@ -43,16 +46,37 @@ def save(
 
 
 def write(
-    target: Any, folder: str | os.PathLike[str], *, include: Iterable[str] = (), base_model: str | None = None
+    target: Any,
+    folder: str | os.PathLike[str],
+    *,
+    include: Iterable[str] = (),
+    base_model: str | None = None,
+    component: str | None = None,
+    drawn: Mapping[str, Sequence[Any]] | None = None,
+    slopes: Mapping[str, Tensor] | None = None,
 ) -> list[Path]:
-    """`save` without a hub; returns the files, the config last. `base_model` overrides where the model came from."""
+    """`save` without a hub; returns the files, the config last.
+
+    Args:
+        base_model: overrides where the model came from.
+        component: which model of a pipeline with several it is.
+        drawn: options of the mechanism and the values that one training had of them, for `load` to know; None: those
+            of the adapter that was loaded.
+        slopes: by the names of their weights and of their shapes, what these lean by with the option that was drawn
+            (`slopes.py`).
+    """
     folder, [swap] = Path(folder), _one(swaps_of(target))
     names, tensors = _tensors(swap, include)
+    tensors |= {name + SUFFIX: slope.detach().contiguous() for name, slope in (slopes or {}).items()}
     carried = lora.carried(swap.model)
     files = [FILE_NAME] if tensors or carried is None else []
     files += [LORA_NAME] if carried is not None else []
     _refuse_others(folder, files)
     said = describe(swap, base_model_of(target, swap.model) if base_model is None else base_model)
+    drawn = swap.drawn if drawn is None else drawn
+    said |= {"drawn": {name: [plain(value) for value in values] for name, values in drawn.items()}} if drawn else {}
+    component = component or component_of(target, swap.model)
+    said |= {"component": component} if component is not None else {}
     if FILE_NAME in files:
         with written(folder / FILE_NAME) as temporary:
             save_file(tensors, temporary, _metadata(said, names))
@@ -113,8 +137,17 @@ def _metadata(said: dict[str, Any], names: list[str]) -> dict[str, str]:
         "layers": json.dumps(said["layers"]),
         "projections": json.dumps(names),
         "model": said["model"],
+        **({"component": said["component"]} if "component" in said else {}),
         "base_model": said["base_model"],
+        **({"drawn": json.dumps(said["drawn"])} if "drawn" in said else {}),
     }
+
+
+def component_of(target: Any, model: nn.Module) -> str | None:
+    """The name of a model in a pipeline that has several; None for others."""
+    parts = {} if isinstance(target, nn.Module) else getattr(target, "components", {})
+    names = [name for name in COMPONENTS if parts.get(name) is not None]
+    return next((name for name in names if parts[name] is model), None) if len(names) > 1 else None
 
 
 def _own_version() -> str:

@@ -18,24 +18,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
-from ..measure.draws import Draws, Prompt
-from ..measure.fidelity import psnr
+from ..measure.draws import Prompt
 from ..mechanisms import ClearAttention, Mechanism, RoutingAttention
 from ..options import Must, at_least, read, shown
-from ..swap.apply import apply
-from ..swap.plan import COMPONENTS
 from ..swap.settings.placement import LayerChoice
 from ..swap.settings.recipe import ModelRecipe, Recipe
 from ..swap.settings.schedule import FULL
 from .choices import Choice, Measured, Plan, rows_of_plans
 from .probing import Prober
+from .runs import Runs, component_of
 from .store import Store
 
 SHARES = (0.7, 0.5, 0.35, 0.25, 0.18, 0.12)
-BEST_SEEN = 120.0
-"""PSNR of equal images."""
 POSITIVE = Must("a number above 0", lambda value: value > 0)
 
 
@@ -80,11 +75,9 @@ def calibrate(
     share = read("share", share, Annotated[float | None, Must("above 0 and below 1", lambda value: 0 < value < 1)])
     reuse = read("reuse", tuple(reuse), tuple[Annotated[int, at_least(1)], ...])
     parts = read("parts", parts, Annotated[int, at_least(1)])
-    runs = _Runs(pipe, prompts, seed, call)
+    runs = Runs(pipe, prompts, seed, call)
     runs.progress = progress
-    component = component or next((name for name in COMPONENTS if pipe.components.get(name) is not None), None)
-    if component is None or component not in pipe.components:
-        raise ValueError(f"{type(pipe).__name__} has no part {component!r}; name its model by component=")
+    component = component_of(pipe, component)
     probe = Prober(pipe, component, [], 0, layers)
     with probe.watching():
         runs.draw(0)
@@ -120,25 +113,7 @@ def calibrate(
     return Recipe(recipe_of(plan).models, made)
 
 
-class _Runs(Draws):
-    """Calls of the pipeline, with progress."""
-
-    progress = True
-
-    def bar(self, what: str, total: int) -> Any:
-        """Numbers with progress in words."""
-        return tqdm(range(total), desc=what, disable=None if self.progress else True, leave=False)
-
-    def compare(self, recipe: Recipe, full: Sequence[np.ndarray]) -> list[float]:
-        """PSNR of every prompt under a recipe, to a thousandth: what is behind depends on the number of threads."""
-        if not any(own.layers for own in recipe.models.values()):
-            return [BEST_SEEN] * len(full)
-        with apply(self.pipe, recipe):
-            images = [self.draw(number) for number in self.bar("trying a recipe", len(full))]
-        return [round(min(psnr(one, other), BEST_SEEN), 3) for one, other in zip(images, full, strict=True)]
-
-
-def _measure(runs: _Runs, store: Store, prober: Prober) -> Measured:
+def _measure(runs: Runs, store: Store, prober: Prober) -> Measured:
     """Errors in the mean over the prompts, each against its own sum; those that a folder has are not run again.
 
     So the mean of the logarithms is made least, as PSNR has them: no prompt outweighs the others.
@@ -218,7 +193,7 @@ def _fits(mechanism: Mechanism, grid: Any) -> bool:
 
 def _setup(
     component: str,
-    runs: _Runs,
+    runs: Runs,
     mechanisms: Sequence[Mechanism],
     reuse: Sequence[int],
     parts: int,

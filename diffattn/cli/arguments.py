@@ -4,6 +4,7 @@ import dataclasses
 import re
 import typing
 from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,17 @@ def parse_size(text: str) -> tuple[int, int]:
     if match is None:
         raise ValueError(f"--size must be HEIGHTxWIDTH in pixels, such as 2048x4096, got {text!r}")
     return int(match[1]), int(match[2])
+
+
+def parse_rate(text: str) -> Fraction:
+    """Frames a second: `25`, `29.97` or `30000/1001`."""
+    try:
+        rate = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        rate = Fraction(0)
+    if rate <= 0:
+        raise ValueError(f"--fps must be a positive number such as 16 or 30000/1001, got {text!r}")
+    return rate
 
 
 def parse_cell(text: str, grid: TokenGrid) -> tuple[int, int, int]:

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from diffattn.files.writing import write_json, written
 from diffattn.measure import Timing, hardware, hardware_line, psnr, ssim, synchronize
+from diffattn.measure.progress import bar_options
 from diffattn.mechanisms import AgentAttention, ClearAttention, Mechanism, RoutingAttention, SoftmaxAttention
 from diffattn.media.drawing import Entry, error_map, sheet
 from diffattn.swap.apply import apply
@@ -161,7 +162,7 @@ def run(
         picture: Image.Image = pipe(prompts[prompt], generator=generator, **options).images[0]
         return picture
 
-    with tqdm(total=len(columns) * (len(prompts) + 1) + 1, desc="images", disable=not progress, leave=False) as bar:
+    with tqdm(total=len(columns) * (len(prompts) + 1) + 1, desc="images", **bar_options(progress)) as bar:
         for column in columns:
             swapped(pipe, column, partial(draw, 0, steps=2))
             bar.update()

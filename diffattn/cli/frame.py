@@ -5,11 +5,12 @@ code 2 and one line on stderr, Ctrl-C with 130; `diffattn --debug ...` shows whe
 """
 
 import contextlib
+import inspect
 import itertools
-import logging
 import math
 import os
 import sys
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -18,11 +19,12 @@ import typer
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
-from ..errors import CHATTY, DEBUG, INTERRUPTED, WRONG_INPUT, is_expected
+from ..errors import DEBUG, INTERRUPTED, WRONG_INPUT, is_expected
+from .around.config_files import INFINITE, OPTIONS, file_options, options_of, settle
+from .around.quiet import quiet as quiet
+from .around.quiet import set_up, show_steps
 from .groups import Group, keep
-
-MAY_BE_INFINITE = ("growth",)
-"""Options that take `inf`."""
+from .ranks import is_first
 
 
 class Commands(TyperGroup):
@@ -46,16 +48,22 @@ class Commands(TyperGroup):
 
 
 class Command(TyperCommand):
-    """Refuses values that can mean nothing: no numbers, and empty names of files. Takes options from `groups`."""
+    """Refuses values that can mean nothing: no numbers, and empty names of files.
+
+    Takes options from `groups`, and from the file that `--config` names.
+    """
 
     groups: ClassVar[tuple[Group, ...]] = ()
+    files: ClassVar[Sequence[str]] = ("config",)
+    """Which of `--config` and `--like` it has."""
     _complete = False
 
     def get_params(self, ctx: Any) -> list[Any]:
         """All parameters, those of the groups included, whose classes are imported now."""
         if not self._complete:
             with quiet() if self.groups else contextlib.nullcontext():
-                self.params = [*self.params, *(option for group in self.groups for option in group.options())]
+                grouped = [option for group in self.groups for option in group.options()]
+            self.params = [*self.params, *grouped, *file_options(self.files)]
             self._complete = True
         return super().get_params(ctx)
 
@@ -63,15 +71,23 @@ class Command(TyperCommand):
         """Read the arguments of one command."""
         typed = list(args)
         rest = super().parse_args(ctx, args)
+        settle(ctx)
         for param in self.params:
             found = ctx.params.get(param.name)
             name = next((text for text in param.opts if text.startswith("--")), param.metavar or param.name)
             for value in found if isinstance(found, (list, tuple)) else (found,):
-                check_number(name, value, param.name in MAY_BE_INFINITE)
+                check_number(name, value, param.name in INFINITE)
                 if value == Path() and is_empty(name, typed):
                     raise ValueError(f"expected the name of a file or folder for {name}; got nothing; give one")
-        keep(ctx, self.groups)
+        values = {**ctx.params, **keep(ctx, self.groups)}
+        ctx.meta[OPTIONS] = options_of(self, values)
         return rest
+
+    @property
+    def hints(self) -> dict[str, Any]:
+        """Parameter -> type, of the command's own and of the groups'."""
+        own = typing.get_type_hints(inspect.unwrap(self.callback), include_extras=True) if self.callback else {}
+        return own | {name: hint for group in self.groups for name, (hint, _, _) in group.fields().items()}
 
 
 def check_number(name: str, value: Any, infinite: bool = False) -> None:
@@ -98,9 +114,16 @@ def complain(error: Exception) -> None:
 class App(typer.Typer):
     """A `typer.Typer` whose commands are `Command`s."""
 
-    def command(self, name: str | None = None, *, groups: Sequence[Group] = (), **options: Any) -> Any:
-        """See `typer.Typer.command`; `groups` are options that are declared by dataclasses."""
-        cls = type("Command", (Command,), {"groups": tuple(groups)})
+    def command(
+        self,
+        name: str | None = None,
+        *,
+        groups: Sequence[Group] = (),
+        files: Sequence[str] = ("config",),
+        **options: Any,
+    ) -> Any:
+        """See `typer.Typer.command`; `groups` are options that are declared by dataclasses, `files` as in `Command`."""
+        cls = type("Command", (Command,), {"groups": tuple(groups), "files": tuple(files)})
         return super().command(name, **{"cls": cls, **options})
 
 
@@ -184,13 +207,7 @@ def diffattn(
     if version:
         typer.echo(f"diffattn {own_version()}")
         raise typer.Exit()
-    if debug:
-        os.environ[DEBUG] = "1"
-        logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-        logging.getLogger("diffattn").setLevel(logging.INFO)
-    else:
-        for name in CHATTY:
-            logging.getLogger(name).setLevel(logging.ERROR)
+    set_up(debug)
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -202,7 +219,9 @@ def opened(model: str, device: str, dtype: str, offload: bool = False) -> Any:
 
     where = parse_device(device)
     with quiet():
-        return open_pipeline(model, device=where, dtype=parse_dtype(dtype, where), offload=offload)
+        pipe = open_pipeline(model, device=where, dtype=parse_dtype(dtype, where), offload=offload)
+    show_steps(pipe, is_first())
+    return pipe
 
 
 def whole(numbers: Iterable[float]) -> tuple[float, ...]:
@@ -221,32 +240,6 @@ def cpu_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def quiet(ours: bool = False) -> Iterator[None]:
-    """Silence what diffusers and transformers say below errors, and with `ours` this library's warnings too."""
-    if os.environ.get(DEBUG):
-        yield
-        return
-    import diffusers.utils.logging as diffusers_logging
-    import transformers.utils.logging as transformers_logging
-
-    libraries = (transformers_logging, diffusers_logging)
-    levels = [library.get_verbosity() for library in libraries]
-    own = logging.getLogger("diffattn")
-    own_level = own.level
-    try:
-        for library in libraries:
-            library.set_verbosity_error()
-            library.disable_progress_bar()
-        own.setLevel(logging.ERROR if ours else own_level)
-        yield
-    finally:
-        own.setLevel(own_level)
-        for library, level in zip(libraries, levels, strict=True):
-            library.set_verbosity(level)
-            library.enable_progress_bar()
 
 
 def own_version() -> str:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..highres import generate_large
 from ..measure import psnr
+from ..measure.draws import least_side
 from ..measure.strips import VideoDistance, strips, to_image
 from ..options import Help, at_least, check_fields
 from ..swap.apply import restore
@@ -25,8 +26,7 @@ MOST_STEPS, MOST_IMAGES = 10_000, 1000
 
 def check_sides(pipe: Any, height: int | None, width: int | None) -> None:
     """Raise `ValueError` for sides smaller than one token, which diffusers would round to nothing."""
-    cell = int(getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", None) or 1)
-    least = cell * (2 if getattr(pipe, "transformer", None) is not None else 1)
+    least = least_side(pipe)
     for name, side in (("--height", height), ("--width", width)):
         if side is not None and side < least:
             raise ValueError(f"expected {name} of at least {least} pixels for {type(pipe).__name__}; got {side}")
@@ -39,6 +39,13 @@ def size_line(results: Sequence[Frames], call: dict[str, Any], pipe: Any) -> lis
     if asked == (height, width):
         return []
     return [f"{height} x {width} pixels instead of {asked[0]} x {asked[1]}: {type(pipe).__name__} rounds them"]
+
+
+def sizes(results: Sequence[Frames]) -> dict[str, int]:
+    """Height, width, and the frames of videos, for the record."""
+    width, height = results[0][0].size
+    frames = {"frames": len(results[0])} if len(results[0]) > 1 else {}
+    return {"height": height, "width": width, **frames}
 
 
 @dataclass(frozen=True, kw_only=True)

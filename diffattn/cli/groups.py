@@ -88,8 +88,8 @@ class Group:
             return None
         return inspect.Parameter.empty if default is dataclasses.MISSING else default
 
-    def take(self, values: dict[str, Any]) -> Any:
-        """The instance, or the dict, from parsed values, which are taken out of `values`."""
+    def read(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The fields from parsed values, which are taken out of `values`."""
         found = {}
         for name, (hint, help_, default) in self.fields().items():
             value = values.pop(name)
@@ -100,8 +100,7 @@ class Group:
             elif any(isinstance(extra, Must) for extra in hint.__metadata__):
                 value = read(help_.flag_of(name), value, hint)
             found[name] = value
-        found |= {name: values[name] for name in self.also}
-        return found if self.only_given else self.load()(**found)
+        return found | {name: values[name] for name in self.also}
 
 
 def taken(context: Any, name: str) -> Any:
@@ -109,10 +108,14 @@ def taken(context: Any, name: str) -> Any:
     return context.meta[f"diffattn.{name}"]
 
 
-def keep(context: Any, groups: Collection[Group]) -> None:
-    """Move the values of groups from the parameters to what `taken` returns."""
+def keep(context: Any, groups: Collection[Group]) -> dict[str, Any]:
+    """Move the values of groups from the parameters to what `taken` returns; all of them by name."""
+    fields: dict[str, Any] = {}
     for group in groups:
-        context.meta[f"diffattn.{group.name}"] = group.take(context.params)
+        found = group.read(context.params)
+        context.meta[f"diffattn.{group.name}"] = found if group.only_given else group.load()(**found)
+        fields |= found
+    return fields
 
 
 def _arms(hint: Any) -> tuple[Any, ...]:

@@ -1,7 +1,5 @@
 """List what there is: mechanisms and their options, model families, kernels and whether they run here."""
 
-import dataclasses
-import inspect
 from typing import Any
 
 import torch
@@ -14,26 +12,11 @@ from ..grid import TokenGrid
 from ..kernels import BACKENDS
 from ..kernels.call import WindowCall
 from ..mechanisms import NeighborhoodAttention
-from ..options import describe, hints_of
 
 
 def everything(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Plain lists of all three, for JSON."""
-    return {"mechanisms": mechanisms(), "families": families(), "kernels": kernels(device, dtype)}
-
-
-def mechanisms() -> list[dict[str, Any]]:
-    """Name, first line of the docstring, and options with type and default of every mechanism."""
-    found = []
-    for name, cls in config.registered().items():
-        hints = hints_of(cls)
-        options = [
-            {"name": field.name, "expects": describe(hints[field.name]), "default": _default(field)}
-            for field in dataclasses.fields(cls)
-            if field.init
-        ]
-        found.append({"name": name, "summary": (inspect.getdoc(cls) or "").split("\n")[0], "options": options})
-    return found
+    return {"mechanisms": config.described(), "families": families(), "kernels": kernels(device, dtype)}
 
 
 def families() -> list[dict[str, Any]]:
@@ -50,7 +33,8 @@ def kernels(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
         {"name": name, "serves": "all" if name in both else "windows", "why_not": backend.refuses(call)}
         for name, backend in BACKENDS.items()
     ]
-    return [*found, {"name": "gather", "serves": "routing and pool=", "why_not": None}]
+    others = {"gather": "routing and pool=", "groups": "multi_axis, shifted_window"}
+    return [*found, *({"name": name, "serves": serves, "why_not": None} for name, serves in others.items())]
 
 
 def tables(found: dict[str, Any]) -> list[Table]:
@@ -67,9 +51,3 @@ def tables(found: dict[str, Any]) -> list[Table]:
         here = "available" if kernel["why_not"] is None else escape(f"no: {kernel['why_not']}")
         third.add_row(kernel["name"], kernel["serves"], here)
     return [first, second, third]
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default is dataclasses.MISSING:
-        return "required"
-    return None if field.default is None else str(field.default)

@@ -1,7 +1,6 @@
 """Where results go: names tried before the work, files written after it."""
 
 import importlib.util
-import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..files.writing import written
+from ..measure.draws import makes_video
 from ..media.outputs import (
     VIDEO_ENDINGS,
     check_file,
@@ -99,11 +99,6 @@ class Place:
         with written(self.strips) as temporary:
             drawn.save(temporary)
         return [f"wrote {self.strips}"]
-
-
-def makes_video(pipe: Any) -> bool:
-    """Whether a pipeline's call makes frames, by its arguments."""
-    return bool({"num_frames", "video_length"} & inspect.signature(type(pipe).__call__).parameters.keys())
 
 
 def can_encode() -> bool:

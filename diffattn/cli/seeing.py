@@ -2,21 +2,13 @@
 
 from typing import Any
 
+from ..measure.draws import makes_video
 from ..measure.watching import Caught, watch
 from ..mechanisms.base import Mechanism
-from ..media.drawing import masks
 from ..media.seeing import plot_seen
 from .arguments import parse_cell
 from .checkpoints import native_call
 from .generation import Request
-from .places import makes_video
-
-
-def check_seen(mechanism: Mechanism) -> None:
-    """Raise `ValueError` for a mechanism that is no choice of keys."""
-    able = sorted({*masks(), "routing"})
-    if mechanism.type not in able:
-        raise ValueError(f"{mechanism.type} does not choose among keys; mechanisms that do: {', '.join(able)}")
 
 
 def at_work(
@@ -47,15 +39,6 @@ def draw(picture: Any, caught: Caught, query: str | None, head: int) -> Any:
     """The figure of one head's query of the first sample."""
     grid = caught.grid
     _, row, column = (0, grid.height // 2, grid.width // 2) if query is None else parse_cell(query, grid)
-    token = grid.before + row * grid.width + column
-    keys, means, blocks = (part[0, min(head, part.shape[1] - 1)].cpu() for part in caught.seen())
+    look = caught.look(head, row, column)
     title = f"{caught.mechanism}: {caught.layer}, step {caught.step}, head {head}, row {row}, column {column}"
-    return plot_seen(
-        picture,
-        grid,
-        (row, column),
-        keys[token, grid.cell_slice].numpy(),
-        blocks[means[token]].numpy(),
-        caught.weights(0, head, token).cpu().numpy(),
-        title,
-    )
+    return plot_seen(picture, grid, (row, column), look.keys, look.blocks, look.mass, title)

@@ -5,12 +5,14 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tqdm import tqdm
-
 
 def bar(frames: Iterable[Any], label: str, total: int | None) -> Iterable[Any]:
-    """A progress bar where there is a terminal."""
-    return tqdm(frames, desc=label, total=total, unit="frame", disable=None, leave=False)
+    """A progress bar where there is a terminal, else lines."""
+    from tqdm import tqdm
+
+    from ..measure.progress import bar_options
+
+    return tqdm(frames, desc=label, total=total, unit="frame", **bar_options())
 
 
 @contextlib.contextmanager

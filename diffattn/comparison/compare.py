@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,9 +12,11 @@ from tqdm.auto import tqdm
 
 from ..files.resuming import claim
 from ..files.writing import write_json, written
-from ..measure import flicker, hardware, peak_memory, psnr_of_frames, ssim, synchronize
+from ..measure import flicker, hardware, psnr_of_frames, ssim
 from ..measure.draws import Draws, Prompt
-from ..swap.report import summary
+from ..measure.progress import bar_options
+from .drawing import draw
+from .opening import file_of, read_image
 from .results import BEST, Comparison, Row
 from .setting import FULL, Setting
 
@@ -41,7 +42,7 @@ def compare(
         prompts: texts, or arguments of the pipeline's call. Image i starts from the seed + i under all settings.
         settings: texts such as `"routing share=0.3 reuse=2"`, see `diffattn.comparison.setting`, or `Setting`s.
         folder: keeps every image and figure; a comparison that was stopped goes on there. Times of both parts count.
-        lpips: a distance of two images, `diffattn.measure.lpips.Lpips(weights)`.
+        lpips: a distance of two images (height, width, 3), `diffattn.measure.lpips.Lpips(weights)`.
         warmup: steps of a first, untimed run of every setting; 0: none.
         call: arguments of the pipeline's call, such as height, width, num_inference_steps.
 
@@ -66,7 +67,7 @@ def compare(
         for own in {own.name: own for _, own in todo}.values():
             with own.on(pipe):
                 draws.draw(0, num_inference_steps=warmup)
-    for number, own in tqdm(todo, desc="images", disable=None if progress else True, leave=False):
+    for number, own in tqdm(todo, desc="images", **bar_options(progress)):
         _run(draws, number, own, kept, lpips)
     rows = [kept.row(number, name) for name in names for number in range(len(draws))]
     return Comparison(
@@ -76,30 +77,23 @@ def compare(
 
 def _run(draws: Draws, number: int, setting: Setting, kept: "_Kept", lpips: Lpips | None) -> None:
     """Draw one image and write down what it took."""
-    with setting.on(draws.pipe):
-        with peak_memory(draws.pipe.device) as memory:
-            synchronize(draws.pipe.device)
-            start = time.perf_counter()
-            pixels = draws.draw(number)
-            synchronize(draws.pipe.device)
-            seconds = time.perf_counter() - start
-        computed = None if setting.mechanism is None else summary(draws.pipe).computed
-    full = pixels if setting.mechanism is None else kept.pixels(number, FULL)
-    frames, others = (x if x.ndim == 4 else x[None] for x in (pixels, full))
+    drawn = draw(draws, number, setting)
+    full = drawn.pixels if setting.mechanism is None else kept.pixels(number, FULL)
+    frames, others = (x if x.ndim == 4 else x[None] for x in (drawn.pixels, full))
     each = [min(value, BEST) for value in psnr_of_frames(frames, others)]
     row = Row(
         setting.name,
         number,
-        seconds,
-        memory.bytes,
-        1.0 if computed is None else computed,
+        drawn.seconds,
+        drawn.peak_bytes,
+        drawn.computed,
         float(np.mean(each)),
         min(each),
         _mean_of(ssim, frames, others),
         flicker(frames, others) if len(frames) > 1 else None,
         None if lpips is None else _mean_of(lpips, frames, others),
     )
-    kept.keep(row, pixels)
+    kept.keep(row, drawn.pixels)
 
 
 def _mean_of(distance: Callable[[Any, Any], float], frames: np.ndarray, others: np.ndarray) -> float | None:
@@ -123,7 +117,7 @@ class _Kept:
 
     def _file(self, number: int, name: str, ending: str) -> Path:
         assert self._folder is not None
-        return self._folder / f"prompt-{number:03d}-setting-{self._names.index(name):02d}.{ending}"
+        return file_of(self._folder, number, self._names.index(name), ending)
 
     def row(self, number: int, name: str) -> Row | None:
         """What was found of one image; None where it was not drawn."""
@@ -135,7 +129,7 @@ class _Kept:
     def pixels(self, number: int, name: str) -> np.ndarray:
         """The image of a row that there is."""
         if (number, name) not in self._images:
-            self._images[number, name] = np.load(self._file(number, name, "npy"), allow_pickle=False)
+            self._images[number, name] = read_image(self._file(number, name, "npy"))
         return self._images[number, name]
 
     def keep(self, row: Row, pixels: np.ndarray) -> None:

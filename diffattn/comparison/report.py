@@ -12,6 +12,7 @@ from ..files.writing import write_json, write_text, written
 from ..measure.hardware import hardware_line
 from ..measure.strips import to_image
 from ..media.drawing import Entry, error_map, figure_class, sheet
+from .opening import RESULT
 from .results import BEST, Comparison, Line
 
 HEAD = (
@@ -123,7 +124,7 @@ def save(comparison: Comparison, folder: Path, title: str = "Comparison") -> lis
     """Write compare.md, compare.json, frontier.png and sheet.png."""
     paths = [
         write_text(folder / "compare.md", markdown(comparison, title)),
-        write_json(folder / "compare.json", comparison.to_dict()),
+        write_json(folder / RESULT, comparison.to_dict()),
     ]
     with written(folder / "frontier.png") as path:
         plot(comparison).savefig(path)

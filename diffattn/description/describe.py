@@ -32,7 +32,8 @@ def describe(model: nn.Module, /, **inputs: Any) -> Description:
         model: any model, of a family with a row or without.
         inputs: the arguments of its forward, by name.
 
-    Raises `ValueError` where its attention is swapped, and where its output is not finite or not twice the same.
+    Raises `TypeError` for what is no model, `ValueError` where its attention is swapped, and where its output is not
+    finite or not twice the same.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model, such as pipe.transformer or pipe.unet, got {type(model).__name__}")

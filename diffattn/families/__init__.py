@@ -9,6 +9,7 @@ tokens from the call itself, so text lengths are never read. Where no other toke
 that come are an error: they would be taken for text.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -52,9 +53,14 @@ FAMILIES: list[Family] = [
 """All known families; `FAMILIES.append(Family(...))` adds one at run time."""
 
 describe: Callable[..., Any]
-"""`diffattn.describe`: what a row for a model without one needs. It tries rows out, so it is built on the swap, which
-this part may not import; `diffattn` puts it here.
-"""
+"""`diffattn.describe`: what a row for a model without one needs."""
+
+
+def __getattr__(name: str) -> Any:
+    """`describe` tries rows out, so it is built on the swap, which this part may not import: the package has it."""
+    if name != "describe":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return sys.modules[__name__.partition(".")[0]].describe
 
 
 def row_of(model: object) -> Family | None:

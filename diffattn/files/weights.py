@@ -38,7 +38,7 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     if not path.is_file():
         raise ValueError(f"expected a file of weights; {path} does not exist")
     if path.name.endswith(".index.json"):
-        return {key: tensor for name in _shards(path) for key, tensor in read_weights(path.parent / name).items()}
+        return {key: tensor for name in shards(path) for key, tensor in read_weights(path.parent / name).items()}
     found = load(path)
     found = found.get("state_dict", found) if isinstance(found, dict) else found
     return named_tensors(found, path)
@@ -92,7 +92,7 @@ def _first(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def _shards(index: Path) -> list[str]:
+def shards(index: Path) -> list[str]:
     """Names of the files that an index names, all of them beside it."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

@@ -8,8 +8,9 @@ from ..grid import TokenGrid
 from .call import WindowCall
 from .pattern import Pattern, cached, covers, dense_mask
 
-KEPT_PAIRS = 2**24
-"""Masks of up to this many pairs (16 MB) are kept from call to call; building one takes longer than its SDPA."""
+KEPT_PAIRS = 2**25
+"""Masks of up to this many pairs (32 MB: 64 x 64 cells and 1,696 other tokens) are kept from call to call; building one
+takes three times its SDPA."""
 
 
 def combine_masks(pattern: Tensor, mask: Tensor | None) -> Tensor:

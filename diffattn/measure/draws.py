@@ -1,6 +1,7 @@
 """Calls of a pipeline that can be made again: one for each prompt, each from noise of its own."""
 
 import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,17 @@ import torch
 
 Prompt = str | Mapping[str, Any]
 """A text, or arguments of the pipeline's call, such as an image to begin with."""
+
+
+def makes_video(pipe: Any) -> bool:
+    """Whether a pipeline's call makes frames, by its arguments."""
+    return bool({"num_frames", "video_length"} & inspect.signature(type(pipe).__call__).parameters.keys())
+
+
+def least_side(pipe: Any) -> int:
+    """Pixels of a token's side, which diffusers would round to nothing below that."""
+    cell = int(getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", None) or 1)
+    return cell * (2 if getattr(pipe, "transformer", None) is not None else 1)
 
 
 class Draws:

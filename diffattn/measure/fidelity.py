@@ -14,7 +14,11 @@ from ..media.pixels import as_pixels
 
 
 def psnr(a: Any, b: Any) -> float:
-    """Peak signal-to-noise ratio of two images in dB; infinite where they are equal."""
+    """Peak signal-to-noise ratio of two images in dB; infinite where they are equal.
+
+    Images are of Pillow, NumPy or torch, `(height, width, channels)`, uint8 or floats in 0-1. Raises `ValueError` for
+    two shapes.
+    """
     first, second = as_pixels(a), as_pixels(b)
     if first.shape != second.shape:
         raise ValueError(f"psnr compares images of one shape, got {first.shape} and {second.shape}")
@@ -50,7 +54,7 @@ def _videos(a: Any, b: Any, least: int) -> tuple[np.ndarray, np.ndarray]:
 def ssim(a: Any, b: Any) -> float:
     """Structural similarity of two images (height, width, channels), 1 where they are equal.
 
-    Needs the extra `metrics`.
+    Needs the extra `metrics`. Raises `ValueError` for images of two shapes.
     """
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from tqdm.auto import tqdm
 
+from .progress import bar_options
+
 K = TypeVar("K", bound=Hashable)
 
 
@@ -23,14 +25,17 @@ class Timing:
 
     @property
     def median(self) -> float:
+        """Of all rounds."""
         return statistics.median(self.seconds)
 
     @property
     def min(self) -> float:
+        """Of the fastest round."""
         return min(self.seconds)
 
     @property
     def max(self) -> float:
+        """Of the slowest round."""
         return max(self.seconds)
 
     @property
@@ -69,12 +74,13 @@ def latency(
 ) -> dict[K, Timing]:
     """Time every function once per round, round by round, after `warmup` untimed rounds.
 
-    On CUDA each time ends when the device has finished. `progress` shows a bar.
+    On CUDA each time ends when the device has finished. `progress` shows a bar on a terminal. Raises `ValueError` for
+    less than one round.
     """
     if rounds < 1 or warmup < 0:
         raise ValueError(f"rounds must be at least 1 and warmup at least 0, got {rounds} and {warmup}")
     seconds: dict[K, list[float]] = {name: [] for name in functions}
-    for index in tqdm(range(warmup + rounds), desc="rounds", disable=not progress, leave=False):
+    for index in tqdm(range(warmup + rounds), desc="rounds", **bar_options(progress)):
         for name, function in functions.items():
             synchronize(device)
             start = clock()

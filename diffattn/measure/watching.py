@@ -1,15 +1,43 @@
-"""One call of one layer, caught while a pipeline runs under a mechanism."""
+"""One call of one layer, caught while a pipeline runs under a mechanism, and what its queries see."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..grid import TokenGrid
 from ..mechanisms.base import Context, Mechanism, Seen, default_scale
+from ..media.drawing import masks
 from ..swap.apply import apply
+
+BY_CONTENT = ("hybrid", "routing", "sla", "vsa")
+"""Mechanisms that see something else in every call."""
+
+
+def choosing() -> list[str]:
+    """Short names of the mechanisms that choose among keys."""
+    return sorted({*masks(), *BY_CONTENT})
+
+
+def check_seen(mechanism: Mechanism) -> None:
+    """Raise `ValueError` for a mechanism that is no choice of keys."""
+    if mechanism.type not in choosing():
+        raise ValueError(f"{mechanism.type} does not choose among keys; mechanisms that do: {', '.join(choosing())}")
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one query sees, and where full attention would look."""
+
+    keys: np.ndarray
+    """Cells that it sees each by itself, bool `(cells,)`."""
+    blocks: np.ndarray
+    """Blocks that it sees by their mean, bool `(blocks seen, cells)`."""
+    mass: np.ndarray
+    """Softmax over all keys, `(tokens,)`."""
 
 
 @dataclass
@@ -29,6 +57,17 @@ class Caught:
     def seen(self) -> Seen:
         """What each query sees."""
         return self.mechanism.seen(self.q, self.k, self.v, self.grid, scale=self.scale, context=self.context)
+
+    def look(self, head: int, row: int, column: int, seen: Seen | None = None) -> Look:
+        """What the query at a cell of the first frame sees, of the first sample; `seen`: what `seen()` gave."""
+        grid = self.grid
+        token = grid.before + row * grid.width + column
+        keys, means, blocks = (part[0, min(head, part.shape[1] - 1)].cpu() for part in seen or self.seen())
+        return Look(
+            keys[token, grid.cell_slice].numpy(),
+            blocks[means[token]].numpy(),
+            self.weights(0, head, token).cpu().numpy(),
+        )
 
     def weights(self, sample: int, head: int, query: int) -> Tensor:
         """Softmax of one query over all keys, `(n,)`: what full attention would look at."""
@@ -66,14 +105,15 @@ def watch(
         heads = getattr(handle.layers[number].module, "heads", None)
         if heads is not None and head >= heads:
             raise ValueError(f"layer {names[number]} has heads 0 to {heads - 1}, got head={head}")
+        calls = watched.calls[number] = {}
         result = run()
-    steps = sorted(watched.calls.get(number, {}))
+    steps = sorted(calls)
     if not steps:
         raise ValueError(f"layer {names[number]} attended in no step by {mechanism}; see diffattn.summary(pipe)")
     place = len(steps) // 2 if step is None else step
     if not 0 <= place < len(steps):
         raise ValueError(f"the run has steps 0 to {len(steps) - 1}, got step={step}")
-    found = watched.calls[number][steps[place]]
+    found = calls[steps[place]]
     found.layer, found.step = names[number], place
     return result, found
 
@@ -94,7 +134,7 @@ def _number_of(layer: str | None, names: list[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Watched(Mechanism):
-    """A mechanism, and the first call of every layer in every step."""
+    """A mechanism, and the first call in every step of the layers that `calls` has."""
 
     type: ClassVar[str] = "watched"
 
@@ -137,10 +177,11 @@ class _Watched(Mechanism):
         backend: str = "auto",
         context: Context = Context(),
     ) -> Tensor:
-        steps = self.calls.setdefault(context.call_index, {})
-        own = default_scale(q) if scale is None else scale
-        progress = 0.0 if context.progress is None else context.progress
-        steps.setdefault(progress, Caught(self.mechanism, grid, q, k, v, own, context))
+        if context.call_index in self.calls:
+            own = default_scale(q) if scale is None else scale
+            progress = 0.0 if context.progress is None else context.progress
+            caught = Caught(self.mechanism, grid, q, k, v, own, context)
+            self.calls[context.call_index].setdefault(progress, caught)
         return self.mechanism.attend(q, k, v, grid, scale=scale, backend=backend, context=context)
 
     def __str__(self) -> str:

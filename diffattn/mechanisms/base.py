@@ -25,6 +25,8 @@ class Context:
     """This layer's trained weights, made by `Mechanism.weights`."""
     features: Tensor | None = None
     """The block's input before its norm, (b, n, channels): what token merging compares."""
+    hidden: Tensor | None = None
+    """What the attention module is given, from which it makes queries, keys and values, (b, n, channels)."""
     progress: float | None = None
     """Share of the schedule, from pure noise on, that is behind, in [0, 1); None outside a pipeline."""
     timestep: float | None = None
@@ -35,6 +37,8 @@ class Context:
     """How many times coarser this layer's grid is than the latent image, along one side."""
     call_index: int = 0
     """Number of this layer among the swapped ones: lets seeded mechanisms differ from layer to layer."""
+    first_head: int = 0
+    """Number of the first head of q, k and v among the layer's, where other heads are computed elsewhere."""
     order: TileOrder | None = None
     """In which the cells of q, k, v come, and the output is to leave: the one that `Mechanism.cell_order` gave. None:
     row-major."""
@@ -69,6 +73,8 @@ class Mechanism:
     """Layers that `apply` gives it by default: "spatial" (images, and video cells seen at once) or "temporal"."""
     across_frames: ClassVar[bool] = False
     """Does it change nothing within a frame? Then models with layers along the frames keep the others by default."""
+    across_rows: ClassVar[bool] = False
+    """Does a single row see itself whole? Then it saves nothing on a line in time, such as audio."""
     joins_grids: ClassVar[bool] = False
     """Are grids of one size in a sequence frames of one grid to it? Else they see each other exactly."""
     one_mask: ClassVar[bool] = False
@@ -108,6 +114,22 @@ class Mechanism:
         """Fields of `Context` this config reads beside `mask` and `weights`; the others are left at their defaults."""
         return frozenset()
 
+    @property
+    def leaves_tiles(self) -> bool:
+        """Are the cells that it does not see exactly whole tiles? Then `attend` takes `beside`, which may add to them
+        (`parts/exact_tiles.py`).
+        """
+        return False
+
+    def left_tiles(self, grid: TokenGrid) -> tuple[int, int] | None:
+        """Tiles of queries and of keys, where not all are exact; None where all cells are."""
+        return None
+
+    @property
+    def needs_steps(self) -> bool:
+        """Can it compute nothing without `Context.progress`? Then `apply` refuses models without their pipeline."""
+        return False
+
     def attend(
         self,
         q: Tensor,
@@ -135,7 +157,7 @@ class Mechanism:
         scale: float | None = None,
         context: Context = Context(),
     ) -> Tensor:
-        """The same result as `attend`, written the slow and plain way; meant for float64."""
+        """The same result as `attend`, of the same shapes, written the slow and plain way; meant for float64."""
         raise NotImplementedError
 
     def pattern(self, grid: TokenGrid) -> Pattern | None:
@@ -143,12 +165,16 @@ class Mechanism:
         return None
 
     def cell_order(self, q: Tensor, grid: TokenGrid, backend: str) -> TileOrder | None:
-        """The order of the cells in which the kernel for a call like `q` computes, without gradients; None: any."""
+        """The order of the cells in which the kernel for `q` `(b, h, n, d)` computes, without gradients; None: any."""
         return None
 
     def mask(self, grid: TokenGrid) -> Tensor:
         """Dense boolean `(queries, keys)`, True = may be seen. Only mechanisms that are a mask have one."""
         raise NotImplementedError(f"{self.type} is not a mask over the tokens")
+
+    def head_masks(self, grid: TokenGrid) -> tuple[tuple[str, Tensor], ...]:
+        """Masks `(queries, keys)` of the kinds of heads, each with words for it; one without words if all are alike."""
+        return (("", self.mask(grid)),)
 
     def seen(
         self,
@@ -160,7 +186,7 @@ class Mechanism:
         scale: float | None = None,
         context: Context = Context(),
     ) -> Seen:
-        """What each query of a call sees. Memory O(n^2). Not where a result is no softmax over keys and means."""
+        """What each query of a call (shapes of `attend`) sees, if it is a softmax of keys and means. Memory O(n^2)."""
         keys = self.mask(grid)[None, None, :, : grid.tokens]
         nothing = torch.zeros(1, 1, 1, 0, dtype=torch.bool)
         return Seen(keys, nothing.expand(-1, -1, grid.tokens, -1), nothing.mT.expand(-1, -1, -1, grid.cells))

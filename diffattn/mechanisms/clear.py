@@ -194,4 +194,4 @@ class ClearAttention(Window):
         return super().window_pairs(grid) + grid.cells * self.pooled(grid)
 
     def weights(self, heads: int, head_dim: int) -> nn.Module | None:
-        return PooledKeys(self.down_factor) if self.down_factor else None
+        return PooledKeys(self.down_factor) if self.down_factor else super().weights(heads, head_dim)

@@ -9,10 +9,16 @@
 Queries off the grid see everything exactly. Nothing is dropped and nothing counts twice: what W foresees is the error
 that the means make, so it is spent where it is least. No training is needed.
 
+With `means="weighted"` k_b and v_b, and with them var_k and var_v, weigh the keys of a block by w = softmax(l) for the
+mean query of the grid's cells, and in place of log c_b stands the entropy of w. That is exact for this query, and right
+to first order around it: L_q,b = log sum exp(l_q,k) there. Even weights have the entropy log c_b. With
+`means="learned"` w are trained weights, which begin even (`parts/pool_weights.py`).
+
 Sources: the choice of tiles by their means, Zhu et al., BiFormer, https://arxiv.org/abs/2303.08810; what is not chosen
-kept by its means, Chen et al., Core Context Aware Transformers, https://arxiv.org/abs/2412.12465, there without the
-number of keys in the logit; keys ordered by content, Roy et al., Routing Transformers, https://arxiv.org/abs/2003.05997,
-there by clusters of unequal size, here by a balanced k-d tree.
+kept by its means, Chen et al., Core Context Aware Transformers, https://arxiv.org/abs/2412.12465, there weighed within
+each group, and without the entropy or the number of keys in the logit; keys ordered by content, Roy et al., Routing
+Transformers, https://arxiv.org/abs/2003.05997, there by clusters of unequal size, here by a balanced k-d tree or by
+centroids with tiles of one size.
 """
 
 import math
@@ -21,18 +27,19 @@ from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import register
 from ..grid import TokenGrid
 from ..kernels.order import TileOrder
 from ..kernels.pattern import Shape
-from ..kernels.routed import BACKENDS, RoutedCall, choose_tiles, content_order, routed_call
+from ..kernels.routed import BACKENDS, RoutedCall, centroid_order, choose_tiles, content_order, routed_call
 from ..options import Must, at_least
 from .base import Context, Mechanism, Seen, default_scale, mask_as
-from .parts.axes import PerAxis, check_divides, per_axis, sizes
+from .parts.axes import PerAxis, check_divides, halved, most_own, per_axis, sizes
 from .parts.exact_tiles import (
+    Beside,
     Sides,
     any_query,
     attend_tiles,
@@ -42,6 +49,7 @@ from .parts.exact_tiles import (
     seen_by_tiles,
     within,
 )
+from .parts.pool_weights import PoolWeights, weighing_of
 from .softmax import softmax_reference
 
 TILE, BLOCK = 8, 4
@@ -80,13 +88,19 @@ class RoutingAttention(Mechanism):
     blocks: Annotated[int | None, at_least(1)] = None
     """The same as a number: the tile halved along each axis for as long as the grid has no more blocks than these.
     With `top_share`, what is computed beside the tiles grows like the grid and no longer like its square."""
-    order: Literal["space", "content"] = "space"
-    """Tiles of neighbouring keys, or of keys that are alike: a k-d tree on the keys of each head."""
+    order: Literal["space", "content", "centroids"] = "space"
+    """Tiles of neighbouring keys, or of keys that are alike: by a k-d tree on the keys of each head, or by centroids
+    that are kept from step to step."""
     refresh: Annotated[int, at_least(1)] = 1
     """Calls of a layer, one a step, for which an order by content is kept: more are faster, and fit less well."""
+    decay: Annotated[float, Must("a number from 0 to 1", lambda decay: 0 <= decay <= 1)] = 0.5
+    """How much of themselves centroids keep at each new order; 0: they are the means of the keys of the last one."""
     chosen_by: Literal["queries", "mean"] = "queries"
     """Whose weights P count in the choice: those of all queries of a tile, or of their mean, which takes a fraction of
     the time and chooses less well."""
+    means: Literal["even", "weighted", "learned"] = "even"
+    """The means of a block: all its keys alike, by their weights for the mean query of the head, or by trained weights.
+    Those need the sides of a block, `pool`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,6 +108,11 @@ class RoutingAttention(Mechanism):
             raise ValueError(f"routing: give top_k={self.top_k} or top_share={self.top_share}, not both")
         if self.pool is not None and self.blocks is not None:
             raise ValueError(f"routing: give pool={self.pool} or blocks={self.blocks}, not both")
+        if self.means == "learned" and (self.pool is None or self.order != "space"):
+            raise ValueError(
+                f"routing: means='learned' has a weight for each place in a block, got pool={self.pool}, "
+                f"order={self.order}; give the sides of a block by pool=, and leave order= out"
+            )
         tile, pool = self._tile_and_block(TILE, BLOCK)
         check_divides(self.type, tile if self.tile is None else self.tile, pool if self.pool is None else self.pool)
 
@@ -107,7 +126,7 @@ class RoutingAttention(Mechanism):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"memory"} if self.order == "content" else ())
+        return frozenset({"memory"} if self.order != "space" else ())
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -127,7 +146,7 @@ class RoutingAttention(Mechanism):
         is_line = grid.frames == grid.height == 1
         whole, block = self._tile_and_block(*((LINE_TILE, LINE_BLOCK) if is_line else (TILE, BLOCK)))
         if self.blocks is not None:
-            block = _halved(whole, grid.shape, self.blocks)
+            block = halved(whole, grid.shape, self.blocks)
         tile, pool = within(whole, block, grid.shape)
         asking = whole if self.query_tile is None else per_axis(self.query_tile, 1)
         frames, rows, columns = (min(side, most) for side, most in zip(asking, grid.shape, strict=True))
@@ -136,7 +155,7 @@ class RoutingAttention(Mechanism):
     def tiles_in(self, grid: TokenGrid) -> int:
         """How many tiles of keys a grid has; in an order by content none is cut but the last."""
         tile = self.sides(grid).tile
-        if self.order == "content":
+        if self.order != "space":
             return -(-grid.cells // math.prod(tile))
         return TileOrder(grid.shape, tile).tiles
 
@@ -146,7 +165,7 @@ class RoutingAttention(Mechanism):
         count = self.tiles_in(grid)
         if self.top_k is not None:
             return min(self.top_k, count)
-        least = _most_own(grid.shape, asking, tile)
+        least = most_own(grid.shape, asking, tile)
         if self.top_share is not None:
             return min(max(round(self.top_share * count), least), count)
         if self.share == 1:
@@ -198,15 +217,17 @@ class RoutingAttention(Mechanism):
         scale: float | None,
         mask: Tensor | None,
         order: Tensor | None,
+        context: Context = Context(),
     ) -> RoutedCall:
-        """The call laid out by tiles; `order` is that of `slots`."""
+        """The call laid out by tiles; `order` is that of `slots`, `mask` the one that is computed with."""
         asking, tile, pool = self.sides(grid)
+        scale, weighing = default_scale(q) if scale is None else scale, weighing_of(self.means, q, grid, context)
         return routed_call(
             q,
             k,
             v,
             grid,
-            scale=default_scale(q) if scale is None else scale,
+            scale=scale,
             mask=mask,
             tile=tile,
             query_tile=asking,
@@ -214,6 +235,19 @@ class RoutingAttention(Mechanism):
             chosen=self.exact_tiles(grid),
             order=order,
             by_mean=self.chosen_by == "mean",
+            weigh=None if weighing is None else partial(weighing.logits, block=pool, scale=scale),
+        )
+
+    def weights(self, heads: int, head_dim: int) -> nn.Module | None:
+        return PoolWeights(heads, head_dim, per_axis(self.pool or 1, 1)) if self.means == "learned" else None
+
+    @property
+    def leaves_tiles(self) -> bool:
+        return self.order == "space"
+
+    def left_tiles(self, grid: TokenGrid) -> tuple[int, int] | None:
+        return (
+            None if self.is_exact(grid) else (TileOrder(grid.shape, self.sides(grid).asking).tiles, self.tiles_in(grid))
         )
 
     def slots(self, q: Tensor, k: Tensor, grid: TokenGrid, context: Context) -> Tensor | None:
@@ -228,7 +262,12 @@ class RoutingAttention(Mechanism):
         if age >= self.refresh:
             _, tile, pool = self.sides(grid)
             queries, keys = (grid.split(x)[0].flatten(0, 1) for x in (q, k))
-            order = content_order(keys, queries, math.prod(tile), math.prod(pool))
+            counts = math.prod(tile), math.prod(pool)
+            if self.order == "content":
+                order = content_order(keys, queries, *counts)
+            else:
+                kept = memory.get("centroids")
+                order, memory["centroids"] = centroid_order(keys, queries, *counts, kept, self.decay)
             memory["order"], age = order.unflatten(0, k.shape[:2]), 0
         memory["age"] = age + 1
         found: Tensor = memory["order"]
@@ -244,7 +283,9 @@ class RoutingAttention(Mechanism):
         scale: float | None = None,
         backend: str = "auto",
         context: Context = Context(),
+        beside: Beside | None = None,
     ) -> Tensor:
+        """`beside` adds to the output of the cells, unless all tiles are chosen."""
         self.check_backend(backend)
         self.check(grid)
         grid.check(q, k)
@@ -258,20 +299,21 @@ class RoutingAttention(Mechanism):
             scale=scale,
             mask=context.mask,
             backend=backend,
-            lay_out=lambda mask: self.call(q, k, v, grid, scale, mask, self.slots(q, k, grid, context)),
+            lay_out=lambda mask: self.call(q, k, v, grid, scale, mask, self.slots(q, k, grid, context), context),
             dense=partial(self.reference, grid=grid, scale=scale, context=context),
+            beside=beside,
         )
 
     def explain_backend(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, backend: str, context: Context) -> str:
         if self.is_exact(grid):
             return "sdpa: all tiles are chosen"
-        return explain_tiles(context.mask, backend, lambda mask: self.call(q, k, v, grid, 1.0, mask, None))
+        return explain_tiles(context.mask, backend, lambda mask: self.call(q, k, v, grid, 1.0, mask, None, context))
 
     def choose(
         self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, scale: float | None = None, context: Context = Context()
     ) -> Tensor:
         """The chosen tiles `(b, h, query tiles, chosen)`, worked out the plain way."""
-        return self._choose(q, k, v, grid, scale, context.mask, self.slots(q, k, grid, context))
+        return self._choose(q, k, v, grid, scale, context, self.slots(q, k, grid, context))
 
     def _choose(
         self,
@@ -280,10 +322,10 @@ class RoutingAttention(Mechanism):
         v: Tensor,
         grid: TokenGrid,
         scale: float | None,
-        mask: Tensor | None,
+        context: Context,
         order: Tensor | None,
     ) -> Tensor:
-        call = self.call(q, k, v, grid, scale, any_query(mask), order)
+        call = self.call(q, k, v, grid, scale, any_query(context.mask), order, context)
         return choose_tiles(call).unflatten(0, q.shape[:2])
 
     def reference(
@@ -301,7 +343,7 @@ class RoutingAttention(Mechanism):
         if self.is_exact(grid):
             return softmax_reference(q, k, v, scale=scale, mask=context.mask)
         order = self.slots(q, k, grid, context)
-        chosen = self._choose(q, k, v, grid, scale, context.mask, order) if chosen is None else chosen
+        chosen = self._choose(q, k, v, grid, scale, context, order) if chosen is None else chosen
         picked = self._picked(chosen, grid)
         return reference_tiles(
             q,
@@ -313,6 +355,7 @@ class RoutingAttention(Mechanism):
             scale=scale,
             mask=context.mask,
             order=order,
+            weighing=weighing_of(self.means, q, grid, context),
         )
 
     def _picked(self, chosen: Tensor, grid: TokenGrid) -> Tensor:
@@ -332,7 +375,7 @@ class RoutingAttention(Mechanism):
     ) -> Seen:
         """What each query sees, by a choice and an order of this call."""
         sides, order = self.sides(grid), self.slots(q, k, grid, replace(context, memory=None))
-        picked = self._picked(self._choose(q, k, v, grid, scale, context.mask, order), grid)
+        picked = self._picked(self._choose(q, k, v, grid, scale, context, order), grid)
         tiles, blocks = members(k, grid, sides, order)
         seen = seen_by_tiles(grid, sides, picked, tiles, blocks)
         if self.is_exact(grid):
@@ -340,7 +383,9 @@ class RoutingAttention(Mechanism):
         return Seen(seen[..., : grid.tokens], seen[..., grid.tokens :], blocks > 0)
 
     def flops(self, grid: TokenGrid, heads: int, head_dim: int, *, context: Context = Context()) -> int:
-        """Products of the softmax; of the choice, its pass over the blocks' weights and the products of the spreads."""
+        """Products of the softmax; of the choice, its pass over the blocks' weights and the products of the spreads; of
+        weighted and learned means, the logits of their query. An order by content is not counted.
+        """
         if self.is_exact(grid):
             return 4 * grid.pairs * heads * head_dim
         asking, tile, pool = self.sides(grid)
@@ -349,23 +394,6 @@ class RoutingAttention(Mechanism):
         rows = TileOrder(grid.shape, asking).tiles
         choice = 2 * rows * blocks * head_dim
         choice += choice if self.chosen_by == "mean" else 2 * grid.cells * blocks
+        if self.means != "even":
+            choice += 2 * grid.cells * head_dim
         return heads * (4 * pairs * head_dim + choice)
-
-
-def _halved(tile: Shape, shape: Shape, most: int) -> Shape:
-    """The tile, halved along each axis while `most` blocks of that side or fewer make the grid and are no cells."""
-    block = tile
-    while all(side == 1 or side % 2 == 0 for side in block):
-        finer: Shape = tuple(max(side // 2, 1) for side in block)  # type: ignore[assignment]
-        if max(finer) == 1 or math.prod(-(-whole // side) for whole, side in zip(shape, finer, strict=True)) > most:
-            break
-        block = finer
-    return block
-
-
-def _most_own(shape: Shape, asking: Shape, tile: Shape) -> int:
-    """The most tiles that a tile of queries lies on."""
-    most = 1
-    for whole, wide, side in zip(shape, asking, tile, strict=True):
-        most *= max(-(-min(low + wide, whole) // side) - low // side for low in range(0, whole, wide))
-    return most

@@ -139,7 +139,8 @@ def _several(
     off_grid = torch.ones(q.shape[2], dtype=torch.bool, device=q.device)
     for number, grid in enumerate(grids):
         kept = None if context.memory is None else context.memory.setdefault(f"grid {number}", {})
-        own = replace(context, memory=kept, features=_of_cells(context.features, grid, grids))
+        features, hidden = (_of_cells(x, grid, grids) for x in (context.features, context.hidden))
+        own = replace(context, memory=kept, features=features, hidden=hidden)
         part = mechanism.attend(q, k, v, _alone(grid), scale=scale, backend=backend, context=own)
         out[:, :, grid.cell_slice] = part[:, :, grid.cell_slice]
         off_grid[grid.cell_slice] = False

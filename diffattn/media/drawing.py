@@ -40,30 +40,40 @@ def figure_class() -> Any:
 
 def masks() -> list[str]:
     """Short names of the mechanisms that are masks over the tokens."""
-    return [name for name, cls in config.registered().items() if cls.mask is not Mechanism.mask]  # type: ignore[attr-defined]
+    base: Any = Mechanism
+    several: Any = config.registered()
+    own = {name: (cls.mask, cls.head_masks) for name, cls in several.items()}
+    return [name for name, methods in own.items() if methods != (base.mask, base.head_masks)]
 
 
 def plot_mask(mechanism: Mechanism, grid: TokenGrid, query: tuple[int, int, int]) -> Any:
-    """A figure: the matrix of who sees whom, and what the cell `query` (frame, row, column) sees, a panel per frame."""
+    """A figure: the matrix of who sees whom, and what the cell `query` (frame, row, column) sees, a panel per frame.
+
+    Where heads are of several kinds, each kind has its row.
+    """
     mechanism.check(grid)
     if grid.tokens > LARGEST_MASK:
         raise ValueError(
             f"a mask of {grid.tokens} tokens is too fine to draw; use a grid of at most {LARGEST_MASK} tokens"
         )
-    mask = mechanism.mask(grid).numpy()
+    kinds = mechanism.head_masks(grid)
     columns = min(grid.frames, 4)
     rows = -(-grid.frames // columns)
     panel = 5.6 if grid.frames == 1 else 3.4
-    figure = figure_class()(figsize=(5.6 + panel * columns, max(5.6, panel * rows)), layout="constrained", dpi=110)
-    left, right = figure.subfigures(1, 2, width_ratios=[5.6, panel * columns])
-    _plot_matrix(left.subplots(), mask, grid)
-    _plot_windows(right, mask, grid, query, rows, columns)
-    share = mask[:, : grid.tokens].mean()
-    figure.suptitle(f"{mechanism} on {grid}: {share:.1%} of the pairs of tokens", fontsize=14, fontweight="bold")
+    height = max(5.6, panel * rows)
+    size = (5.6 + panel * columns, height * len(kinds))
+    figure = figure_class()(figsize=size, layout="constrained", dpi=110)
+    lines = figure.subfigures(len(kinds), 2, width_ratios=[5.6, panel * columns], squeeze=False)
+    for (words, mask), (left, right) in zip(kinds, lines, strict=True):
+        seen = mask.numpy()
+        _plot_matrix(left.subplots(), seen, grid, words)
+        _plot_windows(right, seen, grid, query, rows, columns)
+    shares = ", ".join(f"{mask[:, : grid.tokens].float().mean():.1%}" for _, mask in kinds)
+    figure.suptitle(f"{mechanism} on {grid}: {shares} of the pairs of tokens", fontsize=14, fontweight="bold")
     return figure
 
 
-def _plot_matrix(axes: Any, mask: np.ndarray, grid: TokenGrid) -> None:
+def _plot_matrix(axes: Any, mask: np.ndarray, grid: TokenGrid, words: str) -> None:
     from matplotlib.colors import ListedColormap
 
     axes.imshow(mask, cmap=ListedColormap([UNSEEN, SEEN]), vmin=0, vmax=1, interpolation="nearest", aspect="auto")
@@ -76,7 +86,7 @@ def _plot_matrix(axes: Any, mask: np.ndarray, grid: TokenGrid) -> None:
     pooled = mask.shape[1] - grid.tokens
     axes.set_xlabel(f"keys ({grid.tokens}" + (f" and {pooled} pooled)" if pooled else ")"), fontsize=12)
     axes.set_ylabel(f"queries ({grid.tokens})", fontsize=12)
-    axes.set_title("who sees whom", fontsize=12)
+    axes.set_title(f"who sees whom, {words}" if words else "who sees whom", fontsize=12)
 
 
 def _plot_windows(

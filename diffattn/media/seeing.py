@@ -1,5 +1,6 @@
 """Draw what one query of a layer sees, over the picture that the pipeline made."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,28 @@ from .pixels import as_pixels
 
 MASS_FLOOR = 1e-6
 """Of the attention mass that is drawn, in decades."""
+
+
+@dataclass(frozen=True)
+class Mass:
+    """Where full attention has its weight, by what a query sees of it: shares that add up to 1."""
+
+    keys: float
+    """On cells that it sees each by itself."""
+    means: float
+    """On other cells, which it sees by the mean of their block."""
+    unseen: float
+    others: float
+    """On other tokens, such as text."""
+
+    @classmethod
+    def of(cls, grid: TokenGrid, keys: np.ndarray, blocks: np.ndarray, mass: np.ndarray) -> "Mass":
+        """Arguments as in `plot_seen`."""
+        cells = mass[grid.cell_slice]
+        by_mean = blocks.any(0) & ~keys if len(blocks) else np.zeros_like(keys)
+        rest = ~keys & ~by_mean
+        own, means, unseen = (float(cells[part].sum()) for part in (keys, by_mean, rest))
+        return cls(own, means, unseen, float(mass.sum() - cells.sum()))
 
 
 def plot_seen(
@@ -31,7 +54,7 @@ def plot_seen(
         mass: softmax over all keys, `(tokens,)`.
     """
     pixels = as_pixels(picture)
-    cells = mass[grid.before : grid.before + grid.cells]
+    cells = mass[grid.cell_slice]
     by_mean = blocks.any(0) if len(blocks) else np.zeros_like(keys)
     figure = figure_class()(figsize=(15, 5.9), layout="constrained", dpi=110)
     left, middle, right = figure.subplots(1, 3)
@@ -52,14 +75,13 @@ def plot_seen(
     right.set_title("where full attention looks", fontsize=12)
     for axes in (left, middle, right):
         _mark(axes, cell)
-    others = mass.sum() - cells.sum()
-    text = f"full attention has {cells[keys].sum():.1%} of its weight on the outlined cells"
+    own = Mass.of(grid, keys, blocks, mass)
+    text = f"full attention has {own.keys:.1%} of its weight on the outlined cells"
     if len(blocks):
-        text += f", {cells[by_mean].sum():.1%} on cells seen by their mean"
-    rest = cells[~keys & ~by_mean].sum()
+        text += f", {own.means:.1%} on cells seen by their mean"
     if (~keys & ~by_mean).any():
-        text += f", {rest:.1%} on cells that are not seen"
-    figure.supxlabel(text + (f", {others:.1%} on {grid.others} other tokens" if grid.others else ""), fontsize=12)
+        text += f", {own.unseen:.1%} on cells that are not seen"
+    figure.supxlabel(text + (f", {own.others:.1%} on {grid.others} other tokens" if grid.others else ""), fontsize=12)
     figure.suptitle(title, fontsize=13, fontweight="bold")
     return figure
 

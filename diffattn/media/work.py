@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..files.records import path_beside
 from ..files.writing import others_in, remove_empty, remove_own, remove_temporary, write_json
 from .outputs import check_folder
 
@@ -83,7 +84,8 @@ class WorkFolder:
         """Raise `ValueError` where there can't be a folder of this name, or where it and the output are in the way."""
         check_folder(self.path, option="the run's work (--work)")
         work, output = self.path.resolve(), self.output.resolve()
-        inside = output.relative_to(work).parts[:1] if work in output.parents else ()
+        written = (output, path_beside(output))
+        inside = [path.relative_to(work).parts[0] for path in written if work in path.parents]
         patterns = [pattern.split("/")[0] for pattern in (re.escape(SETTINGS), re.escape(OUTPUT), *self.own)]
         taken = any(re.fullmatch(pattern, name) for name in inside for pattern in patterns)
         if work == output or output in work.parents or taken:
@@ -114,7 +116,8 @@ class WorkFolder:
     def remove(self) -> None:
         """What the run made; the folder stays, with a line in the log, where anything else is in it."""
         self._remove(self._made or ([self.path] if self._made_before() else []))
-        other = next((path for path in others_in(self.path, self._own) if path != self.output), None)
+        written = (self.output, path_beside(self.output))
+        other = next((path for path in others_in(self.path, self._own) if path not in written), None)
         if other is not None:
             logger.warning("left %s: it holds things that are not of the run, such as %s", self.path, other.name)
 

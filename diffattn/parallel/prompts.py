@@ -17,12 +17,12 @@ Interpolate = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def linear(before: Tensor, after: Tensor, share: float) -> Tensor:
-    """A straight line from one to the other."""
+    """A straight line from one to the other, both `(..., tokens, dim)`; `share` is how far along, in [0, 1]."""
     return torch.lerp(before, after, share)
 
 
 def hold(before: Tensor, after: Tensor, share: float) -> Tensor:
-    """The former until the latter's frame."""
+    """The former, `(..., tokens, dim)`, until the latter's frame."""
     return before
 
 
@@ -34,6 +34,9 @@ def frame_prompts(prompts: Mapping[int, Tensor], frames: Sequence[int], interpol
     Args:
         prompts: number of a frame in the whole video -> embeddings of its prompt.
         frames: numbers in the whole video, such as `plan.own`.
+        interpolate: between two prompts; `linear`, or `hold`.
+
+    Raises `ValueError` for no prompts, and for prompts of several shapes.
     """
     if not prompts:
         raise ValueError("prompts needs the embeddings of at least one frame's prompt, got none")

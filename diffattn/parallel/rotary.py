@@ -30,8 +30,8 @@ from torch.nn import functional as F
 
 from ..grid import TokenGrid
 from ..mechanisms.base import Context
-from ..mechanisms.parts.scope_attention import JoinedKeys, Keys, add_model_mask
-from .attention import ClipAttention
+from ..mechanisms.parts.scopes.attention import Keys, add_model_mask
+from .attention import ClipAttention, HeldKeys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,16 @@ class RotaryClipAttention(ClipAttention):
     """Turn for each frame, in radians, of the pairs of numbers (0, 1), (2, 3), ... at the start of a key."""
     joint_text: bool = False
     """Do tokens off the grid see the global frames alone?"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        own = self.mechanism
+        if not self.as_alone and (own.chosen_by == "content" or own.memory is not None):
+            raise ValueError(
+                f"on clips of this model {'memory' if own.memory is not None else 'chosen_by=content'} can't be "
+                f"served: global frames are seen at distances of training, others from each frame, so their keys are "
+                f"not those that are chosen and averaged; use chosen_by='place' without memory"
+            )
 
     @property
     def reach(self) -> int:
@@ -60,23 +70,22 @@ class RotaryClipAttention(ClipAttention):
     def attend_cells(
         self,
         q: Tensor,
-        local: JoinedKeys,
-        shared: Keys,
-        others: Keys,
+        held: HeldKeys,
         grid: TokenGrid,
         scale: float,
         context: Context,
         queries: range | None = None,
     ) -> Tensor:
         if not self.compresses:
-            return super().attend_cells(q, local, shared, others, grid, scale, context, queries)
+            return super().attend_cells(q, held, grid, scale, context, queries)
         cells, parts = grid.height * grid.width, []
         own = self.plan.own if queries is None else queries
         for i, frame in enumerate(own):
-            far = self._seen_from(frame, shared, cells)
-            text = others._replace(k=self._turned(others.k, frame - self._place(frame)))
+            far = self._seen_from(frame, held, cells)
+            text = held.others._replace(k=self._turned(held.others.k, frame - self._place(frame)))
             query, one = q[:, :, i * cells : (i + 1) * cells], range(frame, frame + 1)
-            parts.append(super().attend_cells(query, local, far, text, grid, scale, context, one))
+            seen = held._replace(shared=far, others=text)
+            parts.append(super().attend_cells(query, seen, grid, scale, context, one))
         return torch.cat(parts, dim=2)
 
     def attend_others(
@@ -87,22 +96,21 @@ class RotaryClipAttention(ClipAttention):
         grid: TokenGrid,
         mask: Tensor | None,
         scale: float,
-        shared: Keys,
-        others: Keys,
+        held: HeldKeys,
     ) -> Tensor:
         if not (self.joint_text and self.mechanism.top_k > 0):
-            return super().attend_others(q, k, v, grid, mask, scale, shared, others)
-        cells = grid.height * grid.width
-        seen = shared
+            return super().attend_others(q, k, v, grid, mask, scale, held)
+        cells, others, seen = grid.height * grid.width, held.others, held.shared
         if self.compresses:
-            seen = shared._replace(k=self._shifted(shared.k, [self._place(g) - g for g in self.shared_frames], cells))
+            seen = seen._replace(k=self._shifted(seen.k, [self._place(g) - g for g in held.shared_frames], cells))
         own = add_model_mask(None, [part.mask for part in (others, seen)], slice(None))
         keys, values = (torch.cat(pair, dim=2) for pair in ((others.k, seen.k), (others.v, seen.v)))
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=own, scale=scale)
 
-    def _seen_from(self, frame: int, shared: Keys, cells: int) -> Keys:
+    def _seen_from(self, frame: int, held: HeldKeys, cells: int) -> Keys:
         """The global keys where `frame` sees them."""
-        distances = [g - frame for g in self.shared_frames]
+        shared = held.shared
+        distances = [g - frame for g in held.shared_frames]
         return shared._replace(k=self._shifted(shared.k, [self.compressed(d) - d for d in distances], cells))
 
     def compressed(self, distance: int) -> float:

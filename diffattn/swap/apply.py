@@ -199,7 +199,8 @@ def attn_processors(
     """Processors for `model.set_attn_processor`, with the keys of `model.attn_processors`.
 
     It hangs the reader of the grid on the model; setting the processors makes the swap. Layers that are not swapped
-    keep their own. `restore(model)` undoes both. Arguments and errors as in `apply`.
+    keep their own. `restore(model)` undoes both. Arguments and errors as in `apply`; `ValueError` also for a model
+    without `set_attn_processor`.
     """
     own = getattr(model, "attn_processors", None)
     if own is None:

@@ -129,8 +129,10 @@ def _attend_backward(
     owner = _layers[int(layer)]
     with _autograd():
         q, k, v = (tensor.detach().requires_grad_() for tensor in (query, key, value))
+        features = None if features is None else features.detach().requires_grad_()
         out, _ = owner.compute(Inputs(q, k, v, mask, features, scale), Situation.from_tensor(situation))
-        wanted = [q, k, v, *([] if owner.weights is None else owner.weights.parameters())]
+        own = [] if owner.weights is None else owner.weights.parameters()
+        wanted = [q, k, v, *([] if features is None else [features]), *own]
         found = torch.autograd.grad(out, wanted, grad, allow_unused=True)
     return [
         torch.zeros_like(tensor, memory_format=torch.contiguous_format) if one is None else one.clone().contiguous()
@@ -151,7 +153,8 @@ def _(
     layer: Tensor,
     situation: Tensor,
 ) -> list[Tensor]:
-    return [tensor.new_empty(tensor.shape) for tensor in (query, key, value, *weights)]
+    given = [] if features is None else [features]
+    return [tensor.new_empty(tensor.shape) for tensor in (query, key, value, *given, *weights)]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -165,7 +168,8 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     q, k, v, *own = torch.ops.diffattn.attend_backward(
         grad, query, key, value, mask, features, weights, ctx.scale, layer, situation
     )
-    return q, k, v, None, None, own, None, None, None
+    seen = None if features is None else own.pop(0)
+    return q, k, v, None, seen, own, None, None, None
 
 
 _attend.register_autograd(_backward, setup_context=_setup)

@@ -13,7 +13,8 @@ keys, values and output once each, b n h d / ranks numbers per rank.
 
 Refused: ring, where keys come in parts; plans other than the model's own (`_cp_plan`), whose order of the tokens is
 unknown; mechanisms with weights of their own for each head, or that read the block's input, which is a part of the
-tokens. A mechanism has to treat its heads alike and apart, or it gives another result than on one rank.
+tokens. A mechanism has to compute its heads apart, and to count them from `Context.first_head` where it tells them
+from each other, or it gives another result than on one rank.
 
 Source of the method: Jacobs et al., DeepSpeed Ulysses, https://arxiv.org/abs/2309.14509.
 """
@@ -61,6 +62,11 @@ class Shards:
     """Tokens of each stream on each rank: `tokens[rank][stream]`."""
     heads: tuple[int, ...]
     """Heads that each rank computes."""
+
+    @property
+    def first_head(self) -> int:
+        """Number of this rank's first head."""
+        return sum(self.heads[: self.rank])
 
     def gather(self, x: Tensor) -> Tensor:
         """`(b, heads, own tokens, d)` -> `(b, own heads, tokens, d)`, stream after stream."""
@@ -138,9 +144,10 @@ def count_tokens(parallel_config: Any, query: Tensor) -> int:
 
 def check_mechanism(mechanism: Mechanism, weights: nn.Module | None, query: Tensor, own_heads: int) -> None:
     """Raise for mechanisms that can't compute some of the heads by themselves."""
-    if "features" in mechanism.needs:
+    if mechanism.needs & {"features", "hidden"}:
+        what = "sees the layer's" if "hidden" in mechanism.needs else "compares the block's"
         raise NotImplementedError(
-            f"{mechanism} compares the block's input, of which each rank has a part only under context parallelism; "
+            f"{mechanism} {what} input, of which each rank has a part only under context parallelism; "
             f"use a mechanism that does not, or call diffattn.restore first"
         )
     if weights is None:

@@ -78,7 +78,7 @@ class KeepsFeatures(Protocol):
 
 
 class Features:
-    """Hooks on a block that hand its input to the layer, and take it away when the block is over."""
+    """Hooks on a block, or on a layer itself, that hand its input to the layer, and take it away when it is over."""
 
     def __init__(self, layer: KeepsFeatures, block: nn.Module) -> None:
         self._layer = layer

@@ -19,7 +19,7 @@ from ..mechanisms.sequences import attend_sequence, flops_of_sequence
 from . import compiled, context_parallel, intercept
 from .calls import keeping
 from .calls.frames import Call, Frame, Given, Reading, Ref, Scope, find, in_backward, next_samples, pop
-from .calls.inputs import Inputs
+from .calls.inputs import Inputs, as_asked
 from .calls.records import (
     ASIDE,
     DENSE_PART,
@@ -242,7 +242,7 @@ class SwappedLayer:
         for mechanism in self.schedule.mechanisms:
             context_parallel.check_mechanism(mechanism, self.weights, query, shards.heads[shards.rank])
         q, k, v = (shards.gather(tensor) for tensor in (query, given.key, given.value))
-        whole = Inputs(q, k, v, shards.gather_mask(given.mask), given.features, given.scale)
+        whole = Inputs(q, k, v, shards.gather_mask(given.mask), given.features, given.scale, shards.first_head)
         out, found = self._attend_all(whole, situation)
         return shards.scatter(out), found
 
@@ -321,7 +321,7 @@ class SwappedLayer:
         return number, self.schedule.parts[number]
 
     def keep_features(self, block_input: Tensor | None) -> None:
-        """Note the block's input, None at its end; dense steps need none."""
+        """Note the input of the block, or of the layer itself, None at its end; dense steps need none."""
         kept = None if block_input is None else (block_input, 0)
         if compiled.opaque():
             self.traced_features = kept
@@ -335,7 +335,7 @@ class SwappedLayer:
         return features
 
     def _attend(self, given: Inputs, situation: Situation, grid: TokenGrid, memory: dict[str, Any] | None) -> Tensor:
-        context = self._context(situation, given.mask, given.features, memory)
+        context = replace(self._context(situation, given.mask, given.features, memory), first_head=given.first_head)
         mechanism = self.schedule.parts[situation.part].mechanism
         if mechanism.exact:
             return self._own_attention(given)
@@ -357,7 +357,7 @@ class SwappedLayer:
         return Context(
             mask=mask,
             weights=self.weights,
-            features=features,
+            **as_asked(features, needs),
             progress=situation.progress,
             timestep=situation.timestep,
             sigma=situation.sigma,

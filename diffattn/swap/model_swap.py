@@ -55,6 +55,8 @@ class ModelSwap:
         """The model's parameters that hold an adapter's values."""
         self.loaded = False
         """Did `diffattn.load` put weights in place with it?"""
+        self.drawn: dict[str, Any] = {}
+        """Options of the mechanism that those weights were trained for several values of."""
         self.done: Done = {}
         """What the layers did in the last run, see `diffattn.swap.calls.records`."""
         self.ordering: Ordering | None = None
@@ -152,7 +154,9 @@ class ModelSwap:
         self._hooks += [] if self.ordering is None else [self.ordering]
         own = dict(self.model.named_modules())
         for name, layer in self.layers.items():
-            if "features" in layer.schedule.needs:
+            if "hidden" in layer.schedule.needs:
+                self._hooks.append(Features(layer, layer.module))
+            elif "features" in layer.schedule.needs:
                 self._hooks.append(Features(layer, own[name.rpartition(".")[0]]))
 
     def _scale_rope(self) -> None:

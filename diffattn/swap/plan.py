@@ -21,7 +21,7 @@ from .model_swap import ModelSwap
 from .settings.placement import ComponentChoice, LayerChoice, Placement
 from .settings.recipe import ModelRecipe, Recipe
 from .settings.schedule import Schedule
-from .unsupported import check_processor, check_supported, check_told, reason_on_a_line
+from .unsupported import check_processor, check_supported, check_told, reason_on_a_line, reason_without_hidden
 
 COMPONENTS = ("unet", "transformer", "transformer_2", "transformer_ref", "unconditional_transformer")
 """Parts of a pipeline that `apply` takes unless told otherwise."""
@@ -170,6 +170,11 @@ def _check_sigma(target: Any, swap: ModelSwap) -> None:
             f"{swap.mechanism} needs sigma, the share of noise, which the scheduler of a pipeline tells; pass the "
             f"pipeline, not its model"
         )
+    for mechanism in swap.mechanisms:
+        if mechanism.needs_steps and isinstance(target, nn.Module):
+            raise ValueError(
+                f"{mechanism} changes from step to step, which a pipeline counts; pass the pipeline, not its model"
+            )
 
 
 def _by_glob(
@@ -242,6 +247,7 @@ def _joined(model: nn.Module, schedules: Sequence[tuple[str | list[str], Schedul
 def plan(model: nn.Module, schedule: Schedule, placement: Placement) -> ModelSwap:
     """Decide which layers are swapped, raising for whatever cannot be; changes nothing."""
     check_supported(model)
+    _check_one_input(schedule)
     family, layers = family_of(model), placement.layers
     for own in schedule.mechanisms:
         own.check_backend(placement.backend)
@@ -285,6 +291,15 @@ def plan(model: nn.Module, schedule: Schedule, placement: Placement) -> ModelSwa
     return swap
 
 
+def _check_one_input(schedule: Schedule) -> None:
+    """Raise where parts of a schedule ask for the input of the block and for that of the layer."""
+    if {"features", "hidden"} <= schedule.needs:
+        raise ValueError(
+            f"expected parts that look at the input of the block or at that of the layer; got both in {schedule}; "
+            f"leave one of them out"
+        )
+
+
 def _scales_rope(mechanism: Mechanism) -> bool:
     return bool(getattr(mechanism, "ntk_factor", 1.0) != 1.0)
 
@@ -310,6 +325,8 @@ def _reason_to_keep(
         return f"attention within one frame: {mechanism.type} would change nothing"
     if "features" in mechanism.needs and not entries[name].has_features:
         return f"its block is not called with the block's input, which {mechanism.type} compares"
+    if (reason := reason_without_hidden(mechanism, module)) is not None:
+        return reason
     if mechanism.one_mask and entries[name].mask_of(module) == "queries":
         return f"each query has a mask of its own, and {mechanism.type} takes one for all"
     if entries[name].line and (reason := reason_on_a_line(mechanism)) is not None:
@@ -352,7 +369,8 @@ def _weights(schedule: Schedule, name: str, module: nn.Module) -> nn.Module | No
         if owning:
             raise ValueError(f"{owning[0]} has weights of its own, which parts of other kinds cannot share: {schedule}")
     if size is not None:
-        return mechanism.weights(*size)
+        weights, own = mechanism.weights(*size), next(module.parameters(), None)
+        return weights if weights is None or own is None or own.is_meta else weights.to(own.device)
     with torch.device("meta"):  # leaves the random numbers alone
         wanted = mechanism.weights(*_ANY_SIZE) is not None
     if wanted:

@@ -4,6 +4,7 @@ They are refused by name before anything is changed, with a row of one's own in 
 lie on the wrong tokens, or the attention would stay dense without a word. A name counts for its subclasses.
 """
 
+import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,10 +96,29 @@ def reason_on_a_line(mechanism: Mechanism) -> str | None:
     """What a mechanism has against grids of one row of one frame, however long; None where it has nothing."""
     if mechanism.across_frames:
         return f"its tokens are a line in time, one row of one frame, within which {mechanism.type} changes nothing"
+    if mechanism.across_rows:
+        return f"its tokens are a line in time, one row of one frame, of which {mechanism.type} sees everything"
     try:
         mechanism.check(LINE)
     except ValueError as error:
         return f"its tokens are a line in time, one row such as {LINE}: {error}"
+    return None
+
+
+def reason_without_hidden(mechanism: Mechanism, module: Any) -> str | None:
+    """Why a layer can't tell a mechanism what its queries are made of; None where it can, or nobody asks."""
+    if "hidden" not in mechanism.needs:
+        return None
+    _, first, *_ = inspect.signature(type(module).forward).parameters
+    query: Any = getattr(module, "to_q", None) or getattr(module, "to_query", None)
+    normed = any(getattr(module, name, None) is not None for name in ("group_norm", "spatial_norm"))
+    given = getattr(query, "in_features", None)
+    if first != "hidden_states" or normed or given is None:
+        return f"its queries are not projected from the hidden states that it is given, which {mechanism.type} sees"
+    wanted = getattr(mechanism, "channels", given)
+    wanted = query.out_features if wanted is None else wanted
+    if wanted != given:
+        return f"its hidden states have {given} channels, and {mechanism.type} sees {wanted}: give channels={given}"
     return None
 
 

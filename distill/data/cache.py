@@ -1,4 +1,4 @@
-"""The cache that training reads instead of images and captions, so that it needs neither VAE nor text encoders.
+"""The cache that training reads instead of images or clips and captions, so that it needs neither VAE nor encoders.
 
 `cache_facts.py` says what its files are.
 """
@@ -6,7 +6,7 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffattn.files.writing import write_json, written
+from diffattn.measure.progress import bar_options
 
-from ..encoders import Facts, Tensors, encoder_of, model_facts, model_of, multiple_of, text_length_of, vae_facts
+from ..encoders import (
+    Facts,
+    Tensors,
+    check_frames,
+    encoder_of,
+    latent_frames,
+    model_facts,
+    model_of,
+    multiple_of,
+    text_length_of,
+    vae_facts,
+    whole_patches,
+)
 from .cache_facts import (
     FACTS,
     LATENTS,
     OFFICIAL,
+    ORIGIN,
     POSTERIOR,
     PROMPT,
     SAMPLE,
@@ -34,14 +48,13 @@ from .cache_facts import (
     read_facts,
     shapes_in,
 )
-from .fingerprints import of, of_parts
+from .clips import Cut, clips_in, find_clips, load_clip
+from .fingerprints import of_parts
+from .origins import Origins
 from .pictures import Captioned, Counts, find_pictures, list_files, load_picture, named, pictures_in, share
 from .samples import Sample, Source
 
 logger = logging.getLogger("diffattn")
-
-ORIGIN, UNKNOWN = "origin", "-"
-"""The entry in a file's metadata, and what it says of encoders that are not in memory."""
 
 PerChannel = float | list[float]
 
@@ -52,19 +65,22 @@ def write_cache(
     folder: str | os.PathLike[str],
     *,
     size: tuple[int, int],
+    cut: Cut | None = None,
     max_sequence_length: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
     rank: int = 0,
     world: int = 1,
     progress: bool = False,
 ) -> Counts:
-    """Encode the images and captions of a folder with a stock pipeline, as far as they aren't yet.
+    """Encode the images and captions of a folder with a stock pipeline, as far as they aren't yet; or its clips.
 
     Files are written whole or not at all; one that is not whole, or whose image or caption has changed since, is
-    written anew. Corrupt images are left out with a warning each.
+    written anew. Corrupt images, and clips that are corrupt or too short, are left out with a warning each. One is in
+    memory at a time.
 
     Args:
         size: height and width in pixels; images are resized to cover it and cropped at their centre.
+        cut: which frames of videos are their clips; None for images, which are clips of one frame to a video model.
         max_sequence_length: text tokens; None: as the pipeline's own calls.
         rank: this process works on every `world`-th image, from the `rank`-th on.
 
@@ -72,77 +88,30 @@ def write_cache(
     precision or size, and where every image is corrupt.
     """
     root = Path(folder)
-    pictures = find_pictures(root)
+    pictures = find_pictures(root) if cut is None else find_clips(root)
     mine = share(pictures, rank, world)
-    facts = _facts(pipe, size, max_sequence_length)
+    facts = _facts(pipe, size, cut, max_sequence_length)
     model = model_of(pipe)
     maker = of_parts(getattr(pipe, name) for name in ("vae", *encoder_of(model).parts))
     origins = Origins(maker, facts, dtype)
     claimed = _claim(root, facts)
-    outcomes = Counter(
-        _encode(pipe, one, facts, dtype, origins) for one in tqdm(mine, desc="cache", disable=not progress)
-    )
+    shown = tqdm(mine, desc="cache", **bar_options(progress, leave=True))
+    outcomes = Counter(_encode(pipe, root, one, facts, dtype, origins) for one in shown)
     origins.tell(root)
     # The share of one process may be corrupt by bad luck; that all are, it can't know without a look at the others.
-    if outcomes["corrupt"] == len(mine) and all(_pixels(one, size) is None for one in pictures):
+    if outcomes["corrupt"] == len(mine) and all(_pixels(one, facts) is None for one in pictures):
         if claimed:
             (root / FACTS).unlink(missing_ok=True)
-        raise ValueError(f"expected images in {root}, got {len(pictures)} corrupt files only; replace them")
+        kind = "images" if cut is None else "clips"
+        raise ValueError(f"expected {kind} in {root}, got {len(pictures)} corrupt files only; replace them")
     return Counts(**outcomes)
-
-
-class Origins:
-    """What the files of a cache are made from and by, as their metadata say; files without say nothing and are kept."""
-
-    def __init__(self, maker: str | None, facts: Facts, dtype: torch.dtype) -> None:
-        self._maker, self._facts, self._dtype = maker, facts, dtype
-        self._changed: list[str] = []
-        self._unknown: list[str] = []
-
-    def of(self, picture: Captioned, shapes: Shapes) -> str:
-        """What a file with tensors of `shapes` says: two fingerprints, of image and caption and of the encoders."""
-        parts: list[Any] = [str(self._dtype)]
-        if "mean" in shapes:
-            parts += [picture.path.read_bytes(), self._facts["picture_size"]]
-        if shapes.keys() - set(POSTERIOR):
-            parts += [picture.caption, self._facts["text_length"]]
-        return f"{of(*parts)} {self._maker or UNKNOWN}"
-
-    def holds(self, path: Path, wanted: str, name: str) -> bool:
-        """Whether a whole file was made from what it would be made from now; `ValueError` for other encoders."""
-        with safe_open(path, framework="pt") as file:
-            said = (file.metadata() or {}).get(ORIGIN)
-        if said is None:
-            self._unknown.append(name)
-            return True
-        (source, maker), (new_source, new_maker) = said.split(" "), wanted.split(" ")
-        if UNKNOWN not in (maker, new_maker) and maker != new_maker:
-            raise ValueError(
-                f"{path} was encoded by another VAE or text encoder, or in another precision; use another folder, or "
-                f"delete the .safetensors files there to encode anew"
-            )
-        if source != new_source:
-            self._changed.append(name)
-        return source == new_source
-
-    def tell(self, folder: Path) -> None:
-        """Say once what was made anew, and what may be out of date."""
-        if self._changed:
-            logger.warning("images or captions have changed, encoded anew: %s", named(sorted(set(self._changed))))
-        if self._unknown:
-            logger.warning(
-                "files in %s do not say what they were made from, kept: %s; delete them if images or captions have "
-                "changed",
-                folder,
-                named(sorted(set(self._unknown))),
-            )
 
 
 class CacheSource(Source):
     """The samples of a cache; a latent is drawn from the VAE's posterior each time.
 
-    They are the images of the folder whose files are there, told by names alone; images without are left out with
-    a warning. A folder without any image gives what its cache files hold.
+    They are the images or clips of the folder whose files are there, told by names alone; those without are left out
+    with a warning. A folder without any gives what its cache files hold.
 
     Args:
         expected: what the cache must be, such as `model_facts(transformer)`; other values raise `ValueError`.
@@ -160,7 +129,8 @@ class CacheSource(Source):
     ) -> None:
         self.folder = Path(folder)
         known = read_facts(self.folder)
-        self.names = _cached_names(self.folder, tuple(layout(known)) if known else (LATENTS, PROMPT))
+        find = clips_in if known and Cut.of(known) else pictures_in
+        self.names = _cached_names(self.folder, tuple(layout(known)) if known else (LATENTS, PROMPT), find)
         if known is None and (shift is None or scale is None):
             raise ValueError(
                 f"expected {FACTS} in {folder}, got none, as in an official cache; pass shift= and scale=, the "
@@ -183,6 +153,12 @@ class CacheSource(Source):
         """Height and width in pixels; None where an official cache does not say."""
         size = self.facts["picture_size"]
         return None if size is None else (size[0], size[1])
+
+    @property
+    def frames(self) -> int | None:
+        """Of a clip; None for images of an image model."""
+        frames: int | None = self.facts.get("frames")
+        return frames
 
     def sample(self, index: int, generator: torch.Generator) -> Sample:
         """Sample `index`; `generator` draws its latent."""
@@ -217,8 +193,8 @@ def _spread(value: PerChannel, like: Tensor) -> Tensor | float:
     return torch.tensor(value).view(-1, *[1] * (like.ndim - 1)) if isinstance(value, list) else value
 
 
-def _facts(pipe: Any, size: tuple[int, int], max_sequence_length: int | None) -> Facts:
-    """What the cache of a pipeline is; refuses pipelines and sizes that can't be cached."""
+def _facts(pipe: Any, size: tuple[int, int], cut: Cut | None, max_sequence_length: int | None) -> Facts:
+    """What the cache of a pipeline is; refuses pipelines, sizes and clips that can't be cached."""
     model = model_of(pipe)
     row, own = encoder_of(model), model_facts(model)
     cell, token = multiple_of(pipe, model)
@@ -227,8 +203,16 @@ def _facts(pipe: Any, size: tuple[int, int], max_sequence_length: int | None) ->
     length = max_sequence_length or own.get("text_length") or text_length_of(pipe)
     if own.get("text_length", length) != length:
         raise ValueError(f"{own['model']} takes {own['text_length']} text tokens, got {length}; leave it out")
+    if cut is not None:
+        if not row.frames:
+            raise ValueError(f"{own['model']} makes images, got frames={cut.frames} of clips; leave the frames out")
+        check_frames(pipe, cut.frames)
     facts = own | {
-        "latent_size": [*([1] if row.frames else []), *(side // cell for side in size)],
+        **(({"frames": 1} if cut is None else cut.facts) if row.frames else {}),
+        "latent_size": [
+            *([latent_frames(pipe, model, cut.frames if cut else 1)] if row.frames else []),
+            *(side // cell for side in size),
+        ],
         "picture_size": list(size),
         **vae_facts(pipe.vae.config),
         "text_length": length,
@@ -255,10 +239,10 @@ def _claim(folder: Path, facts: Facts) -> bool:
     return known is None
 
 
-def _encode(pipe: Any, picture: Captioned, facts: Facts, dtype: torch.dtype, origins: Origins) -> str:
+def _encode(pipe: Any, root: Path, picture: Captioned, facts: Facts, dtype: torch.dtype, origins: Origins) -> str:
     """Write what one image lacks; says what became of it, in the words of `Counts`."""
     files = layout(facts)
-    paths = {ending: picture.path.with_name(f"{picture.path.stem}{ending}") for ending in files}
+    paths = {ending: root / f"{picture.name}{ending}" for ending in files}
     wanted = {ending: origins.of(picture, shapes) for ending, shapes in files.items()}
     lacking = [
         ending
@@ -268,7 +252,7 @@ def _encode(pipe: Any, picture: Captioned, facts: Facts, dtype: torch.dtype, ori
     for ending in lacking:
         tensors: Tensors = {}
         if "mean" in files[ending]:
-            pixels = _pixels(picture, facts["picture_size"])
+            pixels = _pixels(picture, facts)
             if pixels is None:
                 # A broken file left here would look like a sample.
                 paths[ending].unlink(missing_ok=True)
@@ -297,20 +281,23 @@ def _whole(path: Path, shapes: Shapes) -> bool:
     return True
 
 
-def _pixels(picture: Captioned, size: tuple[int, int]) -> Tensor | None:
-    """The image; None, with a warning, where it can't be read."""
+def _pixels(picture: Captioned, facts: Facts) -> Tensor | None:
+    """The image (3, h, w) or clip (3, f, h, w); None, with a warning, where it can't be read."""
+    size, cut = facts["picture_size"], Cut.of(facts)
     try:
-        return load_picture(picture.path, size)
+        return load_picture(picture.path, size) if cut is None else load_clip(picture.path, size, cut)
     except ValueError as error:
-        logger.warning("corrupt image: %s", error)
+        logger.warning("corrupt %s: %s", "image" if cut is None else "clip", error)
         return None
 
 
 def _posterior(pipe: Any, pixels: Tensor) -> Tensors:
     # Not the VAE's own device, which is the CPU while it is offloaded.
-    batch = pixels[None].to(pipe._execution_device, pipe.vae.dtype)
-    posterior = pipe.vae.encode(batch[:, :, None] if encoder_of(model_of(pipe)).frames else batch).latent_dist
-    return {"mean": posterior.mean[0], "std": posterior.std[0]}
+    batch, model = pixels[None].to(pipe._execution_device, pipe.vae.dtype), model_of(pipe)
+    frames = encoder_of(model).frames
+    posterior = pipe.vae.encode(batch[:, :, None] if frames and batch.ndim == 4 else batch).latent_dist
+    found = {"mean": posterior.mean[0], "std": posterior.std[0]}
+    return {name: whole_patches(model, value) for name, value in found.items()} if frames else found
 
 
 def _conditioning(pipe: Any, caption: str, facts: Facts) -> Tensors:
@@ -332,19 +319,19 @@ def _save(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, origin:
         save_file(values, temporary, {ORIGIN: origin})  # one entry: safetensors gives several any order
 
 
-def _cached_names(folder: Path, endings: tuple[str, ...]) -> list[str]:
-    """The names of the samples."""
+def _cached_names(folder: Path, endings: tuple[str, ...], find: Callable[[Iterable[str]], dict[str, str]]) -> list[str]:
+    """The names of the samples; `find` tells those of images or clips among files."""
     files = list_files(folder)
     by_ending = [{file.removesuffix(ending) for file in files if file.endswith(ending)} for ending in endings]
     whole, any_of = set.intersection(*by_ending), set.union(*by_ending)
-    wanted = pictures_in(files).keys() or any_of
+    wanted = find(files).keys() or any_of
     if not whole & wanted:
         lost = f"{FACTS} is missing; " if any(file.endswith(SAMPLE) for file in files) and SAMPLE not in endings else ""
         raise ValueError(
-            f"expected cached images in {folder}, got none of {len(wanted)}; {lost}run write_cache on it first"
+            f"expected cached images or clips in {folder}, got none of {len(wanted)}; {lost}run write_cache on it first"
         )
     if wanted - whole:
         logger.warning("not cached, left out: %s; run write_cache on %s", named(sorted(wanted - whole)), folder)
     if whole - wanted:
-        logger.warning("cached, but their images are gone, left out: %s", named(sorted(whole - wanted)))
+        logger.warning("cached, but their images or videos are gone, left out: %s", named(sorted(whole - wanted)))
     return sorted(whole & wanted)

@@ -26,6 +26,9 @@ PROMPT = "_prompt_embed.safetensors"
 SAMPLE = "_sample.safetensors"
 FACTS = "diffattn_cache.json"
 
+ORIGIN = "origin"
+"""The entry in a file's metadata that says what it was made from."""
+
 POSTERIOR = ("mean", "std")
 OFFICIAL = {"caption_feature_t5": "encoder_hidden_states", "caption_feature_clip": "pooled_projections"}
 """Names in CLEAR's files -> names in the model's forward."""
@@ -44,8 +47,11 @@ FACT_NAMES = (
 """What diffattn_cache.json says; sizes are (height, width), or (frames, height, width) for latents with frames.
 
 Where there are NAME_sample files, it says besides: `conditioning`, the shapes of the tensors in them by name, and
-`constants`, the values of those that are the same for all samples.
+`constants`, the values of those that are the same for all samples; for a video model `frames`, those of a clip, and
+where they are more than one the `stride` or the rate, `fps`, at which they were taken.
 """
+
+CLIP_FACTS = ("frames", "stride", "fps")
 
 Shapes = dict[str, list[int]]
 
@@ -75,6 +81,8 @@ def read_facts(folder: Path) -> Facts | None:
     absent = [name for name in FACT_NAMES if name not in facts]
     if absent:
         raise ValueError(f"{path} lacks {', '.join(absent)}; delete it and write the cache again")
+    if len(facts["latent_size"]) == 3:  # a release that knew of images alone did not say it
+        facts.setdefault("frames", 1)
     return facts
 
 
@@ -100,7 +108,7 @@ def official_facts(folder: Path, name: str, shift: Any, scale: Any) -> Facts:
 
 def compare(folder: Path, expected: Mapping[str, Any], got: Facts) -> None:
     """Raise `ValueError` where a cache is not what is expected; what an official one does not tell is not compared."""
-    unknown = sorted(expected.keys() - {*FACT_NAMES, "conditioning", "constants"})
+    unknown = sorted(expected.keys() - {*FACT_NAMES, *CLIP_FACTS, "conditioning", "constants"})
     if unknown:
         raise ValueError(f"expected facts among {', '.join(FACT_NAMES)}, got {', '.join(unknown)}")
     want = {name: list(value) if isinstance(value, tuple) else value for name, value in expected.items()}

@@ -1,4 +1,4 @@
-"""Images with captions: in a folder, or in the shards of a webdataset.
+"""Images with captions: in a folder, or in the shards of a webdataset, which may hold videos too (`clips.py`).
 
 A folder holds NAME.jpg, .png or the like (`PICTURE_ENDINGS` of `diffattn.media.pictures`) at any depth. The caption
 lies in NAME.json (`prompt`, `caption` or `text`), in NAME.txt, or in a metadata.jsonl or metadata.json whose entries
@@ -33,11 +33,13 @@ T = TypeVar("T")
 
 CAPTION_KEYS = ("prompt", "caption", "text")
 METADATA = ("metadata.jsonl", "metadata.json")
+CLIP_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif")
+"""Of what counts as a video in a folder."""
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """An image in a folder, with its caption."""
+    """An image or a clip in a folder, with its caption."""
 
     name: str
     """Path below the folder, with slashes and without the ending."""
@@ -47,7 +49,7 @@ class Captioned:
 
 @dataclass(frozen=True)
 class Packed:
-    """An image in a shard, with its caption."""
+    """An image or a video in a shard, with its caption."""
 
     name: str
     """SHARD/NAME."""
@@ -59,34 +61,45 @@ class Packed:
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the images that one process worked on."""
+    """What became of the images or clips that one process worked on."""
 
     done: int = 0
     skipped: int = 0
     """Whole before the call."""
     corrupt: int = 0
-    """Unreadable; each was named in a warning."""
+    """Unreadable, or too short; each was named in a warning."""
 
 
-def find_pictures(folder: str | os.PathLike[str]) -> list[Captioned]:
+def find_pictures(folder: str | os.PathLike[str], *, told: bool = True) -> list[Captioned]:
     """All images of a folder by name; raises `ValueError` where there are none, or any without a caption.
 
-    The images themselves are not opened.
+    The images themselves are not opened. Videos are left out; `told`: with a warning.
     """
     root = Path(folder)
     files = list_files(root)
     pictures = pictures_in(files)
+    videos = [file for file in files if os.path.splitext(file)[1].lower() in CLIP_ENDINGS]
     if not pictures:
-        raise ValueError(f"expected images ({', '.join(ENDINGS)}) in {root}, got none; give the folder that holds them")
-    known, listed = set(files), _listed_captions(root, files)
-    captions = {name: _caption_beside(root, name, known) or listed.get(file, "") for name, file in pictures.items()}
-    absent = [pictures[name] for name, caption in captions.items() if not caption]
+        what = f"{len(videos)} videos only; say how many frames a clip has" if videos else "none"
+        raise ValueError(
+            f"expected images ({', '.join(ENDINGS)}) in {root}, got {what}; give the folder that holds them"
+        )
+    if videos and told:
+        logger.warning("videos are left out where no number of frames is given: %s", named(videos))
+    return with_captions(root, files, pictures, "image")
+
+
+def with_captions(root: Path, files: Sequence[str], found: Mapping[str, str], what: str) -> list[Captioned]:
+    """Images or clips of a folder, files by name, with their captions; raises `ValueError` where any has none."""
+    known, listed = set(files), _listed_captions(root, [*files, *found.values()])
+    captions = {name: _caption_beside(root, name, known) or listed.get(file, "") for name, file in found.items()}
+    absent = [found[name] for name, caption in captions.items() if not caption]
     if absent:
         raise ValueError(
-            f"expected a caption for every image of {root}, got none for {named(absent)}; write it to NAME.txt, to "
+            f"expected a caption for every {what} of {root}, got none for {named(absent)}; write it to NAME.txt, to "
             f'NAME.json as {{"prompt": ...}}, or to {METADATA[0]}'
         )
-    return [Captioned(name, root / pictures[name], caption) for name, caption in captions.items()]
+    return [Captioned(name, root / found[name], caption) for name, caption in captions.items()]
 
 
 def check_output(folder: str | os.PathLike[str]) -> None:
@@ -228,20 +241,26 @@ def read_shards(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Packed]:
 
 
 def unpack_shards(
-    paths: Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str], *, rank: int = 0, world: int = 1
+    paths: Sequence[str | os.PathLike[str]],
+    folder: str | os.PathLike[str],
+    *,
+    endings: Sequence[str] = ENDINGS,
+    rank: int = 0,
+    world: int = 1,
 ) -> Counts:
     """Write the images of some shards to a folder, as SHARD/NAME.png and .json; what is there already is skipped.
 
     They are not opened: what reads them next names the corrupt ones.
 
     Args:
+        endings: of what is unpacked; `CLIP_ENDINGS` for videos.
         rank: of `world` processes on one folder, each begins with another shard and goes through all of them, so that
             each finds the whole folder when it is done.
     """
     _check_place(rank, world)
     first = rank * len(paths) // world
     done = skipped = 0
-    for packed in _packed([*paths[first:], *paths[:first]]):
+    for packed in _packed([*paths[first:], *paths[:first]], endings):
         picture, caption = (Path(folder) / f"{packed.name}{ending}" for ending in (packed.ending, ".json"))
         if _is_there(packed, picture, caption):
             skipped += 1
@@ -261,12 +280,12 @@ def _is_there(packed: Packed, picture: Path, caption: Path) -> bool:
         return False
 
 
-def _packed(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Packed]:
+def _packed(paths: Iterable[str | os.PathLike[str]], endings: Sequence[str] = ENDINGS) -> Iterator[Packed]:
     shards = [Path(path) for path in paths]
     if len({shard.stem for shard in shards}) < max(1, len(shards)):
         raise ValueError(f"expected .tar shards, each of another name, got {[str(shard) for shard in shards]}")
     for shard in shards:
-        yield from (_pack(shard, sample) for sample in _samples(shard))
+        yield from (_pack(shard, sample, endings) for sample in _samples(shard))
 
 
 def _samples(shard: Path) -> Iterator[dict[str, Any]]:
@@ -283,18 +302,19 @@ def _samples(shard: Path) -> Iterator[dict[str, Any]]:
         raise ValueError(f"shard {shard} is not whole ({error}); download or write it again") from error
 
 
-def _pack(shard: Path, sample: dict[str, Any]) -> Packed:
+def _pack(shard: Path, sample: dict[str, Any], endings: Sequence[str]) -> Packed:
     key = sample["__key__"]
     name = f"{shard.stem}/{key}"
     if key.startswith("/") or ".." in PurePosixPath(key).parts:
         raise ValueError(f"expected names below the shard's own, got {key!r} in {shard}; write the shard again")
-    ending = next((ending for ending in ENDINGS if ending[1:] in sample), None)
+    ending = next((ending for ending in endings if ending[1:] in sample), None)
     caption = _caption_of(_parse_json(sample.get("json", b"null"), name)) or _text(sample.get("txt", b""), name)
     if ending is None or not caption:
-        endings = sorted(name for name in sample if not name.startswith("__"))
+        what = "an image" if endings == ENDINGS else "a video"
+        got = sorted(name for name in sample if not name.startswith("__"))
         raise ValueError(
-            f"expected an image and a caption (json or txt) for {name}, got {', '.join(endings)} only; files of one "
-            f"name must lie next to each other in the shard"
+            f"expected {what} and a caption (json or txt) for {name}, got {', '.join(got)} only; files of one name "
+            f"must lie next to each other in the shard"
         )
     return Packed(name, ending, sample[ending[1:]], caption)
 

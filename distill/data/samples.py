@@ -2,11 +2,12 @@
 
 Every step takes the samples at `batch_size` consecutive places of an endless order, one seeded permutation after the
 other. A sample's noise depends on the seed and its place alone, so a run is the same however its batches are split:
-over processes, over accumulated parts, or after a resume.
+over processes, over accumulated parts, or after a resume. With a number of noises it depends on the sample and on how
+often it came, and recurs.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -49,10 +50,18 @@ class Batch:
     """Standard normal, as `latents`."""
     uniform: Tensor
     """(b,) in [0, 1): chooses the noise level."""
+    numbers: tuple[int, ...] = ()
+    """Of sample and noise together, each below samples x noises; () where no noise recurs."""
 
     def to(self, device: torch.device | str) -> "Batch":
         moved = {name: value.to(device) for name, value in self.conditioning.items()}
-        return Batch(self.latents.to(device), moved, self.noise.to(device), self.uniform.to(device))
+        return replace(
+            self,
+            latents=self.latents.to(device),
+            conditioning=moved,
+            noise=self.noise.to(device),
+            uniform=self.uniform.to(device),
+        )
 
 
 def index_at(place: int, count: int, seed: int) -> int:
@@ -74,12 +83,16 @@ def places(step: int, batch_size: int, part: int, parts: int) -> range:
     return range(first, first + size)
 
 
-def collate(source: Source, chosen: Sequence[int], seed: int) -> Batch:
-    """The batch at some places; its samples must be of one size."""
-    samples, noise, uniform = [], [], []
+def collate(source: Source, chosen: Sequence[int], seed: int, noises: int = 0) -> Batch:
+    """The batch at some places; its samples must be of one size. `noises` of a sample recur, 0: none does."""
+    samples, noise, uniform, numbers = [], [], [], []
     for place in chosen:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + 500_009 * place + 1)
-        samples.append(source.sample(index_at(place, len(source), seed), generator))
+        index = index_at(place, len(source), seed)
+        if noises:
+            numbers.append(index + len(source) * (place // len(source) % noises))
+        number = numbers[-1] if noises else place
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + 500_009 * number + 1)
+        samples.append(source.sample(index, generator))
         noise.append(torch.randn(samples[-1].latents.shape, generator=generator))
         uniform.append(torch.rand((), generator=generator))
     shapes = {tuple(sample.latents.shape): sample.name for sample in samples}
@@ -89,5 +102,9 @@ def collate(source: Source, chosen: Sequence[int], seed: int) -> Batch:
     names = samples[0].conditioning
     conditioning = {name: torch.stack([sample.conditioning[name] for sample in samples]) for name in names}
     return Batch(
-        torch.stack([sample.latents for sample in samples]), conditioning, torch.stack(noise), torch.stack(uniform)
+        torch.stack([sample.latents for sample in samples]),
+        conditioning,
+        torch.stack(noise),
+        torch.stack(uniform),
+        tuple(numbers),
     )

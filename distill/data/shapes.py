@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from diffattn.measure.progress import bar_options
 from diffattn.tiny.shapes import caption, held_out_scenes, is_held_out, pixels, scenes
 
 from .samples import Sample
@@ -38,7 +39,7 @@ class Shapes:
         self._captions = [caption(scene) for scene in chosen]
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         starts = range(0, len(chosen), PART)
-        for start in tqdm(starts, desc="encoding images", disable=not progress, leave=False):
+        for start in tqdm(starts, desc="encoding images", **bar_options(progress)):
             text, pooled, _ = pipe.encode_prompt(
                 self._captions[start : start + PART], None, max_sequence_length=text_length
             )

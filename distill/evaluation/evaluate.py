@@ -73,8 +73,10 @@ class Speed:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images beside the teacher's, means over the prompts."""
+    """Images beside the teacher's, means over the prompts, of clips over all their frames."""
 
+    frames: int
+    """Of each."""
     psnr: dict[str, float]
     """dB, of the student and of the swap alone."""
     ssim: dict[str, float] | None
@@ -251,7 +253,14 @@ def draw_all(
 def compare(
     drawn: dict[str, list[np.ndarray]], prompts: Sequence[str] = (), metrics: Mapping[str, Metric] | None = None
 ) -> Pictures:
-    """PSNR and SSIM of the student's images, and of the swap's, to the teacher's; further metrics of all three."""
+    """PSNR and SSIM of the student's images, and of the swap's, to the teacher's; further metrics of all three.
+
+    Clips `(frames, height, width, 3)` are compared frame by frame.
+    """
+    frames = len(drawn["teacher"][0]) if drawn["teacher"][0].ndim == 4 else 1
+    if frames > 1:
+        drawn = {which: [frame for clip in clips for frame in clip] for which, clips in drawn.items()}
+        prompts = [prompt for prompt in prompts for _ in range(frames)]
     others = [which for which in MODELS if which != "teacher"]
 
     def mean(metric: Callable[[Any, Any], float], which: str) -> float:
@@ -266,4 +275,4 @@ def compare(
         name: {which: metric(drawn[which], drawn["teacher"], prompts) for which in MODELS}
         for name, metric in (metrics or {}).items()
     }
-    return Pictures({which: mean(psnr, which) for which in others}, similar, further)
+    return Pictures(frames, {which: mean(psnr, which) for which in others}, similar, further)

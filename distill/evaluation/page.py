@@ -42,8 +42,16 @@ def markdown(evaluation: Evaluation) -> str:
 
 def page(drawn: dict[str, list[np.ndarray]], prompts: Sequence[str], limit: int = 8) -> Image.Image:
     """Teacher, student and swap alone side by side, one prompt a row."""
-    rows = [[Entry(Image.fromarray(drawn[which][row])) for which in MODELS] for row in range(min(limit, len(prompts)))]
+    rows = [[Entry(_shown(drawn[which][row])) for which in MODELS] for row in range(min(limit, len(prompts)))]
     return sheet(rows, prompts[:limit], MODELS)
+
+
+def _shown(picture: np.ndarray) -> Image.Image:
+    """An image; of a clip four frames from the first to the last, in two rows."""
+    if picture.ndim == 3:
+        return Image.fromarray(picture)
+    frames = picture[np.linspace(0, len(picture) - 1, 4).round().astype(int)]
+    return Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in (frames[:2], frames[2:])]))
 
 
 def _velocity(evaluation: Evaluation) -> list[str]:
@@ -101,7 +109,7 @@ def _pictures(pictures: Pictures, prompts: int) -> list[str]:
         rows.append(("SSIM to the teacher's", pictures.ssim))
     rows += [(TITLES.get(name, name), values) for name, values in pictures.metrics.items()]
     return [
-        f"Images of {prompts} prompts:",
+        f"Images of {prompts} prompts:" if pictures.frames == 1 else f"Clips of {prompts} prompts, means over frames:",
         "",
         f"| | {' | '.join(MODELS)} |",
         f"|---|{'---:|' * len(MODELS)}",

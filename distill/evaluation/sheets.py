@@ -6,9 +6,7 @@ import numpy as np
 
 from diffattn.files.writing import written
 
-from ..data.shapes import held_out
-from ..loading import SHAPES
-from ..setting import Setting
+from ..setting import Setting, world_prompts
 from .evaluate import MODELS, as_model
 from .page import page
 
@@ -26,7 +24,7 @@ class Sheets:
         self._setting, self._folder, self._write = setting, folder / "sheets", write
         self._fixed: dict[str, list[np.ndarray]] = {}
         config = setting.config
-        self._prompts = list(config.sheet_prompts) or (held_out(COUNT) if config.data == SHAPES else [])
+        self._prompts = list(config.sheet_prompts) or world_prompts(config.data, COUNT)
         if not self._prompts:
             raise ValueError(
                 f"sheet_every={config.sheet_every} needs prompts to draw: give sheet_prompts, or sheet_every=0"

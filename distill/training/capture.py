@@ -6,7 +6,7 @@
 
 A layer's output is what its module returns for the grid: after the output projection where the module has one, the
 attention itself where it has none, as in Flux's single blocks (the tensor of CLEAR's loss). Modules that return image
-and text apart give the picture's.
+and text apart give the image's. With `whole=True` all that a module returns is kept, text too.
 
 The hooks listen inside the `with` block alone, so a block that gradient checkpointing computes again in the backward
 pass is not counted twice; checkpoints must be non-reentrant, as in diffusers, for gradients to reach the tensors.
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 class Capture:
     """Collects the outputs of the attention modules `names` of `model`, in a `with` block; may be entered again."""
 
-    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
-        self.names = tuple(names)
+    def __init__(self, model: nn.Module, names: Iterable[str], whole: bool = False) -> None:
+        self.names, self._whole = tuple(names), whole
         self._modules = [model.get_submodule(name) for name in self.names]
-        self._found: dict[str, Tensor] = {}
+        self._found: dict[str, list[Tensor]] = {}
         self._hooks: list[Any] = []
 
     def __enter__(self) -> "Capture":
@@ -47,17 +47,24 @@ class Capture:
         def listen(module: nn.Module, args: Any, output: Any) -> None:
             if name in self._found:
                 raise RuntimeError(f"{name} ran twice in one capture: open one for each forward")
-            self._found[name] = output[0] if isinstance(output, (tuple, list)) else output
+            tensors = tensors_of(output)
+            self._found[name] = tensors if self._whole else tensors[:1]
 
         return listen
 
     @property
     def outputs(self) -> list[Tensor]:
-        """One tensor a layer, of the last `with` block; raises where a layer did not run."""
+        """One tensor a layer, or all of them, of the last `with` block; raises where a layer did not run."""
         missed = [name for name in self.names if name not in self._found]
         if missed:
             raise RuntimeError(f"{len(missed)} captured layers did not run, such as {missed[0]}")
-        return [self._found[name] for name in self.names]
+        return [tensor for name in self.names for tensor in self._found[name]]
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors of what a module returns: one, or several in a tuple."""
+    parts = output if isinstance(output, (tuple, list)) else (output,)
+    return [part for part in parts if isinstance(part, Tensor)]
 
 
 def layers_at(names: Sequence[str], depths: Iterable[float]) -> tuple[str, ...]:

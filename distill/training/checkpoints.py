@@ -70,10 +70,17 @@ def _drop(checkpoint: Path) -> None:
     remove_empty(checkpoint)
 
 
+FIXED = (
+    *("model", "part", "mechanism", "trainable", "lora_rank", "layers", "slopes"),
+    *("optimizer", "seed", "batch_size"),
+)
+"""Fields of a config that a resumed run cannot change."""
+
+
 def read(folder: Path, config: DistillConfig) -> dict[str, Any]:
     """The state of a checkpoint; raises `ValueError` where it is not whole, or of a run that trained something else."""
     former = read_config(folder)
-    for name in ("model", "mechanism", "trainable", "lora_rank", "layers", "optimizer", "seed", "batch_size"):
+    for name in FIXED:
         if getattr(former, name) != getattr(config, name):
             raise ValueError(
                 f"{folder} is of a run with {name}={getattr(former, name)}, and this one has {getattr(config, name)}: "

@@ -8,7 +8,18 @@ from diffattn.files.writing import written
 LOG = "log.csv"
 
 
-COLUMNS = ("step", "total", "target", "prediction", "attention", "rate", "gradient_norm", "seconds")
+COLUMNS = (
+    "step",
+    "total",
+    "target",
+    "prediction",
+    "attention",
+    "features",
+    "layers",
+    "rate",
+    "gradient_norm",
+    "seconds",
+)
 
 
 class Log:

@@ -5,12 +5,14 @@ splits the weights instead where the config says so. What a step computes:
 
     teacher's pass (no gradients) -> student's pass -> losses -> gradients, clipped -> optimizer, averaged weights
 
+or, in the first `layerwise` steps, every layer by itself (`layerwise.py`). Where options of the mechanism are drawn, a
+step has one setting.
+
 Batches are cut into processes x accumulated parts; since every sample brings its own random numbers
 (`data/samples.py`), the cut does not change the gradient, and a resumed run goes on bit for bit.
 """
 
 import contextlib
-import fnmatch
 import importlib.util
 import logging
 import math
@@ -27,15 +29,18 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from diffattn.measure.progress import bar_options
+
 from ..config import DistillConfig
-from ..data.samples import Source, collate, places
+from ..data.samples import Batch, Source, collate, index_at, places
 from ..inputs import predict
-from ..objective import add_noise
+from ..objective import Noised, add_noise
 from ..student import Student
 from . import checkpoints
-from .capture import Capture, layers_at
+from .layerwise import LayerByLayer
+from .listening import Said, listeners
 from .log import Log
-from .losses import Losses, losses
+from .losses import losses
 from .sharding import (
     average_gradients,
     check_processes,
@@ -48,6 +53,7 @@ from .sharding import (
     whole_state,
 )
 from .stopping import told_to_stop
+from .teacher_memory import TeacherMemory, fingerprint
 
 logger = logging.getLogger("diffattn")
 
@@ -86,7 +92,13 @@ class Trainer:
         check_processes(config, self.accelerator)
         if len(source) == 0:
             raise ValueError("there are no samples to train on")
-        layers = attention_layers(config, student) if config.loss.attention else ()
+        if config.layerwise and config.sharded:
+            raise ValueError(
+                "layerwise= holds layers one by one, which sharded=true takes apart: leave one of them out"
+            )
+        self.settings = config.settings
+        self.attention, self.features = listeners(config, student)
+        self.memory = self._memory() if config.teacher_cache else None
         if config.gradient_checkpointing:
             student.model.enable_gradient_checkpointing()  # type: ignore[operator]
         student.model.train()
@@ -95,8 +107,14 @@ class Trainer:
         self.outside = [weight for name, weight in student.parameters.items() if name not in self.inside]
         self.optimizer = self.accelerator.prepare(make_optimizer(config, self.weights))
         self.average = [weight.detach().clone() for weight in self.weights] if config.ema else []
-        self.capture = Capture(student.model, layers)
         self.step = 0
+
+    def _memory(self) -> TeacherMemory:
+        """Where the teacher's words are kept; asked for before the weights are trained or split."""
+        config = self.config
+        asked = (config.model, fingerprint(self.student.model), config.precision, str(config.guidance))
+        whom = (*self.attention.names, "blocks", *self.features.names, str(bool(config.loss.prediction)))
+        return TeacherMemory(self.folder / "teacher", config.teacher_cache, (*asked, *whom))
 
     def _spread(self) -> nn.Module:
         """The student's model over the processes: in shards, or wrapped, or as it is."""
@@ -116,13 +134,14 @@ class Trainer:
         last = self.config.steps if until is None else min(until, self.config.steps)
         outcome = Outcome(self.step, False)
         self._report_to(self.config.trackers)
-        with told_to_stop() as stop, Log(self.folder, self.step, self.accelerator.is_main_process) as log:
+        main = self.accelerator.is_main_process
+        with told_to_stop() as stop, self.student.returning(), Log(self.folder, self.step, main) as log:
             bar = tqdm(
                 range(self.step, last),
                 desc="distilling",
                 initial=self.step,
                 total=last,
-                disable=not (progress and self.accelerator.is_main_process),
+                **bar_options(progress and main, leave=True),
             )
             for _ in bar:
                 row = self.train_step()
@@ -141,6 +160,8 @@ class Trainer:
         for tracker in self.accelerator.trackers:  # end_training would also end the process group
             tracker.finish()
         outcome.step, outcome.finished = self.step, self.step == self.config.steps
+        if outcome.finished and self.memory is not None and self.accelerator.is_main_process:
+            self.memory.forget()
         return outcome
 
     def _report_to(self, trackers: tuple[str, ...]) -> None:
@@ -155,6 +176,7 @@ class Trainer:
         if self.draw_sheet is None or not (self.config.sharded or self.accelerator.is_main_process):
             return
         self.student.model.eval()
+        self.student.use(self.config.mechanism)
         path = self.draw_sheet(self.step)
         self.student.model.train()
         if self.accelerator.is_main_process and self.accelerator.trackers:
@@ -169,15 +191,13 @@ class Trainer:
         start = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate_at(self.step)
-        mine = range(self.config.accumulation)
+        self.student.use(self.settings[index_at(self.step, len(self.settings), self.config.seed)])
+        by_layers = self.step < self.config.layerwise
         sums: dict[str, float] = {}
-        for number in mine:
-            last = number == mine[-1]
+        for number in range(self.config.accumulation):
             part = self.accelerator.process_index * self.config.accumulation + number
-            with self._gathering_gradients(last):
-                found = self.losses(part)
-                self.accelerator.backward(found.total / self.config.accumulation)
-            for name, value in found.values().items():
+            found = self._learn_by_layers(part) if by_layers else self._learn(part)
+            for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + value / self.config.accumulation
         sums = self._mean(sums)
         if not math.isfinite(sums["total"]):
@@ -185,7 +205,7 @@ class Trainer:
                 f"the loss of step {self.step} is {sums['total']}: nothing was updated in it; lower the rate, or use "
                 f"precision bf16 instead of fp16. The last checkpoint is as it was"
             )
-        average_gradients(self.outside)
+        average_gradients(self.weights if by_layers else self.outside)
         norm = self._clip(self.config.clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -216,21 +236,54 @@ class Trainer:
         norm: Tensor = self.accelerator.clip_grad_norm_(self.weights, limit)
         return norm
 
-    def losses(self, part: int) -> Losses:
-        """The losses of one part of the present batch."""
-        batch = collate(self.source, places(self.step, self.config.batch_size, part, self.parts), self.config.seed).to(
-            self.accelerator.device
-        )
-        noised = add_noise(self.scheduler, batch)
-        arguments = (noised, batch.conditioning, self.config.guidance)
-        teacher, wanted = None, []
-        if self.config.loss.teacher:
-            with self.student.teacher(), self.accelerator.autocast(), self.capture:
-                teacher = predict(self.student.model, *arguments)
-            wanted = self.capture.outputs
-        with self.accelerator.autocast(), self.capture:
-            prediction = predict(self.model, *arguments)
-        return losses(self.config.loss, prediction, noised.target, teacher, self.capture.outputs, wanted)
+    def _learn(self, part: int) -> dict[str, float]:
+        """The gradients of one part of the present batch; returns its losses."""
+        last = part % self.config.accumulation == self.config.accumulation - 1
+        with self._gathering_gradients(last):
+            batch, noised = self._batch(part)
+            teacher = self._teacher(batch, noised) if self.config.loss.teacher else Said(None)
+            own = self._said(self.model, batch, noised)
+            found = losses(
+                self.config.loss,
+                own.prediction,
+                noised.target,
+                teacher.prediction,
+                own.attention,
+                teacher.attention,
+                own.features,
+                teacher.features,
+            )
+            self.accelerator.backward(found.total / self.config.accumulation)
+        return found.values()
+
+    def _learn_by_layers(self, part: int) -> dict[str, float]:
+        """The same of every layer by itself."""
+        batch, noised = self._batch(part)
+        share = self.config.accumulation
+        lessons = LayerByLayer(self.student, lambda loss: self.accelerator.backward(loss / share))
+        with self.accelerator.autocast(), lessons:
+            predict(self.student.model, noised, batch.conditioning, self.config.guidance)
+        return {"layers": lessons.loss, "total": lessons.loss}
+
+    def _batch(self, part: int) -> tuple[Batch, Noised]:
+        """One part of the present batch, and it noised."""
+        chosen = places(self.step, self.config.batch_size, part, self.parts)
+        batch = collate(self.source, chosen, self.config.seed, self.config.noises).to(self.accelerator.device)
+        return batch, add_noise(self.scheduler, batch)
+
+    def _teacher(self, batch: Batch, noised: Noised) -> Said:
+        """What the teacher says, now or at an earlier visit."""
+
+        def asked() -> Said:
+            with self.student.teacher():
+                return self._said(self.student.model, batch, noised)
+
+        return asked() if self.memory is None else self.memory.ask(batch, noised, asked)
+
+    def _said(self, model: nn.Module, batch: Batch, noised: Noised) -> Said:
+        with self.accelerator.autocast(), self.attention, self.features:
+            prediction = predict(model, noised, batch.conditioning, self.config.guidance)
+        return Said(prediction, tuple(self.attention.outputs), tuple(self.features.outputs))
 
     def _average(self) -> None:
         """Fold the weights into their running average, with a shorter memory at first."""
@@ -324,18 +377,6 @@ def make_accelerator(config: DistillConfig, folder: Path) -> Accelerator:
 def _axes(tracker: Any) -> dict[str, str]:
     """TensorBoard asks for the order of the axes of an image."""
     return {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-
-
-def attention_layers(config: DistillConfig, student: Student) -> tuple[str, ...]:
-    """The layers of the attention loss: those at the config's depths among the swapped ones that its glob matches."""
-    names = [layer.name for layer in student.handle.layers]
-    matching = fnmatch.filter(names, config.attention_layers)
-    if not matching:
-        raise ValueError(
-            f"attention_layers={config.attention_layers!r} matches none of {len(names)} swapped layers, such as "
-            f"{names[0]}"
-        )
-    return layers_at(matching, config.attention_depths)
 
 
 def make_optimizer(config: DistillConfig, weights: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from diffattn.mechanisms.dual_scope import EARLY, LATE, DualScopeAttention
-from diffattn.mechanisms.parts.scopes import Phase
+from diffattn.mechanisms.parts.scopes.frames import Phase
 from diffattn.options import Help, Must, shown
 from diffattn.parallel.operations.noise import FrameNoise
 
@@ -27,6 +27,7 @@ MOST = {
     "blend": 1_000_000,
     "padding": 10_000,
     "top_k": 10_000,
+    "memory": 1_000_000,
 }
 """The steps are those that models train with, and others are beyond what any machine or file holds."""
 LARGEST_SCALE = 1e4
@@ -68,6 +69,20 @@ class LongVideoConfig:
     attn_scale: float = 1.0
     token_num_scale: bool = False
     train_frames: int = 16
+    chosen_by: Annotated[
+        Literal["place", "content"],
+        Help("Which frames are global: evenly spread ones, or those that most others weigh most.", panel=WINDOW),
+    ] = "place"
+    rotation: Annotated[
+        float, Help("By how many of their distances global frames move on during the steps. Default: 0.", panel=WINDOW)
+    ] = 0.0
+    memory: Annotated[
+        int | None,
+        Help("Frames out of sight count by their means over so many. Default: not at all.", panel=WINDOW),
+    ] = None
+    forget: Annotated[
+        float, Help("With --memory: taken off a logit for each frame of distance. Default: 0.", panel=WINDOW)
+    ] = 0.0
     mode: Annotated[
         Literal["clean", "official"],
         Help(
@@ -88,7 +103,9 @@ class LongVideoConfig:
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "steps", "fps", "model_fps", "blend", "padding", "top_k"):
             _check_int(name, getattr(self, name), 0 if name in ("blend", "padding", "top_k") else 1, MOST.get(name))
-        for name in ("guidance", "attn_scale"):
+        if self.memory is not None:
+            _check_int("memory", self.memory, 1, MOST["memory"])
+        for name in ("guidance", "attn_scale", "rotation", "forget"):
             if not _is_number(getattr(self, name)) or abs(getattr(self, name)) > LARGEST_SCALE:
                 raise ValueError(
                     f"{name} must be a number of at most {LARGEST_SCALE:g} in size, got {shown(getattr(self, name))}"
@@ -129,6 +146,10 @@ class LongVideoConfig:
             attn_scale=self.attn_scale,
             token_num_scale=self.token_num_scale,
             train_frames=self.train_frames,
+            chosen_by=self.chosen_by,
+            rotation=self.rotation,
+            memory=self.memory,
+            forget=self.forget,
         )
 
     def to_dict(self) -> dict[str, Any]:

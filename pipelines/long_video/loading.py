@@ -39,7 +39,10 @@ def sources(model: str, unet: str | None = None) -> tuple[str, str]:
 
 
 def open_parts(model: str, unet: str | None, dtype: torch.dtype, device: torch.device) -> Any:
-    """A `TextToVideoSDPipeline` on its device; the UNet is an `FpsUNet3D` where the weights are those of one."""
+    """A `TextToVideoSDPipeline` on its device; the UNet is an `FpsUNet3D` where the weights are those of one.
+
+    Raises `ValueError` where the parts cannot be loaded, or are those of another pipeline.
+    """
     from diffusers import TextToVideoSDPipeline
 
     parts, own = sources(model, unet)

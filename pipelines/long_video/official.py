@@ -12,8 +12,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from diffattn.files.records import Record, is_record
+from diffattn.files.tables import read_table
+
 from .config import check_names
-from .prompts import even_ranges, read_json
+from .prompts import even_ranges
 
 logger = logging.getLogger("diffattn.long_video")
 
@@ -35,15 +38,32 @@ WITHOUT_EFFECT = {
     "plugin_configs.conv_3d": "convolutions are exact",
     "plugin_configs.conv_layer": "convolutions are exact",
 }
+COMMAND = (
+    "prompt",
+    "work",
+    "save_every",
+    "resume",
+    "overwrite",
+    "keep",
+    "timeout",
+    "device",
+    "dtype",
+    "threads",
+    "output",
+)
+"""Options of `diffattn long-video` that are no settings: the command takes them from the same file."""
 DEFAULTS: dict[str, Any] = {"scheduler": "sde-dpmsolver++", "blend": 0, "model": "videocrafter2"}
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The fields of `LongVideoConfig` that a JSON file sets: one of the released code, or our own."""
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object with the settings of a run, got {type(values).__name__}")
-    return from_official(values) if "pipe_configs" in values else values
+    """The fields of `LongVideoConfig` that a JSON or TOML file sets: one of the released code, our own, or a record."""
+    values = read_table(path)
+    if "pipe_configs" in values:
+        return from_official(values)
+    values = dict(Record.from_table(values, path).options) if is_record(values) else values
+    told = {name.replace("-", "_"): value for name, value in values.items()}
+    texts = [name for name in ("prompts",) if isinstance(told.get(name), str)]  # the name of a file
+    return {name: value for name, value in told.items() if name not in (*COMMAND, *texts)}
 
 
 def from_official(values: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffattn.files.writing import remove_empty
+from diffattn.measure.progress import bar_options
 from diffattn.media.outputs import check_frames, trim_frames
 from diffattn.parallel import FrameNoise, FramePlan, apply_on_clips, frame_prompts
 
@@ -118,7 +119,8 @@ class LongVideoPipeline:
         if isinstance(self.unet, FpsUNet3D):
             self.unet.fps = config.model_fps
         latents, steps = state.latents, len(scheduler.timesteps)
-        bar = tqdm(range(state.step, steps), desc="denoising", initial=state.step, total=steps, disable=not self.bars)
+        shown = bar_options(self.bars, leave=True)
+        bar = tqdm(range(state.step, steps), desc="denoising", initial=state.step, total=steps, **shown)
         for step in bar:
             self.report(f"step {step + 1} of {steps}")
             latents = self.step(config, text, scheduler, latents, step)
@@ -129,6 +131,7 @@ class LongVideoPipeline:
     def step(self, config: LongVideoConfig, text: Tensor, scheduler: Any, latents: Tensor, step: int) -> Tensor:
         """One forward of the UNet, guidance, and one step of the scheduler in float32."""
         time = scheduler.timesteps[step]
+        self.plan.clock.progress = step / len(scheduler.timesteps)
         noisy = scheduler.scale_model_input(latents, time)
         clip = noisy.transpose(0, 1)[None].expand(len(text), -1, -1, -1, -1)  # b c f h w
         predicted = self.unet(clip.to(self.unet.dtype), time, encoder_hidden_states=text, return_dict=False)[0]
@@ -166,7 +169,7 @@ class LongVideoPipeline:
     def decode(self, latents: Tensor) -> Iterator[NDArray[np.uint8]]:
         """This rank's frames, one at a time: `(height, width, 3)`, 0 ... 255."""
         scale = self.vae.config.scaling_factor
-        for number, frame in enumerate(tqdm(latents, desc="decoding", disable=not self.bars), 1):
+        for number, frame in enumerate(tqdm(latents, desc="decoding", **bar_options(self.bars, leave=True)), 1):
             self.report(f"decoding frame {number} of {len(latents)}")
             picture = self.vae.decode((frame[None] / scale).to(self.vae.dtype), return_dict=False)[0][0]
             levels = ((picture.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)

@@ -22,7 +22,7 @@ from diffattn import (
 from diffattn.config import register
 from diffattn.kernels.routed.select import first_tiles
 from diffattn.mechanisms.base import Context, default_scale
-from diffattn.mechanisms.parts.exact_tiles import members
+from diffattn.mechanisms.parts.exact_tiles import Beside, members
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ class OracleRouting(RoutingAttention):
         scale: float | None = None,
         backend: str = "auto",
         context: Context = Context(),
+        beside: Beside | None = None,
     ) -> Tensor:
+        """By the reference, whatever `backend` says; nothing stands `beside` it."""
         scale = default_scale(q) if scale is None else scale
         call = self.call(q, k, v, grid, scale, context.mask, None)
         errors = self.errors(q, k, v, grid, scale)

@@ -21,7 +21,7 @@ from diffattn.cli.places import save
 from diffattn.measure import attention_share
 from diffattn.media.outputs import check_frames
 
-COMMANDS = ("demo", "generate", "summary", "list", "bench", "mask", "long-video")
+COMMANDS = ("demo", "env", "generate", "summary", "list", "bench", "mask", "long-video")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -302,7 +302,7 @@ def test_generate_compares_and_numbers_its_pictures(model: str, tmp_path: Path) 
     text = succeed("generate", model, "--prompt", "a red circle", *swap, *size, "--output", tmp_path / "a.png")
     assert "clear(radius=3)" in text and " dB" in text
     names = ["a-0.png", "a-1.png", "a-full-0.png", "a-full-1.png"]
-    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["a.json", *names])
     pictures = [np.asarray(Image.open(tmp_path / name)) for name in names]
     assert all(picture.shape == (64, 96, 3) for picture in pictures)
     assert not np.array_equal(pictures[0], pictures[2])
@@ -367,7 +367,7 @@ def test_videos_are_compared_frame_by_frame_and_drawn_as_strips(tmp_path: Path) 
     assert "; by its own: " in text and f"wrote {tmp_path / 'clip-strips.png'}" in text
     with Image.open(tmp_path / "clip-strips.png") as drawn:
         assert drawn.width > 6 * 128
-    assert {path.name for path in tmp_path.iterdir()} == {"clip", "clip-full", "clip-strips.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"clip", "clip.json", "clip-full", "clip-strips.png"}
     assert "--exact-frames need a --mechanism" in refusal(*call, "--exact-frames", "1,0")
 
 

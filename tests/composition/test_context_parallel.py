@@ -71,10 +71,16 @@ def test_other_settings(case: str, ranks: list[Results]) -> None:
 
 
 @pytest.mark.cell("`routing` and `pool=`: context parallelism, Ulysses", family="Flux", outcome="works")
-@pytest.mark.parametrize("case", ["routing", "routing by content", "pool"])
+@pytest.mark.parametrize("case", ["routing", "routing by content", "routing by centroids", "pool"])
 def test_exact_tiles_and_means(case: str, ranks: list[Results]) -> None:
     """Each rank has all tokens of its heads, so that tiles and their statistics are those of one process."""
     test_other_settings(case, ranks)
+
+
+@pytest.mark.cell(ULYSSES, family="Flux", outcome="works")
+def test_heads_of_several_kinds(ranks: list[Results]) -> None:
+    """Three heads on a rank: the second one begins with a head of the other kind."""
+    test_other_settings("kinds of heads", ranks)
 
 
 @pytest.mark.cell(ULYSSES, family="Qwen-Image", outcome="works", note="any number of tokens with `ulysses_anything`")

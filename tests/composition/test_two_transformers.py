@@ -92,7 +92,10 @@ def test_steps_are_counted_across_the_boundary(first: int, end: int) -> None:
     assert torch.equal(case.run(), own)
 
 
-def test_each_half_of_guidance_keeps_its_own_order_of_keys_and_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("order", ["content", "centroids"])
+def test_each_half_of_guidance_keeps_its_own_order_of_keys_and_outputs(
+    order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Four layers in all, two calls a step: as many memories, each of one layer and one prompt."""
     case, given = wan22(), []
     own = RoutingAttention.attend
@@ -102,7 +105,7 @@ def test_each_half_of_guidance_keeps_its_own_order_of_keys_and_outputs(monkeypat
         return own(self, q, *rest, context=context, **options)
 
     monkeypatch.setattr(RoutingAttention, "attend", noted)
-    mechanism = RoutingAttention(top_k=1, tile=(1, 2, 2), pool=(1, 2, 2), order="content", refresh=2)
+    mechanism = RoutingAttention(top_k=1, tile=(1, 2, 2), pool=(1, 2, 2), order=order, refresh=2)
     with diffattn.apply(case.pipe, mechanism):
         case.run()
     distinct = {id(memory): memory for memory in given}

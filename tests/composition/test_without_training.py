@@ -17,11 +17,20 @@ from peft import LoraConfig
 from tiny_pipelines import PIPELINES, TinyPipeline
 
 import diffattn
-from diffattn import ClearAttention, RoutingAttention
+from diffattn import (
+    ClearAttention,
+    MultiAxisAttention,
+    PerHeadAttention,
+    RoutingAttention,
+    ShiftedWindowAttention,
+)
 from diffattn.mechanisms.base import Mechanism
 
 ROUTING = RoutingAttention(top_k=1, tile=(1, 2, 2), pool=(1, 2, 2))
 POOL = ClearAttention(radius=1, pool=(1, 2, 2))
+KINDS = ShiftedWindowAttention(window=(1, 2, 2))
+MEANS = MultiAxisAttention(window=(1, 2, 2), pool=(1, 2, 2))
+SEVERAL = PerHeadAttention(mechanisms=(ClearAttention(radius=2), ROUTING))
 STEPS = 5
 
 in_both_orders = pytest.mark.parametrize("order", ["before", "after"])
@@ -145,6 +154,15 @@ def test_compiled_blocks(family: str, mechanism: Mechanism) -> None:
         assert graphs.count > 0
     assert torch.equal(tiny.run(), own)
     torch._dynamo.reset()
+
+
+@pytest.mark.cell("heads of several kinds: torch.compile of blocks", outcome="works", note="`fullgraph=True`")
+@pytest.mark.compile
+@torch.no_grad()
+@pytest.mark.parametrize("mechanism", [KINDS, MEANS, SEVERAL], ids=["shifted", "means", "per head"])
+@families
+def test_heads_of_several_kinds_compile(family: str, mechanism: Mechanism) -> None:
+    test_compiled_blocks(family, mechanism)
 
 
 @cell("adapter files")

@@ -123,7 +123,7 @@ def routed(mechanism: RoutingAttention, grid: TokenGrid, mask: Tensor | None = N
     found: list[Any] = []
     q, k, v = torch.randn(3, 1, 2, grid.tokens, 64, generator=torch.Generator().manual_seed(0)).to(HALF)
     take = mock.patch(
-        "diffattn.mechanisms.parts.exact_tiles.run", lambda call, backend: found.append(call) or gather.route(call)[0]
+        "diffattn.mechanisms.parts.exact_tiles.run", lambda call, backend: found.append(call) or gather.route(call)
     )
     from diffattn.mechanisms.base import Context
 
@@ -140,6 +140,9 @@ ROUTED = {
     ),
     "order by content": (
         RoutingAttention(top_k=2, tile=8, pool=4, order="content"), TokenGrid(16, 24, before=3), False,
+    ),
+    "order by centroids, weighted means": (
+        RoutingAttention(top_k=2, tile=8, pool=4, order="centroids", means="weighted"), TokenGrid(16, 24), True,
     ),
     "a mask for each head": (RoutingAttention(top_k=3, tile=8, pool=4), TokenGrid(16, 24, before=20), True),
 }  # fmt: skip

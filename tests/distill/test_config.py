@@ -9,7 +9,7 @@ import torch
 from diffattn.distill.config import PRESETS, DistillConfig, from_dict, override, preset, read_config
 from diffattn.distill.student import make_student
 from diffattn.distill.training.capture import layers_at
-from diffattn.distill.training.trainer import attention_layers
+from diffattn.distill.training.listening import attention_layers
 from diffusers import FluxTransformer2DModel
 
 from diffattn import AgentAttention, ClearAttention

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffattn.distill.config import override, preset
 from diffattn.distill.evaluation.evaluate import evaluate
-from diffattn.distill.export import CARD, export
+from diffattn.distill.export import CARD, applied, export
 from diffattn.distill.run import Setting, evaluate_run, export_run, open_setting, train
 from diffattn.distill.student import make_student
 from diffusers import FluxPipeline
@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from toys import Noise, flux_model, scheduler
 
 import diffattn
-from diffattn import ClearAttention, tiny
+from diffattn import ClearAttention, config, tiny
 from diffattn.adapters.files import CONFIG_NAME, FILE_NAME, LORA_NAME
 from diffattn.cli import main
 
@@ -113,6 +113,52 @@ def test_a_lora_with_weights_of_the_mechanism_goes_in_two_files(tmp_path: Path) 
     own = [weight for name, weight in setting.student.parameters.items() if ".processor." in name]
     assert len(own) and all(torch.equal(a, b) for a, b in zip(handle.parameters(), own, strict=True))
     assert "a LoRA on the projections" in (tmp_path / CARD).read_text()
+
+
+def test_the_card_of_a_hybrid_says_what_it_is_and_what_was_trained(tmp_path: Path) -> None:
+    base = "mechanism.base=clear(radius=3, pool=2)"
+    setting = open_setting(override(preset("tiny"), ["mechanism=hybrid", base, "trainable=projections"]))
+    shake(setting.student)
+    export(setting, tmp_path / "one")
+    text = (tmp_path / "one" / CARD).read_text()
+    assert "`hybrid`: A mechanism, and a trained linear branch for what it leaves out." in text
+    assert "values and outputs of these layers, and the mechanism's own weights." in text
+    pipe = FluxPipeline.from_pretrained(tiny.path("flux"))
+    handle = diffattn.load(pipe, tmp_path / "one")
+    assert handle.layers[0].mechanism == setting.config.mechanism
+
+
+@pytest.mark.parametrize(
+    "text", ["hybrid(base=clear(radius=3, pool=2))", "per_head(mechanisms=clear(radius=2),linear)"]
+)
+def test_a_line_that_applies_mechanisms_within_one_runs(text: str) -> None:
+    mechanism = config.from_text(text)
+    pipe = FluxPipeline.from_pretrained(tiny.path("flux"))
+    scope: dict[str, Any] = {"diffattn": diffattn, "pipe": pipe}
+    exec(f"handle = {applied(mechanism, None)}", scope)
+    assert scope["handle"].layers[0].mechanism == mechanism
+
+
+@pytest.mark.parametrize("trainable", ["projections", "lora"])
+def test_a_student_of_several_settings_says_which(
+    trainable: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    setting = setting_of("drawn.radius=2,3,5", f"trainable={trainable}", "layers=single_transformer_blocks.*")
+    export(setting, tmp_path / "one")
+    assert (
+        'One training for radius 2, 3, 5: choose by `diffattn.load(pipe, "one", radius=5)`'
+        in (tmp_path / "one" / CARD).read_text()
+    )
+    pipe = FluxPipeline.from_pretrained(tiny.path("flux"))
+    for radius, told in ((5, False), (2.5, False), (6, True), (1.5, True)):
+        caplog.clear()
+        handle = diffattn.load(pipe, tmp_path / "one", radius=radius)
+        assert handle.layers[0].mechanism == ClearAttention(radius=radius)
+        assert (f"was trained for radius from 2, 3, 5, and is used with {radius}" in caplog.text) is told
+    diffattn.save(pipe, tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / CONFIG_NAME).read_text())
+    assert saved["drawn"] == {"radius": [2, 3, 5]} and saved["mechanism"]["radius"] == 1.5
+    diffattn.restore(pipe)
 
 
 @pytest.mark.parametrize("trainable", ["projections", "mechanism"])

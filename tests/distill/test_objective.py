@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffattn.distill.data.samples import Batch, Sample, collate, index_at, places
 from diffattn.distill.inputs import inputs_of, pack, predict, unpack
-from diffattn.distill.objective import Noised, add_noise
+from diffattn.distill.objective import Noised, Span, add_noise
 from diffattn.distill.student import make_student
 from diffattn.distill.training.capture import Capture
 from diffattn.distill.training.losses import squared_error
@@ -14,8 +14,10 @@ from diffusers import (
     CogVideoXDDIMScheduler,
     DDIMScheduler,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
+    UniPCMultistepScheduler,
 )
 from models import BUILDERS, Tiny
 from torch import Tensor, nn
@@ -62,7 +64,50 @@ def test_the_first_and_last_place_of_the_grid() -> None:
     assert 0 < add_noise(scheduler, batch(1, 1, 2, 2, uniform=0.99999997)).level < 0.002
 
 
+@pytest.mark.parametrize("cls", [UniPCMultistepScheduler, DPMSolverMultistepScheduler])
+def test_solvers_by_flow_sigmas_are_flow_matching(cls: Any) -> None:
+    scheduler = cls(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    one = batch(2, 4, 6, 6, uniform=0.4)
+    noised = add_noise(scheduler, one)
+    scheduler.set_timesteps(1000)  # its steps are a thousandth of the grid shorter
+    sigma = noised.level[0]
+    assert abs(float(scheduler.sigmas[400]) - float(sigma)) < 1e-3
+    assert noised.timestep.tolist() == [int(1000 * sigma)] * 2
+    torch.testing.assert_close(noised.latents, (1 - sigma) * one.latents + sigma * one.noise)
+    assert torch.equal(noised.target, one.noise - one.latents)
+    # A step of the solver to no noise at all, by the right answer, gives the latents back.
+    scheduler.set_timesteps(1)
+    torch.testing.assert_close(
+        scheduler.step(one.noise - one.latents, scheduler.timesteps[0], one.noise)[0], one.latents, atol=5e-3, rtol=0
+    )
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("solver", [True, False])
+def test_a_span_has_the_levels_at_which_the_pipeline_calls_its_model(shift: float, solver: bool) -> None:
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)
+    if solver:
+        scheduler = UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, final_sigmas_type="sigma_min"
+        )
+    numbers = torch.linspace(0, 1, 4001)[:-1]
+    many = Batch(torch.zeros(4000, 1), {}, torch.zeros(4000, 1), numbers)
+    whole = add_noise(scheduler, many).timestep.unique()
+    high = add_noise(Span(scheduler, least=900), many).timestep
+    low = add_noise(Span(scheduler, below=900), many).timestep
+    assert high.min() >= 900 > low.max()
+    assert torch.equal(torch.cat([low.unique(), high.unique()]), whole) and len(whole) > 500
+    counts = high.unique(return_counts=True)[1]
+    assert counts.max() - counts.min() <= max(1, 4000 // len(counts)), "all of them are equally likely"
+    with pytest.raises(ValueError, match="no timestep of .* from 0 to 0.*is never called"):
+        add_noise(Span(scheduler, below=0.0), many)
+
+
 def test_schedulers_without_a_target_are_refused() -> None:
+    with pytest.raises(ValueError, match="has flow sigmas and prediction_type 'epsilon', expected flow_prediction"):
+        add_noise(UniPCMultistepScheduler(use_flow_sigmas=True), batch(1, 1, 2, 2))
+    with pytest.raises(ValueError, match="prediction_type 'flow_prediction' has no target"):
+        add_noise(UniPCMultistepScheduler(prediction_type="flow_prediction"), batch(1, 1, 2, 2))
     with pytest.raises(ValueError, match="prediction_type 'sample' has no target"):
         add_noise(DDPMScheduler(prediction_type="sample"), batch(1, 1, 2, 2))
     scheduler = type("Oracle", (), {"config": DDPMScheduler().config})()

@@ -345,7 +345,7 @@ def test_trained_weights_are_evaluated_under_other_options(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--set", "steps=4"], "can change mechanism, data, guidance, text_length of its run, got steps"),
+        (["--set", "steps=4"], "can change mechanism, data, frames, guidance, text_length of its run, got steps"),
         (["--set", "mechanism.radios=3"], "radios"),
         (["--set", "mechanism.down_factor=2"], "the run's weights don't fit"),
         (["--clip-model", "/no/such"], "expected a folder with a CLIP model"),

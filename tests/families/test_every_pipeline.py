@@ -21,8 +21,8 @@ from torch import Tensor
 import diffattn
 from diffattn.families import FAMILIES
 from diffattn.swap.unsupported import UNSUPPORTED
-from scripts import families_page
-from scripts.pipeline_calls import Call, Pipeline, pipelines
+from scripts.class_tables import families_page
+from scripts.class_tables.pipeline_calls import Call, Pipeline, pipelines
 
 pytestmark = [
     needs("diffusers", "0.42", "pipelines of the table"),
@@ -146,4 +146,4 @@ def test_the_calls_of_the_source(model: str) -> None:
 
 def test_the_page_says_what_the_script_finds() -> None:
     written = families_page.PAGE.read_text()
-    assert written == families_page.page(), "run PYTHONPATH=.:tests python scripts/families_page.py"
+    assert written == families_page.page(), "run PYTHONPATH=.:tests python scripts/class_tables/families_page.py"

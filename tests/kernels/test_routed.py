@@ -21,6 +21,10 @@ CALLS: dict[str, tuple[Any, TokenGrid]] = {
     "divided": (RoutingAttention(tile=4, pool=2, top_k=3), TokenGrid(16, 12, before=5)),
     "ragged": (RoutingAttention(tile=4, pool=2, top_k=4), TokenGrid(13, 18, before=3, after=2)),
     "content": (RoutingAttention(tile=4, pool=2, top_k=4, order="content", refresh=9), TokenGrid(13, 18, before=3)),
+    "centroids, weighted": (
+        RoutingAttention(tile=4, pool=2, top_k=4, order="centroids", means="weighted", refresh=9),
+        TokenGrid(13, 18, before=3),
+    ),
     "wide queries": (RoutingAttention(tile=2, pool=2, query_tile=8, top_k=40), TokenGrid(32, 24)),
 }
 
@@ -38,6 +42,7 @@ def call_of(name: str) -> RoutedCall:
     [
         ("ragged", torch.float32),
         ("content", torch.bfloat16),
+        ("centroids, weighted", torch.float32),
         ("wide queries", torch.float32),
     ],
 )

@@ -47,6 +47,6 @@ def test_what_is_exact_costs_what_full_attention_costs() -> None:
 @pytest.mark.slow
 def test_the_page_has_these_figures() -> None:
     root = Path(__file__).parents[2]
-    command = [sys.executable, root / "scripts" / "modelled_times.py", root / "docs" / "cuda.md", "--check"]
+    command = [sys.executable, root / "scripts" / "numbers" / "modelled_times.py", root / "docs" / "cuda.md", "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

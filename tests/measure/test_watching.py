@@ -94,3 +94,14 @@ def test_what_is_not_there_is_named_and_the_swap_undone(pipe: Any, where: dict[s
     with pytest.raises(ValueError, match=words):
         watch(pipe, ROUTING, lambda: run(pipe), **where)
     np.testing.assert_array_equal(run(pipe), own)
+
+
+def test_a_look_is_of_one_query(pipe: Any) -> None:
+    _, caught = watch(pipe, ROUTING, lambda: run(pipe), layer="single_transformer_blocks.2", step=1)
+    seen, grid = caught.seen(), caught.grid
+    look = caught.look(1, 5, 7)
+    token = grid.before + 5 * grid.width + 7
+    np.testing.assert_array_equal(look.keys, seen.keys[0, 1, token, grid.cell_slice])
+    assert len(look.blocks) == seen.means[0, 1, token].sum()
+    np.testing.assert_array_equal(look.mass, caught.weights(0, 1, token))
+    assert caught.look(1, 5, 7, seen).keys.tobytes() == look.keys.tobytes() != caught.look(1, 0, 0).keys.tobytes()

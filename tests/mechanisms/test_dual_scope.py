@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import diffattn
 from diffattn import TokenGrid
 from diffattn.mechanisms import Context, DualScopeAttention
-from diffattn.mechanisms.parts.scopes import Phase, global_frames, official_global_frames, phase_biases
+from diffattn.mechanisms.parts.scopes.frames import Phase, global_frames, official_global_frames, phase_biases
 
 NO_BIAS: dict[str, Any] = {"local_phase": None, "global_phase": None}
 PHASES: dict[str, Any] = {"local_phase": Phase(300, 2.0, -1.0), "global_phase": Phase(600, 0.5, 1.5)}

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from diffattn.grid import TokenGrid
 from diffattn.mechanisms.base import Context, default_scale
 from diffattn.mechanisms.dual_scope import DualScopeAttention
-from diffattn.mechanisms.parts.scope_attention import Keys, attend_scopes
+from diffattn.mechanisms.parts.scopes.attention import Keys, attend_scopes
 
 
 def check_vanilla(case: GoldenCase, tensors: Record, q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from diffattn import TokenGrid
-from diffattn.media.seeing import plot_seen, seen_pixels
+from diffattn.media.seeing import Mass, plot_seen, seen_pixels
 
 GRID = TokenGrid(2, 3, before=1)
 
@@ -36,3 +36,11 @@ def test_the_figure_tells_the_weight_of_what_is_seen() -> None:
     assert "50.0% of its weight on the outlined cells" in said and "20.0% on cells seen by their mean" in said
     assert "20.0% on cells that are not seen" in said and "10.0% on 1 other tokens" in said
     assert len(figure.axes) == 4
+
+
+def test_the_mass_is_parted_by_what_a_query_sees() -> None:
+    grid = TokenGrid(1, 4, before=1, after=1)
+    keys, blocks = np.array([True, False, False, False]), np.array([[True, True, False, False]])
+    mass = Mass.of(grid, keys, blocks, np.array([0.1, 0.2, 0.3, 0.05, 0.15, 0.2]))
+    np.testing.assert_allclose([mass.keys, mass.means, mass.unseen, mass.others], [0.2, 0.3, 0.2, 0.3])
+    assert Mass.of(grid, keys, blocks[:0], np.full(6, 1 / 6)).means == 0

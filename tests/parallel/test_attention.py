@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from diffattn.grid import TokenGrid
 from diffattn.mechanisms.base import Context
 from diffattn.mechanisms.dual_scope import DualScopeAttention
-from diffattn.mechanisms.parts.scopes import Phase
+from diffattn.mechanisms.parts.scopes.frames import Phase
 from diffattn.mechanisms.softmax import softmax_reference
 from diffattn.parallel.attention import ClipAttention
 from diffattn.parallel.operations.shares import FramePlan
@@ -31,7 +32,17 @@ MECHANISMS = {
     "duplicates": DualScopeAttention(padding=3, top_k=5, duplicates=True, **FREE),
     "scaled": DualScopeAttention(padding=1, top_k=2, attn_scale=1.3, token_num_scale=True, train_frames=4, **FREE),
     "phases": DualScopeAttention(padding=2, top_k=2),
+    "rotation": DualScopeAttention(padding=1, top_k=3, rotation=1.7, **FREE),
+    "content": DualScopeAttention(padding=1, top_k=3, chosen_by="content", attn_scale=1.2, **FREE),
+    "content, global first": DualScopeAttention(
+        padding=2, top_k=2, chosen_by="content", token_num_scale=True, local_phase=None, global_phase=(None, 0, 2)
+    ),
+    "memory": DualScopeAttention(padding=1, top_k=2, memory=3, forget=0.2, local_phase=(None, 1, 0), global_phase=None),
+    "memory alone": DualScopeAttention(padding=0, top_k=0, memory=5, **FREE),
+    "memory, all of it": DualScopeAttention(padding=1, top_k=1, memory=50, **FREE),
+    "content and memory": DualScopeAttention(padding=1, top_k=2, memory=2, chosen_by="content", forget=0.1, **FREE),
 }
+MOMENT = Context(timestep=500.0, progress=0.4)
 GRIDS = {"frames alone": TokenGrid(1, 1), "cells": TokenGrid(2, 3), "with text": TokenGrid(2, 1, before=3, after=2)}
 
 
@@ -55,9 +66,9 @@ def compared(mesh: DeviceMesh, lengths: tuple[int, ...], grid: TokenGrid, masked
     parts = [tokens_of(x, whole, plan) for x in (q, k, v)]
     own_mask = None if mask is None else tokens_of(mask.mT, whole, plan).mT
     for name, mechanism in MECHANISMS.items():
-        want = mechanism.reference(q, k, v, whole, context=Context(timestep=500.0, mask=mask))
+        want = mechanism.reference(q, k, v, whole, context=replace(MOMENT, mask=mask))
         clips = ClipAttention(mechanism=mechanism, plan=plan)
-        got = clips.attend(*parts, own, context=Context(timestep=500.0, mask=own_mask))
+        got = clips.attend(*parts, own, context=replace(MOMENT, mask=own_mask))
         tolerance = 2e-6 if grid.others else 1e-10  # those off the grid are merged in float32
         torch.testing.assert_close(
             got, tokens_of(want, whole, plan), atol=tolerance, rtol=0, msg=lambda t, n=name: n + t
@@ -72,8 +83,8 @@ def test_clips_give_what_the_whole_gives(lengths: tuple[int, ...]) -> None:
             on_ranks(len(lengths), compared, lengths, grid, masked)
 
 
-def gradient(mesh: DeviceMesh, lengths: tuple[int, ...]) -> None:
-    plan, mechanism = plan_of(mesh, lengths), MECHANISMS["local first"]
+def gradient(mesh: DeviceMesh, lengths: tuple[int, ...], name: str) -> None:
+    plan, mechanism = plan_of(mesh, lengths), MECHANISMS[name]
     whole, own = TokenGrid(1, 2, plan.frames), TokenGrid(1, 2, plan.length)
     tensors = torch.randn(3, 1, 2, whole.tokens, 4).double().unbind(0)
     loss = torch.randn(1, 2, whole.tokens, 4).double()
@@ -88,9 +99,54 @@ def gradient(mesh: DeviceMesh, lengths: tuple[int, ...]) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("name", ["local first", "memory", "content and memory"])
 @pytest.mark.parametrize("lengths", SPLITS[1:], ids=str)
-def test_gradients_are_those_of_the_whole(lengths: tuple[int, ...]) -> None:
-    on_ranks(len(lengths), gradient, lengths)
+def test_gradients_are_those_of_the_whole(lengths: tuple[int, ...], name: str) -> None:
+    on_ranks(len(lengths), gradient, lengths, name)
+
+
+def chosen(mesh: DeviceMesh, lengths: tuple[int, ...]) -> list[list[int]]:
+    plan, mechanism = plan_of(mesh, lengths), MECHANISMS["content"]
+    q, k = torch.randn(2, 3, 2, plan.frames * 4, 4)
+    clips = ClipAttention(mechanism=mechanism, plan=plan)
+    own = [clip_of(x.unflatten(2, (plan.frames, 4)), plan, 2).flatten(2, 3) for x in (q, k)]
+    return clips.choose_frames(*own, plan.length, 0.5).tolist()
+
+
+@pytest.mark.dist
+def test_all_ranks_choose_the_same_frames_however_many_there_are() -> None:
+    found = [
+        choice for lengths in ((12,), (5, 1, 6), (3, 3, 3, 3)) for choice in on_ranks(len(lengths), chosen, lengths)
+    ]
+    assert all(choice == found[0] for choice in found)
+    assert len({tuple(own) for own in found[0]}) > 1, "samples have choices of their own"
+
+
+def more_bytes(mesh: DeviceMesh, frames: int) -> dict[str, int]:
+    plan = FramePlan.split(frames, mesh)
+    q = torch.zeros(2, 3, plan.length * 6, 4)
+    mechanism = DualScopeAttention(padding=1, top_k=8, chosen_by="content", memory=4, **FREE)
+    ClipAttention(mechanism=mechanism, plan=plan).attend(q, q, q, TokenGrid(2, 3, plan.length))
+    return plan.traffic.received
+
+
+@pytest.mark.dist
+def test_traffic_of_choice_and_memory_is_that_of_the_formula() -> None:
+    frame = 2 * 3 * 6 * 4 * 4
+    for frames in (32, 64):
+        got = on_ranks(4, more_bytes, frames)[1]
+        assert got["halo"] == 4 * (1 + 4) * frame and got["gather"] == 2 * 8 * frame
+        assert got["landmarks"] == 2 * frames * 3 // 4 * frame // 6
+        assert got["memory"] == frames // 4 * (2 * frame + 2 * 6 * 4)
+
+
+def test_progress_is_that_of_the_plans_clock_outside_a_pipeline() -> None:
+    plan, q = FramePlan((9,)), torch.randn(1, 1, 9, 4)
+    clips = ClipAttention(mechanism=MECHANISMS["rotation"], plan=plan)
+    with pytest.raises(ValueError, match="needs the progress"):
+        clips.attend(q, q, q, TokenGrid(1, 1, 9))
+    plan.clock.progress = 0.4
+    assert_close(clips.attend(q, q, q, TokenGrid(1, 1, 9)), clips.attend(q, q, q, TokenGrid(1, 1, 9), context=MOMENT))
 
 
 def bytes_sent(mesh: DeviceMesh, frames: int, padding: int, top_k: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -171,8 +227,9 @@ def test_operations_of_all_clips_are_those_of_the_whole() -> None:
     for mechanism in MECHANISMS.values():
         for grid in (TokenGrid(1, 1), TokenGrid(2, 3)):
             clips = [ClipAttention(mechanism=mechanism, plan=FramePlan((5, 1, 6), rank)) for rank in range(3)]
-            total = sum(clip.flops(of_video(grid, clip.plan.length), 2, 4) for clip in clips)
-            assert total == mechanism.flops(of_video(grid, 12), 2, 4)
+            total = sum(clip.flops(of_video(grid, clip.plan.length), 2, 4, context=MOMENT) for clip in clips)
+            again = 2 * mechanism.choice_pairs(12) * 2 * 4  # every rank chooses
+            assert total == mechanism.flops(of_video(grid, 12), 2, 4, context=MOMENT) + again
 
 
 def test_it_says_what_it_is() -> None:

@@ -48,6 +48,7 @@ def test_a_window_is_that_of_the_frames_between(make: Any, frames: tuple[int, in
     [
         RoutingAttention(top_k=1, tile=2, pool=2),
         RoutingAttention(top_k=1, tile=(1, 2, 2), pool=(1, 2, 2), order="content"),
+        RoutingAttention(top_k=1, tile=(1, 2, 2), pool=(1, 2, 2), order="content", means="weighted"),
         ClearAttention(radius=RADIUS, pool=2),
     ],
     ids=str,

@@ -1,11 +1,25 @@
 """The commands, one file each. They read options, call the library and print; heavy modules are imported inside."""
 
-from . import animate, demo, distill, generate, inspect_star, list_, long_video, measuring, upscale, video_upscale
+from . import (
+    animate,
+    demo,
+    distill,
+    env,
+    generate,
+    inspect_star,
+    list_,
+    long_video,
+    measuring,
+    upscale,
+    video_upscale,
+    web,
+)
 
 __all__ = [
     "animate",
     "demo",
     "distill",
+    "env",
     "generate",
     "inspect_star",
     "list_",
@@ -13,4 +27,5 @@ __all__ = [
     "measuring",
     "upscale",
     "video_upscale",
+    "web",
 ]

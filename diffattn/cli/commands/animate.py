@@ -5,7 +5,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..frame import Device, Dtype, Overwrite, Seed, app, complain, examples, output_option, quiet
+from ..around.leaving import leaving_record, video_sizes
+from ..around.quiet import show_steps
+from ..frame import Device, Dtype, Overwrite, Seed, Threads, app, complain, cpu_threads, examples, output_option, quiet
 from ..groups import Group, taken
 from ..videos import bar, once
 
@@ -27,6 +29,7 @@ MOST_FACES = 10
         Group("diffattn.pipelines.portrait_animation.run.settings:Settings", also=["seed"]),
         Group("diffattn.media.clip:Clip", only_given=True),
     ],
+    files=["config", "like"],
 )
 def animate(
     context: typer.Context,
@@ -53,6 +56,7 @@ def animate(
     model: Annotated[
         Path | None, typer.Option(help="Its model file; MediaPipe needs one.", rich_help_panel=FACES)
     ] = None,
+    threads: Threads = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -63,6 +67,8 @@ def animate(
 
     The exit code is 1 where the run fails on the way, 2 where it cannot begin.
     """
+    from diffattn.files.records import check_record, path_beside
+
     with quiet():  # diffusers and transformers speak of missing extras when they are imported
         import diffattn.pipelines.portrait_animation.run.animation as portrait
         from diffattn.media.clip import Clip, digest
@@ -83,10 +89,13 @@ def animate(
         resume=resume,
         settings=taken(context, "Settings"),
     )
-    with quiet(), once(), animation.prepared(finder, where, number, bar) as run:
-        run.pipe.set_progress_bar_config(disable=None, leave=False)
+    check_record(path_beside(output), overwrite=overwrite)
+    with cpu_threads(threads), quiet(), once(), animation.prepared(finder, where, number, bar) as run:
+        show_steps(run.pipe)
         try:
-            run.write(run.denoise())
+            with leaving_record(context, path_beside(output), device, dtype) as made:
+                run.write(run.denoise())
+                made |= video_sizes(output)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             complain(RuntimeError(f"{error or 'out of memory'}; what is done is kept: continue with --resume"))
             raise typer.Exit(FAILED) from error

@@ -60,13 +60,13 @@ def demo(
     ] = Path("outputs/demo"),
 ) -> None:
     """Draw the same prompts by full and by efficient attention, small and large: sheets of images, one table."""
+    from diffattn.measure.draws import makes_video
     from diffattn.media.outputs import check_folder
 
     from .. import demonstration
     from .. import large as enlarging
     from ..checkpoints import locate, native_call
     from ..generation import check_sides
-    from ..places import makes_video
 
     check_folder(output)
     locate(model)

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ..frame import Device, Dtype, Options, Seed, app, examples, output_option, quiet
+from ..frame import App, Device, Dtype, Options, Seed, app, examples, output_option, quiet
 from ..ranks import is_first, own_device
 
-distill = typer.Typer(
+distill = App(
     rich_markup_mode="rich",
     no_args_is_help=True,
     help="Train a model to its efficient attention, and judge the result.",
@@ -28,16 +28,19 @@ Overrides = Annotated[
         "diffattn distill run --preset tiny",
         "diffattn distill run --preset tiny -s mechanism.radius=2 -s steps=500 --output outputs/radius-2",
         "diffattn distill run --preset tiny --mechanism routing -o top_k=4 -o tile=2 -o pool=2",
+        "diffattn distill run --preset tiny_video --output outputs/video",
         "diffattn distill run --config run.toml --resume auto",
         "accelerate launch -m diffattn.distill run --preset clear_flux_official --data cache",
         "torchrun --nproc-per-node 8 -m diffattn.distill run --config run.toml --data cache -s sharded=true",
-    )
+    ),
+    files=[],  # its config is that of the run
 )
 def run(
-    preset: Annotated[str | None, typer.Option(help="A named config: tiny, clear_flux_official.")] = None,
+    preset: Annotated[str | None, typer.Option(help="A named config: tiny, tiny_video, clear_flux_official.")] = None,
     config: Annotated[Path | None, typer.Option(help="JSON or TOML file; its fields go over the preset's.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="Folder made by `diffattn distill cache`; shapes: the bundled world.")
+        str | None,
+        typer.Option(help="Folder made by `diffattn distill cache`; shapes or moving: a bundled pipeline's own world."),
     ] = None,
     mechanism: Annotated[
         str | None, typer.Option(help="Short name, see `diffattn list`. Default: the config's.")
@@ -70,24 +73,38 @@ def run(
         chosen = replace(chosen, mechanism=parse_mechanism(mechanism, option or ()))
     chosen = configs.override(chosen, [*given, *(set_ or ())])
     with quiet():
-        try:
-            setting, outcome = running.train(chosen, output, resume=resume == "auto", progress=True)
-            leave_group()
-        except FloatingPointError as error:  # one line, as all that settings are to blame for
-            raise ValueError(str(error)) from error
-        except RuntimeError as error:  # torch's class for this as well
-            if "memory" not in str(error):
-                raise
-            why = str(error).splitlines()[0]
-            raise MemoryError(f"this run does not fit into memory: {why}; use a smaller batch or more parts") from error
+        runs = running.divided(chosen, output)
+        for folder, own in runs.items():
+            setting = None  # lets the model of the run before go
+            setting, outcome = trained(own, folder, resume == "auto")
+            if not outcome.finished:
+                break
+        leave_group()
     if setting is None and not is_first():
         return  # the first process says and judges
     if not outcome.finished:
-        typer.echo(f"stopped after {outcome.step} of {chosen.steps} steps; --resume auto continues")
+        typer.echo(f"stopped {folder} after {outcome.step} of {chosen.steps} steps; --resume auto continues")
         return
-    typer.echo(f"wrote {output / 'adapter'}; diffattn.load(pipe, {str(output / 'adapter')!r}) takes it")
-    if judge:
-        evaluate_and_say(setting, output)
+    for folder in runs:
+        adapter = folder / "adapter"
+        typer.echo(f"wrote {adapter}; diffattn.load(pipe, {str(adapter)!r}) takes it")
+        if judge:
+            evaluate_and_say(setting if len(runs) == 1 else running.open_run(folder), folder)
+
+
+def trained(config: Any, folder: Path, resume: bool) -> tuple[Any, Any]:
+    """`train`, whose failures that settings are to blame for are one line."""
+    import diffattn.distill.run as running
+
+    try:
+        return running.train(config, folder, resume=resume, progress=True)
+    except FloatingPointError as error:
+        raise ValueError(str(error)) from error
+    except RuntimeError as error:  # torch's class for this as well
+        if "memory" not in str(error):
+            raise
+        why = str(error).splitlines()[0]
+        raise MemoryError(f"this run does not fit into memory: {why}; use a smaller batch or more parts") from error
 
 
 @distill.command(
@@ -180,24 +197,33 @@ def export(
         typer.echo(f"uploaded to {repo_id}; diffattn.load(pipe, {repo_id!r}) takes it")
 
 
-@distill.command(epilog=examples("diffattn distill generate black-forest-labs/FLUX.1-dev prompts.txt --output images"))
+@distill.command(
+    epilog=examples(
+        "diffattn distill generate black-forest-labs/FLUX.1-dev prompts.txt --output images",
+        "diffattn distill generate Wan-AI/Wan2.1-T2V-1.3B-Diffusers prompts.txt --frames 81 --output clips",
+    )
+)
 def generate(
-    model: Annotated[str, typer.Argument(help="Hub id, folder, or tiny for the bundled pipeline.")],
+    model: Annotated[str, typer.Argument(help="Hub id, folder, or tiny or tiny:wan for a bundled pipeline.")],
     prompts: Annotated[Path, typer.Argument(help="File of prompts: one a line, or a JSON list.")],
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels. Default: the pipeline's own.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Frames of a video model's clips. Default: 1, an image; of tiny:wan 33.")
+    ] = None,
+    fps: Annotated[str, typer.Option(help="Frames a second of the clips' files.")] = "16",
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    output: Annotated[Path, output_option("Folder for images and captions.")] = Path("outputs/pictures"),
+    output: Annotated[Path, output_option("Folder for images or clips and captions.")] = Path("outputs/pictures"),
 ) -> None:
-    """Let the teacher make its own training images; goes on where it stopped.
+    """Let the teacher make its own training images, or clips; goes on where it stopped.
 
     Several processes, by torchrun or accelerate launch, share the work.
     """
     import diffattn.distill.data.make_pictures as making
     import diffattn.distill.data.pictures as pictures
 
-    from ..arguments import parse_size
+    from ..arguments import parse_rate, parse_size
     from ..checkpoints import native_call
     from ..frame import opened
 
@@ -206,8 +232,13 @@ def generate(
     call = native_call(model)
     if size is not None:
         call["height"], call["width"] = parse_size(size)
+    if frames is not None:
+        call["num_frames"] = frames
+    rate = parse_rate(fps)
     pipe = opened(model, own_device(device), dtype)
-    counts = making.make_pictures(pipe, texts, output, seed=seed, call=call, rank=rank, world=world, progress=rank == 0)
+    counts = making.make_pictures(
+        pipe, texts, output, seed=seed, call=call, fps=rate, rank=rank, world=world, progress=rank == 0
+    )
     typer.echo(f"{counts} in {output}{of_process(rank, world)}")
 
 
@@ -220,13 +251,22 @@ def of_process(rank: int, world: int) -> str:
     epilog=examples(
         "diffattn distill cache black-forest-labs/FLUX.1-dev images --size 1024x1024",
         "diffattn distill cache MODEL images --size 1024x1024 --shards 'data-{000..009}.tar'",
+        "diffattn distill cache Wan-AI/Wan2.1-T2V-1.3B-Diffusers clips --size 480x832 --frames 81 --fps 16",
         "torchrun --nproc-per-node 4 -m diffattn.distill cache MODEL images --size 1024x1024",
     )
 )
 def cache(
-    model: Annotated[str, typer.Argument(help="Hub id, folder, or tiny for the bundled pipeline.")],
-    folder: Annotated[Path, typer.Argument(help="Folder of images with captions.")],
+    model: Annotated[str, typer.Argument(help="Hub id, folder, or tiny or tiny:wan for a bundled pipeline.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of images or videos with captions.")],
     size: Annotated[str, typer.Option(help="HEIGHTxWIDTH in pixels, of all of them.")],
+    frames: Annotated[
+        int | None,
+        typer.Option(help="Take videos, and so many frames of each, from its beginning. Default: take images."),
+    ] = None,
+    stride: Annotated[int, typer.Option(min=1, help="Take every so many frames of a video.")] = 1,
+    fps: Annotated[
+        str | None, typer.Option(help="Take so many frames of a second instead, of videos that have them.")
+    ] = None,
     text_length: Annotated[int | None, typer.Option(min=1, help="Text tokens. Default: the pipeline's own.")] = None,
     shards: Annotated[
         list[str] | None,
@@ -235,27 +275,33 @@ def cache(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Encode images and captions once, Flux's in CLEAR's format; goes on where it stopped.
+    """Encode images or clips and captions once, Flux's in CLEAR's format; goes on where it stopped.
 
     Several processes, by torchrun or accelerate launch, share the work.
     """
     import diffattn.distill.data.cache as caching
+    import diffattn.distill.data.clips as clips
     import diffattn.distill.data.pictures as pictures
 
-    from ..arguments import parse_size
+    from ..arguments import parse_rate, parse_size
     from ..checkpoints import native_call
     from ..frame import opened
 
-    sides = parse_size(size)
+    if frames is None and (stride != 1 or fps is not None):
+        raise ValueError("--stride and --fps choose frames of videos: give --frames, which says how many, as well")
+    sides, rate = parse_size(size), None if fps is None else parse_rate(fps)
+    cut = None if frames is None else clips.Cut(frames=frames, stride=stride, fps=rate)
     rank, world = pictures.own_place()
     if shards:
-        pictures.unpack_shards(pictures.find_shards(shards), folder, rank=rank, world=world)
+        endings = pictures.ENDINGS if cut is None else pictures.CLIP_ENDINGS
+        pictures.unpack_shards(pictures.find_shards(shards), folder, endings=endings, rank=rank, world=world)
     # Before the pipeline is opened, which takes long.
-    pictures.find_pictures(folder)
+    (pictures.find_pictures if cut is None else clips.find_clips)(folder, told=False)
     counts = caching.write_cache(
         opened(model, own_device(device), dtype),
         folder,
         size=sides,
+        cut=cut,
         max_sequence_length=text_length or native_call(model).get("max_sequence_length"),
         rank=rank,
         world=world,

@@ -6,13 +6,16 @@ from typing import Annotated
 
 import typer
 
+from ..around.leaving import leaving_record
 from ..frame import (
     Device,
     Dtype,
     Layers,
     Options,
     Seed,
+    Threads,
     app,
+    cpu_threads,
     examples,
     opened,
     output_option,
@@ -28,6 +31,7 @@ from ..groups import Group, taken
         "diffattn generate tiny --prompt 'a red circle' --mechanism routing -o share=0.5 -o tile=2 -o pool=2 --reuse 2",
         "diffattn generate ./video-model --prompt waves --mechanism clear --start 0.2 --output waves.mp4",
         "diffattn generate tiny --prompt 'a red circle' --mechanism clear -o radius=8 --size 512x512 --compare",
+        "diffattn generate --like outputs/picture.json -o radius=4 --output outputs/nearer.png",
         "torchrun --nproc-per-node 2 -m diffattn generate tiny --prompt 'a red circle' --mechanism clear -o radius=4 "
         "--parallel",
     ),
@@ -36,6 +40,7 @@ from ..groups import Group, taken
         Group("diffattn.cli.generation:Enlargement"),
         Group("diffattn.cli.swapping:Timing"),
     ],
+    files=["config", "like"],
 )
 def generate(
     context: typer.Context,
@@ -67,8 +72,12 @@ def generate(
     offload: Annotated[bool, typer.Option("--offload", help="Keep on the GPU only the model that is at work.")] = False,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Replace videos and frames that are there; images are replaced anyway."),
+        typer.Option(
+            "--overwrite",
+            help="Replace videos, frames and JSON files of others that are there; images are replaced anyway.",
+        ),
     ] = False,
+    threads: Threads = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -76,16 +85,22 @@ def generate(
         "outputs/picture.png"
     ),
 ) -> None:
-    """Make images or a video with any model, by efficient attention or by its own."""
+    """Make images or a video with any model, by efficient attention or by its own.
+
+    What made it stands in a JSON file beside it: `diffattn generate --like FILE` makes the same.
+    """
+    from diffattn.files.records import check_record, path_beside
+
     from .. import generation as making
     from ..checkpoints import native_call
-    from ..places import Place, save
+    from ..places import Frames, Place, save
     from ..ranks import is_first, joined, own_device
     from ..swapping import Swap
 
     request, enlargement = taken(context, "Request"), taken(context, "Enlargement")
     place = Place(output=output, count=request.images or 1, compare=compare, overwrite=overwrite)
     place.check()
+    check_record(path_beside(output), overwrite=overwrite)
     timing = taken(context, "Timing")
     swap = Swap(mechanism, option or (), layers, timing, backend, adapter, weight_name, recipe, parallel)
     if compare and not swap.wanted:
@@ -93,22 +108,28 @@ def generate(
     enlargement.check(request)
     if compare and parallel:
         raise ValueError("--compare makes the image twice, and --parallel splits one: leave one of them out")
-    with joined(parallel) as mesh:
-        swap = replace(swap, mesh=mesh)
-        pipe = opened(model, own_device(device) if parallel else device, dtype, offload)
-        native = native_call(model)
-        place.check_kind(pipe, *(enlargement.sides or (request.height, request.width)))
-        if enlargement.size is not None:
-            results, report = enlargement.make(pipe, request, swap, native)
-        else:
-            results, report = making.make_reported(pipe, request, swap, native)
-    if not is_first():
-        return
-    if compare:
-        full, lines = making.make_compared(pipe, request, enlargement, native, results)
-        if enlargement.size is not None:
-            report = [report[0], *(f"{swap}, {line}" for line in report[1:])]
-        report += lines
-        save(full, place.full, fps)
-        report += place.save_strips(making.make_strips(results, full, str(swap)))
-    typer.echo("\n".join([*report, *(f"wrote {path}" for path in save(results, output, fps))]))
+    with cpu_threads(threads):
+        with joined(parallel) as mesh:
+            swap = replace(swap, mesh=mesh)
+            pipe = opened(model, own_device(device) if parallel else device, dtype, offload)
+            native = native_call(model)
+            place.check_kind(pipe, *(enlargement.sides or (request.height, request.width)))
+            if enlargement.size is not None:
+                results, report = enlargement.make(pipe, request, swap, native)
+            else:
+                results, report = making.make_reported(pipe, request, swap, native)
+        if not is_first():
+            return
+        full: list[Frames] = []
+        if compare:
+            full, lines = making.make_compared(pipe, request, enlargement, native, results)
+            if enlargement.size is not None:
+                report = [report[0], *(f"{swap}, {line}" for line in report[1:])]
+            report += lines
+        with leaving_record(context, path_beside(output), device, dtype) as made:
+            if compare:
+                save(full, place.full, fps)
+                report += place.save_strips(making.make_strips(results, full, str(swap)))
+            written = save(results, output, fps)
+            made |= {"files": written, **making.sizes(results)}
+    typer.echo("\n".join([*report, *(f"wrote {path}" for path in written)]))

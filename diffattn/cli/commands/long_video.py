@@ -1,6 +1,5 @@
 """The command `diffattn long-video`: a text-to-video model, its frames split among the processes of torchrun."""
 
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -9,9 +8,12 @@ from typing import Annotated
 
 import typer
 
-from diffattn.errors import CHATTY, INTERRUPTED
+from diffattn.errors import DEBUG, INTERRUPTED
+from diffattn.files.records import find_record
 
-from ..frame import App, Overwrite, app, examples, quiet
+from ..around.config_files import take_own_config, take_own_record
+from ..around.quiet import set_up
+from ..frame import App, Overwrite, Threads, app, examples, quiet
 from ..groups import Group, taken
 
 COMMON = "Every command takes"
@@ -27,7 +29,7 @@ EXAMPLES = examples(
 GROUPS = [Group("diffattn.pipelines.long_video.config:LongVideoConfig", only_given=True)]
 
 
-@app.command("long-video", epilog=EXAMPLES, groups=GROUPS)
+@app.command("long-video", epilog=EXAMPLES, groups=GROUPS, files=[])
 def long_video(
     context: typer.Context,
     prompt: Annotated[str | None, typer.Option(help="What to show, in all frames.")] = None,
@@ -35,7 +37,22 @@ def long_video(
         Path | None, typer.Option(help='Prompt file: [{"frames": [0, 120], "prompt": "..."}, ...].')
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="JSON file of settings: ours, or one of the released Video-Infinity code.")
+        Path | None,
+        typer.Option(
+            is_eager=True,
+            callback=take_own_config,
+            help="Options from a JSON or TOML file, or from one of the released Video-Infinity code; what is typed "
+            "goes over it.",
+        ),
+    ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            is_eager=True,
+            callback=take_own_record,
+            help="What made a video, from the .json file beside it; --output is not taken from there.",
+        ),
     ] = None,
     work: Annotated[
         Path | None, typer.Option(help="Folder of checkpoints and parts, seen by all ranks. Default: OUTPUT.work.")
@@ -52,6 +69,7 @@ def long_video(
     device: Annotated[
         str, typer.Option(help="cpu, cuda (one GPU for each rank), or auto.", rich_help_panel=COMMON)
     ] = "auto",
+    threads: Threads = None,
     dtype: Annotated[
         str,
         typer.Option(
@@ -75,7 +93,7 @@ def long_video(
         output=output,
         prompt=prompt,
         prompts=prompts,
-        config=config,
+        config=settings_file(config, like),
         work=work,
         save_every=save_every,
         resume=resume,
@@ -84,6 +102,7 @@ def long_video(
         timeout=timeout,
         device=device,
         dtype=dtype,
+        threads=threads,
     )
     code = execute(options)
     if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -94,16 +113,22 @@ def long_video(
 
 
 alone = App(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
-alone.command(epilog=EXAMPLES, groups=GROUPS)(long_video)
+alone.command("long-video", epilog=EXAMPLES, groups=GROUPS, files=[])(long_video)
+
+
+def settings_file(config: Path | None, like: Path | None) -> Path | None:
+    """The file with the settings of the video."""
+    if config is not None and like is not None:
+        raise ValueError("--config and --like both say what to make: leave one of them out")
+    return config if like is None else find_record(like)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command as a module of its own; the exit code. A wrong option is told by every rank, with its number."""
+    set_up(bool(os.environ.get(DEBUG)))
     with quiet():
         from diffattn.pipelines.long_video.run.command import complain, report
 
-    for chatty in CHATTY:
-        logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         code = alone(list(arguments) if arguments is not None else None, prog_name=NAME, standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):

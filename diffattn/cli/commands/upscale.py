@@ -5,7 +5,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..frame import Device, Dtype, Layers, Options, Seed, app, examples, output_option, quiet
+from ..around.leaving import leaving_record
+from ..around.quiet import show_steps
+from ..frame import Device, Dtype, Layers, Options, Seed, Threads, app, cpu_threads, examples, output_option, quiet
 from ..groups import Group, taken
 
 MODELS = "--checkpoint pasd/checkpoint-100000 --base ./sd15"
@@ -19,6 +21,7 @@ MODELS = "--checkpoint pasd/checkpoint-100000 --base ./sd15"
         f"diffattn upscale portrait.png {MODELS} --scale 1 --stylize ./cartoon.safetensors --style-weight 0.8",
     ),
     groups=[Group("diffattn.pipelines.pixel_aware_sr.run.command:Restoration", also=["seed"])],
+    files=["config", "like"],
 )
 def upscale(
     context: typer.Context,
@@ -50,6 +53,7 @@ def upscale(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Make what is there anew; without it whole images are skipped.")
     ] = False,
+    threads: Threads = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -82,12 +86,17 @@ def upscale(
     if mechanism is not None:
         parse_mechanism(mechanism, option or ())  # wrong options are told before the networks are opened
     jobs = batch.plan_jobs(inputs, output, ending=format_ and f".{format_}", sheets=compare)
-    with quiet():
+    batch.check_records(jobs, overwrite)
+    with cpu_threads(threads), quiet():
         pipe = networks.open(where, number)
-        pipe.set_progress_bar_config(disable=None, leave=False)
+        show_steps(pipe)
         swap.put(pipe)
         tally = batch.run_jobs(
-            jobs, lambda picture: restoration.restore(pipe, picture), factor=restoration.factor, overwrite=overwrite
+            jobs,
+            lambda picture: restoration.restore(pipe, picture),
+            factor=restoration.factor,
+            overwrite=overwrite,
+            recording=lambda job: leaving_record(context, job.record, device, dtype, inputs=[job.source]),
         )
     typer.echo(str(tally))
     if tally.failed:

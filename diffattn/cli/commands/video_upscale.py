@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from tqdm import tqdm
 
-from ..frame import Device, Dtype, Overwrite, Seed, app, complain, examples, output_option, quiet
+from ..around.leaving import leaving_record, video_sizes
+from ..frame import Device, Dtype, Overwrite, Seed, Threads, app, complain, cpu_threads, examples, output_option, quiet
 from ..groups import Group, taken
 from ..videos import bar, once
 
@@ -29,6 +29,7 @@ FAILED = 1
         Group("diffattn.pipelines.video_sr.i2vgenxl.settings:UpscaleSettings", also=["seed"], only_given=True),
         Group("diffattn.media.clip:Clip", without=["skip"], only_given=True),
     ],
+    files=["config", "like"],
 )
 def video_upscale(
     context: typer.Context,
@@ -52,6 +53,7 @@ def video_upscale(
         bool,
         typer.Option("--force", help="Begin even if memory or disk seem too small.", rich_help_panel=MEMORY),
     ] = False,
+    threads: Threads = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -63,6 +65,8 @@ def video_upscale(
 
     The exit code is 1 where the run fails on the way, 2 where it cannot begin.
     """
+    from diffattn.files.records import check_record, path_beside
+
     with quiet():  # diffusers and transformers speak of missing extras when they are imported
         import diffattn.pipelines.video_sr.run.upscaling as star
         from diffattn.media.clip import Clip
@@ -84,11 +88,19 @@ def video_upscale(
         overwrite=overwrite,
         settings=star.UpscaleSettings(**fitting(taken(context, "UpscaleSettings"))),
     )
+    check_record(path_beside(output), overwrite=overwrite)
     room: dict[str, Any] = {"offload": offload, "force": force}
-    with quiet(), once(), upscaling.prepared(where, number, **room, progress=bar, tell=tell) as run:
+    with (
+        cpu_threads(threads),
+        quiet(),
+        once(),
+        upscaling.prepared(where, number, **room, progress=bar, tell=tell) as run,
+    ):
         run.pipe.set_progress_bar_config(disable=True)
         try:
-            run.make()
+            with leaving_record(context, path_beside(output), device, dtype) as made:
+                run.make()
+                made |= video_sizes(output)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             complain(RuntimeError(f"{error or 'out of memory'}; what is done is kept: continue with --resume"))
             raise typer.Exit(FAILED) from error
@@ -97,6 +109,8 @@ def video_upscale(
 
 def tell(text: str) -> None:
     """A line that leaves progress bars whole."""
+    from tqdm import tqdm
+
     tqdm.write(f"diffattn: {text}", file=sys.stderr)
 
 

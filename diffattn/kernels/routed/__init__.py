@@ -8,7 +8,8 @@ Keys lie in tiles of equal size, each made of equal blocks, in the order of the 
 by content (`select.py`) or given by geometry (`lists.py`).
 """
 
-from .call import RoutedCall, routed_call
+from .call import RoutedCall, probed, routed_call
+from .centroids import centroid_order
 from .content import content_order
 from .gather import route
 from .lists import Lists, touched_lists
@@ -19,9 +20,11 @@ __all__ = [
     "BACKENDS",
     "Lists",
     "RoutedCall",
+    "centroid_order",
     "choose_tiles",
     "content_order",
     "explain",
+    "probed",
     "route",
     "routed_call",
     "run",

@@ -1,6 +1,7 @@
 """Queries and keys by tile, and the blocks' means: what choice and kernels work on."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -42,10 +43,12 @@ class RoutedCall(NamedTuple):
 
     @property
     def tiles(self) -> int:
+        """Number of tiles of keys."""
         return self.k.shape[1]
 
     @property
     def needs_grad(self) -> bool:
+        """Is a gradient asked for, of any tensor of the call?"""
         tensors = (self.q, self.k, self.v, self.block_k, self.block_v, self.other_k, self.other_v)
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
@@ -55,12 +58,18 @@ class RoutedCall(NamedTuple):
         chosen_before = self.by_mean or self.lists is not None
         return chosen_before and self.q.device.type == "cpu" and self.block_k.dtype == self.k.dtype
 
+    def without_means(self) -> "RoutedCall":
+        """The same where what is not exact is not seen."""
+        unseen = torch.full_like(self.block_bias[:1], -torch.inf)
+        return self._replace(block_k=self.block_k.detach(), block_v=self.block_v.detach(), block_bias=unseen)
+
     def bias_of_blocks(self, part: slice) -> Tensor:
         """Of some of the heads, `(g|1, blocks)`."""
         return self.block_bias if self.block_bias.shape[0] == 1 else self.block_bias[part]
 
     @property
     def blocks_per_tile(self) -> int:
+        """Blocks, each with one mean, that a tile is made of."""
         return self.block_k.shape[1] // self.tiles
 
 
@@ -110,6 +119,8 @@ def routed_call(
     chosen: int | Lists,
     order: Tensor | None = None,
     by_mean: bool = False,
+    given: bool = False,
+    weigh: Callable[[Tensor], Tensor] | None = None,
 ) -> RoutedCall:
     """Lay a call out.
 
@@ -118,10 +129,13 @@ def routed_call(
         chosen: how many tiles of keys a tile of queries has exactly, or which.
         order: number of the cell in each slot of the tiles, `(b, h, tiles * cells)`, -1 for padding; None: the grid's.
         by_mean: choose by the mean of the queries of a tile.
+        given: the caller chooses, and hands the choice to `run`.
+        weigh: gives keys `(g, tiles, cells, d)` in the order of the tiles logits `(g, tiles, cells)`, by whose softmax
+            over the cells of a block its means weigh them; None: all alike.
     """
     (cells_q, _), (cells_k, other_k), (cells_v, other_v) = (grid.split(x) for x in (q, k, v))
     heads = q.shape[0] * q.shape[1]
-    lists = None if isinstance(chosen, int) else chosen
+    lists, chooses = None if isinstance(chosen, int) else chosen, isinstance(chosen, int) and not given
     asking = places(grid.shape, query_tile, query_tile, q.device)
     if lists is not None:
         asking = Places(asking.slots[lists.rows], asking.real[lists.rows])
@@ -137,13 +151,14 @@ def routed_call(
     bias, other_bias = _biases(mask, grid, slots, real, q)
     bias = None if bias is None else bias.expand(heads, -1).unflatten(1, size)
     other_bias = None if other_bias is None else other_bias.expand(heads, -1)
-    means = block_means(keys, values, bias, math.prod(block), spread=lists is None)
+    scores = None if weigh is None else weigh(keys)
+    means = block_means(keys, values, bias, scores, math.prod(block), spread=chooses)
     all_real = asking.slots.numel() == grid.cells
-    own = own_tiles(grid.shape, query_tile, tile, q.device) if order is None and lists is None else None
+    own = own_tiles(grid.shape, query_tile, tile, q.device) if order is None and chooses else None
     most = chosen if isinstance(chosen, int) else chosen.tiles.shape[1]
     return RoutedCall(
         queries, keys, values, bias, *means, other_k.flatten(0, 1), other_v.flatten(0, 1), other_bias,
-        None if all_real else asking.real, own, scale, query_tile, most, by_mean, lists,
+        None if all_real else asking.real, own, scale, query_tile, most, by_mean or given, lists,
     )  # fmt: skip
 
 
@@ -174,18 +189,32 @@ def _biases(
     return cells, others
 
 
+def probed(keys: Tensor, query: Tensor) -> Tensor:
+    """Logits of the keys, `(g, tiles, cells)`, for one query of each head `(g, d)`, times the scale already."""
+    number = torch.promote_types(keys.dtype, torch.float32)
+    return (keys.to(number).flatten(1, 2) @ query.to(number)[:, :, None]).view(keys.shape[:3])
+
+
 def block_means(
-    keys: Tensor, values: Tensor, bias: Tensor | None, size: int, *, spread: bool
+    keys: Tensor, values: Tensor, bias: Tensor | None, scores: Tensor | None, size: int, *, spread: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Means of keys and values over blocks of `size` cells, log weights, variances of keys, deviations of values."""
+    """Means of keys and values over blocks of `size` cells, log weights, variances of keys, deviations of values.
+
+    Keys and values of a block count by the softmax of their biases and scores; without both all alike.
+    """
     number = torch.promote_types(keys.dtype, torch.float32)
     k, v = (x.flatten(1, 2).unflatten(1, (-1, size)).to(number) for x in (keys, values))
-    if bias is None:
+    given = [x.flatten(1, 2).unflatten(1, (-1, size)) for x in (bias, scores) if x is not None]
+    if not given:
         weight, share = k.new_full((1, k.shape[1]), math.log(size)), None
     else:
-        parts = bias.flatten(1, 2).unflatten(1, (-1, size))
-        weight = parts.logsumexp(-1)
-        share = (parts - weight.clamp(min=torch.finfo(number).min)[..., None]).exp()[..., None]
+        parts = sum(given[1:], given[0])
+        hidden = (parts == -torch.inf).all(-1)
+        weight = parts.masked_fill(hidden[..., None], 0).logsumexp(-1)  # -inf alone would have no gradient
+        share = (parts - weight[..., None]).exp()
+        if scores is not None:
+            weight = weight - (share * given[-1]).sum(-1)
+        weight, share = weight.masked_fill(hidden, -torch.inf), share[..., None]
     mean_k, mean_v = (_mean(x, share) for x in (k, v))
     if not spread:
         return mean_k, mean_v, weight, None, None

@@ -9,6 +9,7 @@ Source: Bentley, Multidimensional binary search trees used for associative searc
 """
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def content_order(keys: Tensor, queries: Tensor, tile: int, block: int) -> Tenso
     keys = as_queries_see(keys, queries)
     order = torch.arange(cells, device=keys.device).expand(g, -1)
     for sizes in levels(cells, tile, block):
-        order = order.gather(1, _sorted(keys.gather(1, order[..., None].expand_as(keys)), sizes))
+        order = order.gather(1, sorted_within(keys.gather(1, order[..., None].expand_as(keys)), sizes))
     missing = -cells % tile
     return torch.nn.functional.pad(order, (0, missing), value=-1)
 
@@ -61,23 +62,28 @@ def levels(cells: int, tile: int, block: int) -> list[list[int]]:
         segments = parted
 
 
-def _sorted(keys: Tensor, sizes: list[int]) -> Tensor:
-    """Where the cells of each segment go when it is sorted along its longest axis: `(g, cells)` indices.
+def sorted_within(keys: Tensor, sizes: list[int], along: Callable[[Tensor, int], Tensor] | None = None) -> Tensor:
+    """Where the cells of each segment go when it is sorted along an axis: `(g, cells)` indices.
 
     Segments of one size, most of them, are sorted together.
+
+    Args:
+        along: coordinates `(g, segments, cells)` of `(g, segments, cells, d)` cells, the first of which is at this
+            place of all; None: along the longest axis of each segment.
     """
     parts, start = [], 0
     for size, run in itertools.groupby(sizes):
         count = len(list(run))
         cells = keys[:, start : start + count * size].unflatten(1, (count, size))
-        order = _along_longest_axis(cells).argsort(dim=-1, stable=True)
+        coordinates = along_longest_axis(cells) if along is None else along(cells, start)
+        order = coordinates.argsort(dim=-1, stable=True)
         order += start + torch.arange(count, device=keys.device)[:, None] * size
         parts.append(order.flatten(1))
         start += count * size
     return torch.cat(parts, dim=1)
 
 
-def _along_longest_axis(cells: Tensor) -> Tensor:
+def along_longest_axis(cells: Tensor) -> Tensor:
     """Coordinates of `(g, segments, cells, d)` along the principal axis of each segment, by power iteration."""
     centred = cells - cells.mean(2, keepdim=True)
     axis = centred[:, :, :1].mT + 1e-3

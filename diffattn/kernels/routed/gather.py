@@ -64,13 +64,13 @@ def strips(call: RoutedCall) -> Iterator[Strip]:
 def route(call: RoutedCall, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Output `(g, query tiles, cells, c)` and the chosen tiles `(g, query tiles, chosen)`.
 
-    With `chosen` nothing is chosen anew. Gradients flow through everything but the choice and the biases.
+    With `chosen` nothing is chosen anew. Gradients flow through everything but the choice and the mask.
     """
     if chosen is None and call.lists is not None:
         chosen = call.lists.tiles.expand(call.q.shape[0], -1, -1)
     if call.needs_grad:
         chosen = choose_in_strips(call) if chosen is None else chosen
-        tensors = (call.q, call.k, call.v, call.block_k, call.block_v, call.other_k, call.other_v)
+        tensors = (call.q, call.k, call.v, call.block_k, call.block_v, call.block_bias, call.other_k, call.other_v)
         out: Tensor = _Route.apply(call, chosen, *tensors)
         return out, chosen
     with torch.no_grad():
@@ -215,23 +215,27 @@ class _Route(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = [tensor.detach() for tensor in ctx.saved_tensors]
+        wanted = ctx.needs_input_grad[2:]
         totals = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
         for part, rows, exact in strips(ctx.call):
             q, *keys = tensors
-            leaves = [q[part, rows].clone().requires_grad_(), *(key[part].clone().requires_grad_() for key in keys)]
+            own = [q[part, rows], *(key if key.shape[0] == 1 else key[part] for key in keys)]
+            leaves = [tensor.clone().requires_grad_(want) for tensor, want in zip(own, wanted, strict=True)]
+            asked = [leaf for leaf in leaves if leaf.requires_grad]
             with torch.enable_grad():
-                own = _call_of(ctx.call, part, rows, leaves)
-                out = strip(own, slice(None), slice(None), ctx.chosen[part, rows, :exact])[0]
-            found = torch.autograd.grad(out, leaves, grad[part, rows], allow_unused=True, materialize_grads=True)
-            totals[0][part, rows] = found[0]
-            for total, one in zip(totals[1:], found[1:], strict=True):
-                total[part] += one
-        return None, None, *totals
+                call = _call_of(ctx.call, part, rows, leaves)
+                out = strip(call, slice(None), slice(None), ctx.chosen[part, rows, :exact])[0]
+            found = torch.autograd.grad(out, asked, grad[part, rows], allow_unused=True, materialize_grads=True)
+            numbers = [number for number, want in enumerate(wanted) if want]
+            for number, one in zip(numbers, found, strict=True):
+                place = (part, rows) if number == 0 else part if totals[number].shape[0] > 1 else slice(None)
+                totals[number][place] += one
+        return None, None, *(total if want else None for total, want in zip(totals, wanted, strict=True))
 
 
 def _call_of(call: RoutedCall, part: slice, rows: slice, leaves: list[Tensor]) -> RoutedCall:
     """A call of some query tiles of some heads, on other tensors."""
-    q, k, v, block_k, block_v, other_k, other_v = leaves
+    q, k, v, block_k, block_v, block_bias, other_k, other_v = leaves
     return call._replace(
         q=q,
         k=k,
@@ -239,7 +243,7 @@ def _call_of(call: RoutedCall, part: slice, rows: slice, leaves: list[Tensor]) -
         bias=None if call.bias is None else call.bias[part],
         block_k=block_k,
         block_v=block_v,
-        block_bias=call.bias_of_blocks(part),
+        block_bias=block_bias,
         other_k=other_k,
         other_v=other_v,
         other_bias=None if call.other_bias is None else call.other_bias[part],

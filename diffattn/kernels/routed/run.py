@@ -18,16 +18,20 @@ def choose(call: RoutedCall) -> tuple[str, str]:
     return "flex", "one kernel for all that is chosen"
 
 
-def run(call: RoutedCall, backend: str) -> Tensor:
-    """Output `(g, query tiles, cells, c)` by a kernel, which may be "auto"."""
+def run(call: RoutedCall, backend: str, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Output `(g, query tiles, cells, c)` by a kernel, which may be "auto", and the exact tiles.
+
+    `chosen` `(g, query tiles, tiles)`: those that are exact, where the call does not say them. Raises `ValueError`
+    where the backend that is named cannot serve the call.
+    """
     if backend == "auto":
         backend = choose(call)[0]
     if backend != "flex":
-        return gather.route(call)[0]
+        return gather.route(call, chosen)
     reason = flex.flex_refuses(call)
     if reason is not None:
         raise ValueError(f"backend='flex' can't serve this call: {reason}; can: auto, gather, dense")
-    return flex.route_flex(call)[0]
+    return flex.route_flex(call, chosen)
 
 
 def explain(call: RoutedCall, backend: str) -> str:

@@ -16,6 +16,7 @@ from diffattn.kernels.dense import dense_bytes, free_bytes
 from diffattn.kernels.flex import ordered_call, run_flex
 from diffattn.mechanisms import ClearAttention, Mechanism
 
+from ..cost import as_in_a_model
 from .results import ROWS
 from .row_major import row_major_blocks
 
@@ -41,9 +42,10 @@ class Contestant:
 
 
 def others(mechanism: Mechanism, grid: TokenGrid, q: Tensor, k: Tensor, v: Tensor) -> Contestant:
-    """A mechanism as a model would call it."""
+    """A mechanism as a model would call it, with fresh weights where it has some."""
     mechanism.check(grid)
-    return Contestant(str(mechanism), mechanism, partial(mechanism.attend, q, k, v, grid))
+    run = partial(mechanism.attend, q, k, v, grid, context=as_in_a_model(mechanism, q))
+    return Contestant(str(mechanism), mechanism, run)
 
 
 def windows(

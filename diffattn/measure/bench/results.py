@@ -56,6 +56,7 @@ class Settings:
         return q, k, v
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they are saved: times in seconds."""
         plain = asdict(self)
         plain.update(grids=[str(grid) for grid in self.grids], mechanisms=[m.to_dict() for m in self.mechanisms])
         return {**plain, "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")}
@@ -83,6 +84,7 @@ class Row:
     """Likewise over our kernel on the official order's blocks: what the order alone gains."""
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they are saved: times in seconds."""
         return {**asdict(self), "timing": self.timing.to_dict()}
 
 
@@ -102,6 +104,7 @@ class Case:
         return None if self.density is None else self.rows[0].timing.median * self.density
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they are saved: times in seconds."""
         return {
             "grid": str(self.grid),
             "title": self.title,
@@ -128,6 +131,7 @@ class Scaling:
         return self.seconds_large.median / self.large.tokens / small
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they are saved: times in seconds."""
         return {
             "mechanism": self.mechanism,
             "small": {"grid": str(self.small), **self.seconds_small.to_dict()},
@@ -154,6 +158,7 @@ class Result:
         return all(row.passed for case in self.cases for row in case.rows)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they are saved: times in seconds."""
         return {
             "settings": self.settings.to_dict(),
             "hardware": self.machine,

@@ -18,6 +18,7 @@ from ..cost import attention_share
 from ..hardware import hardware
 from ..latency import Timing, latency
 from ..memory import peak_memory
+from ..progress import bar_options
 from .accuracy import TOLERANCE, difference, error_of
 from .contestants import Contestant, others, windows
 from .results import FULL, OFFICIAL, ROW_MAJOR, Case, Result, Row, Scaling, Settings
@@ -55,7 +56,7 @@ def run_grid(settings: Settings, grid: TokenGrid, progress: bool) -> tuple[list[
     everyone = {("", FULL): full, **everyone}
     errors: dict[tuple[str, str], tuple[float, float | None]] = {}
     official: dict[str, Tensor] = {}
-    for key, one in tqdm(everyone.items(), desc=f"{grid}: compiling and checking", disable=not progress, leave=False):
+    for key, one in tqdm(everyone.items(), desc=f"{grid}: compiling and checking", **bar_options(progress)):
         out = one.finish(one.run())
         if one.name == OFFICIAL:
             official[key[0]] = out

@@ -18,6 +18,7 @@ from ...grid import TokenGrid
 from ...mechanisms.base import Context, Mechanism
 from ...mechanisms.routing import RoutingAttention
 from ...swap.apply import apply
+from ..cost import as_in_a_model
 from ..hardware import hardware, hardware_line
 from ..latency import latency, synchronize
 from ..modelled import CARDS, HALF, MATMUL, Card, Part, full_parts, routing_parts, seconds, window_parts
@@ -107,7 +108,8 @@ class Measured:
         q, k, v = (torch.randn(shape, generator=generator).to(self.like) for _ in range(3))
         functions: dict[str, Callable[[], Any]] = {"full": lambda: F.scaled_dot_product_attention(q, k, v)}
         if not mechanism.exact:
-            functions["own"] = lambda: mechanism.attend(q, k, v, grid, context=Context(progress=0.5))
+            context = replace(as_in_a_model(mechanism, q), progress=0.5)
+            functions["own"] = lambda: mechanism.attend(q, k, v, grid, context=context)
         with torch.no_grad():
             times = latency(functions, rounds=ROUNDS, device=self.like.device)
         full = times["full"].min * (call.grid.tokens / grid.tokens) ** 2

@@ -3,7 +3,8 @@
     out_q = softmax(l of all other tokens, l of the exact tiles, L of the blocks outside them) . (v, v, v_b)
     l_q,k = scale * q k^T        L_q,b = scale * q k_b + log c_b,    k_b, v_b = means of the c_b cells of block b
 
-Queries off the grid see everything exactly. Which tiles are exact is a mechanism's own matter.
+Queries off the grid see everything exactly. Which tiles are exact is a mechanism's own matter. What is not exact may
+count by something else beside the means: `beside` of `attend_tiles`.
 """
 
 import math
@@ -23,6 +24,11 @@ from diffattn.kernels.routed.call import places
 
 from ..base import default_scale, mask_as
 from ..softmax import softmax_reference
+from .pool_weights import Weighing
+
+Beside = Callable[[RoutedCall, Tensor], Tensor]
+"""From a call and its exact tiles `(g, query tiles, tiles)`, what is added to the output by tiles, `(g, query tiles,
+cells, c)`; a number of a tile that does not exist stands for none."""
 
 
 class Sides(NamedTuple):
@@ -61,12 +67,15 @@ def attend_tiles(
     backend: str,
     lay_out: Callable[[Tensor | None], RoutedCall],
     dense: Callable[[Tensor, Tensor, Tensor], Tensor],
+    beside: Beside | None = None,
+    choose: Callable[[RoutedCall], Tensor] | None = None,
 ) -> Tensor:
     """Attention `(b, h, n, c)`.
 
     Args:
         lay_out: the call by tiles, for the mask in the dtype of the queries.
-        dense: the same by one softmax under a mask, for tensors of float32 or more.
+        dense: the same by one softmax under a mask, for tensors of float32 or more; `beside` is not in it.
+        choose: gives the exact tiles `(g, query tiles, tiles)`; then others are not seen, by their means neither.
     """
     mask = mask_as(mask, q)
     with torch.autocast(q.device.type, enabled=False):  # which would take sums in half precision again
@@ -74,7 +83,13 @@ def attend_tiles(
             number = torch.promote_types(q.dtype, torch.float32)
             return dense(*(x.to(number) for x in (q, k, v))).to(q.dtype)
         call = lay_out(mask)
-        tiles = run(call, backend)
+        if choose is None:
+            tiles, chosen = run(call, backend)
+        else:
+            tiles, chosen = run(call.without_means(), backend, choose(call))
+        if beside is not None:
+            more = beside(call, chosen)
+            tiles = (tiles.to(more.dtype) + more).to(q.dtype)
     if call.lists is not None:
         tiles = tiles.index_select(1, call.lists.rows.argsort())
     order = TileOrder(grid.shape, call.asking)
@@ -124,24 +139,37 @@ def reference_tiles(
     scale: float | None,
     mask: Tensor | None,
     order: Tensor | None = None,
+    weighing: Weighing | None = None,
 ) -> Tensor:
     """One softmax over all keys and all blocks under a mask. Memory O(n^2).
 
-    Of a mask that differs from query to query, a block has the weight of its keys for each query, and plain means.
+    Of a mask that differs from query to query, a block has the weight of its keys for each query, and its means are
+    those without a mask.
 
     Args:
         picked: which tiles are exact, bool `(b|1, h|1, query tiles, tiles)`.
         order: number of the cell in each slot of the tiles, `(b, h, slots)`; None: the grid's.
+        weighing: how the means of a block weigh its keys; None: all alike.
     """
     tiles, blocks = members(k, grid, sides, order)
     cells = grid.split(k)[0], grid.split(v)[0]
     bias = key_bias(mask, q, grid.tokens)
     weight = grid.split(bias, dim=-1)[0].exp()
-    even = weight if weight.shape[-2] == 1 else torch.ones_like(weight[..., :1, :])
-    total = (blocks * even) @ torch.ones_like(cells[0][..., :1])
-    mean_k, mean_v = ((blocks * even) @ x / total.clamp(min=torch.finfo(x.dtype).tiny) for x in cells)
-    log_weight = (weight @ blocks.mT).log()
     scale = default_scale(q) if scale is None else scale
+    scores = torch.zeros_like(cells[0][..., None, :, 0])  # b h 1 cells
+    if weighing is not None:
+        scores = weighing.logits_of_cells(cells[0], grid, sides.block, scale)
+    alike = weight if weight.shape[-2] == 1 else torch.ones_like(weight[..., :1, :])
+    counted = blocks * alike > 0  # blocks cells
+    logits = scores.masked_fill(~counted, -torch.inf)
+    peaks = logits.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(k.dtype).min)
+    tilted = (logits - peaks).exp()
+    tiny = torch.finfo(k.dtype).tiny
+    share = tilted * alike / (tilted * alike).sum(-1, keepdim=True).clamp(min=tiny)
+    mean_k, mean_v = (share @ x for x in cells)
+    mass = weight @ tilted.mT
+    log_weight = mass.clamp(min=tiny).log() + (peaks - (share * scores).sum(-1, keepdim=True)).mT
+    log_weight = log_weight.masked_fill(mass == 0, -torch.inf)
     keys, values = torch.cat([k, mean_k], dim=-2), torch.cat([v, mean_v], dim=-2)
     shape = torch.broadcast_shapes(bias.shape[:3], log_weight.shape[:3])
     bias = torch.cat([bias.expand(*shape, -1), log_weight.expand(*shape, -1)], dim=-1).expand(*q.shape[:3], -1)

@@ -20,10 +20,20 @@ from diffattn.kernels.pattern import Pattern
 from diffattn.kernels.routed import Lists, RoutedCall, routed_call, touched_lists
 from diffattn.kernels.routed.lists import cells_of_tiles
 
-from ..base import Context, default_scale, mask_as
+from ..base import Context, mask_as
 from ..softmax import softmax_reference
 from .axes import PerAxis, per_axis
-from .exact_tiles import Sides, attend_tiles, explain_tiles, members, reference_tiles, seen_by_tiles, within
+from .exact_tiles import (
+    Beside,
+    Sides,
+    attend_tiles,
+    explain_tiles,
+    members,
+    reference_tiles,
+    seen_by_tiles,
+    within,
+)
+from .pool_weights import Weighing
 
 
 @dataclass(frozen=True)
@@ -42,8 +52,12 @@ class RoundedWindow:
         return cls(pattern, grid, Sides(own, own, block))
 
     @property
+    def tiles(self) -> int:
+        return TileOrder(self.grid.shape, self.sides.tile).tiles
+
+    @property
     def blocks(self) -> int:
-        return TileOrder(self.grid.shape, self.sides.tile).tiles * self.sides.blocks_per_tile
+        return self.tiles * self.sides.blocks_per_tile
 
     def lists(self, device: torch.device) -> Lists:
         return touched_lists(self.pattern, self.grid.shape, self.sides.tile, device)
@@ -64,21 +78,34 @@ class RoundedWindow:
         exact = int((cells[rows] * cells[tiles].sum(1)).sum())
         return exact + grid.cells * self.blocks + grid.other_pairs
 
-    def call(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> RoutedCall:
+    def call(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, weighing: Weighing | None, mask: Tensor | None
+    ) -> RoutedCall:
         return routed_call(
             q,
             k,
             v,
             self.grid,
-            scale=default_scale(q) if scale is None else scale,
+            scale=scale,
             mask=mask,
             tile=self.sides.tile,
             query_tile=self.sides.asking,
             block=self.sides.block,
             chosen=self.lists(q.device),
+            weigh=None if weighing is None else partial(weighing.logits, block=self.sides.block, scale=scale),
         )
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str, context: Context) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        backend: str,
+        context: Context,
+        weighing: Weighing | None = None,
+        beside: Beside | None = None,
+    ) -> Tensor:
         self.grid.check(q, k)
         if self.is_exact:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_as(context.mask, q), scale=scale)
@@ -90,14 +117,15 @@ class RoundedWindow:
             scale=scale,
             mask=context.mask,
             backend=backend,
-            lay_out=partial(self.call, q, k, v, scale),
-            dense=partial(self.reference, scale=scale, context=context),
+            lay_out=partial(self.call, q, k, v, scale, weighing),
+            dense=partial(self.reference, scale=scale, context=context, weighing=weighing),
+            beside=beside,
         )
 
     def explain(self, q: Tensor, k: Tensor, v: Tensor, backend: str, context: Context) -> str:
         if self.is_exact:
             return "sdpa: the window covers the grid"
-        return explain_tiles(context.mask, backend, partial(self.call, q, k, v, 1.0))
+        return explain_tiles(context.mask, backend, partial(self.call, q, k, v, 1.0, None))
 
     def picked(self, device: torch.device) -> Tensor:
         """Which tiles each tile has exactly, bool `(tiles, tiles)`."""
@@ -106,11 +134,22 @@ class RoundedWindow:
         picked[rows[:, None], tiles] = True
         return picked[:, :-1]
 
-    def reference(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, context: Context) -> Tensor:
+    def reference(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        context: Context,
+        weighing: Weighing | None = None,
+    ) -> Tensor:
         if self.is_exact:
             return softmax_reference(q, k, v, scale=scale, mask=context.mask)
         picked = self.picked(q.device)[None, None]
-        return reference_tiles(q, k, v, self.grid, self.sides, picked, scale=scale, mask=context.mask)
+        return reference_tiles(
+            q, k, v, self.grid, self.sides, picked, scale=scale, mask=context.mask, weighing=weighing
+        )
 
     def mask(self) -> Tensor:
         """Dense boolean `(tokens, tokens + blocks)`: keys, then means; other tokens see no means."""

@@ -1,9 +1,9 @@
 """What all windows are: a rule on the cells of a grid, and `pool` for what it leaves out."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffattn.grid import TokenGrid
 from diffattn.kernels.call import WindowCall, window_call
@@ -14,7 +14,9 @@ from diffattn.kernels.pattern import Pattern
 from diffattn.kernels.routed import BACKENDS
 
 from ..base import Context, Mechanism, Seen, default_scale
-from .axes import PerAxis, sizes
+from .axes import PerAxis, per_axis, sizes
+from .exact_tiles import Beside
+from .pool_weights import PoolWeights, weighing_of
 from .rounded import RoundedWindow
 
 
@@ -25,12 +27,25 @@ class Window(Mechanism):
     pool: Annotated[PerAxis | None, sizes(1)] = None
     """Sides of the blocks whose means stand for the cells outside the window, rounded out to whole blocks: (rows,
     columns), (frames, rows, columns), or one int for all of them. None: such cells are not seen."""
+    means: Literal["even", "learned"] = "even"
+    """The means of a block: all its keys alike, or by trained weights, which begin even (`parts/pool_weights.py`)."""
 
     window_backends: ClassVar[tuple[str, ...]] = ("auto",)
     """Kernels of the window alone."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.means == "learned" and self.pool is None:
+            raise ValueError(
+                f"{self.type}: means='learned' weighs what the window leaves out; give its blocks by pool="
+            )
+
     @property
     def approximates(self) -> bool:
+        return self.pool is not None
+
+    @property
+    def leaves_tiles(self) -> bool:
         return self.pool is not None
 
     @property
@@ -76,13 +91,22 @@ class Window(Mechanism):
         scale: float | None = None,
         backend: str = "auto",
         context: Context = Context(),
+        beside: Beside | None = None,
     ) -> Tensor:
+        """`beside` adds to the output of the cells, with `pool` and unless every tile is exact."""
         self.check(grid)
         scale, rounded = self.scale(q, grid, scale), self.rounded(grid)
         if rounded is None:
             return self.attend_window(q, k, v, grid, scale, backend, context)
         self.check_backend(backend)
-        return rounded.attend(q, k, v, scale, backend, context)
+        return rounded.attend(q, k, v, scale, backend, context, weighing_of(self.means, q, grid, context), beside)
+
+    def weights(self, heads: int, head_dim: int) -> nn.Module | None:
+        return PoolWeights(heads, head_dim, per_axis(self.pool or 1, 1)) if self.means == "learned" else None
+
+    def left_tiles(self, grid: TokenGrid) -> tuple[int, int] | None:
+        rounded = self.rounded(grid)
+        return None if rounded is None or rounded.is_exact else (rounded.tiles, rounded.tiles)
 
     def cell_order(self, q: Tensor, grid: TokenGrid, backend: str) -> TileOrder | None:
         if self.pool is not None or backend not in ("auto", "flex") or not self.computes_in_order(grid):
@@ -117,7 +141,9 @@ class Window(Mechanism):
         scale, rounded = self.scale(q, grid, scale), self.rounded(grid)
         if rounded is None:
             return self.window_reference(q, k, v, grid, scale, context)
-        return rounded.reference(q, k, v, scale=scale, context=context)
+        return rounded.reference(
+            q, k, v, scale=scale, context=context, weighing=weighing_of(self.means, q, grid, context)
+        )
 
     def mask(self, grid: TokenGrid) -> Tensor:
         self.check(grid)

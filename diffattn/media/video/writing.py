@@ -96,7 +96,7 @@ class VideoWriter:
         return self
 
     def write(self, frame: Pixels) -> None:
-        """Append a uint8 RGB frame `(height, width, 3)`, of the same size as those before."""
+        """Append a uint8 RGB frame `(height, width, 3)`, of the size of those before; `ValueError` for any other."""
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
             raise ValueError(
                 f"expected a uint8 RGB frame (height, width, 3); got {frame.dtype} of shape {frame.shape}; scale "

@@ -56,6 +56,34 @@ class _AllGather(torch.autograd.Function):
         return total[plan.rank], None, None
 
 
+def all_sum(x: Tensor, plan: FramePlan, label: str) -> Tensor:
+    """The sum of `x` over the ranks, on each of them. One collective; without others `x` itself."""
+    if plan.ranks == 1:
+        return x
+    plan.check_group()
+    total: Tensor = _AllSum.apply(x, plan, label)
+    return total
+
+
+class _AllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: FramePlan, label: str) -> Tensor:
+        ctx.plan, ctx.label = plan, label
+        return _summed(x, plan, label)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _summed(grad, ctx.plan, ctx.label), None, None
+
+
+def _summed(x: Tensor, plan: FramePlan, label: str) -> Tensor:
+    total = x.contiguous().clone()
+    dist.all_reduce(total, group=plan.group)
+    size = total.numel() * total.element_size()
+    plan.traffic.count(label, size, size)
+    return total
+
+
 def exchange(
     parts: dict[int, Tensor], sizes: dict[int, int], like: Tensor, plan: FramePlan, label: str
 ) -> dict[int, Tensor]:

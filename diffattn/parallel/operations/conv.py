@@ -24,7 +24,7 @@ LAYER_HALO = 4
 
 
 def halo_conv(x: Tensor, conv: Callable[[Tensor], Tensor], plan: FramePlan, halo: int = 1, dim: int = 2) -> Tensor:
-    """`conv` of the whole video, for this rank's frames `x` along `dim`; it must keep the number of frames.
+    """`conv` of the whole video, for this rank's frames `x` along `dim`, as in (b, c, f, h, w); it keeps their number.
 
     Differentiable; every rank must then run the backward pass.
     """
@@ -35,7 +35,7 @@ def halo_conv(x: Tensor, conv: Callable[[Tensor], Tensor], plan: FramePlan, halo
 def padded_layer(
     x: Tensor, layer: Callable[[Tensor], Tensor], plan: FramePlan, halo: int = LAYER_HALO, dim: int = 2
 ) -> Tensor:
-    """`layer` of the clip with `halo` frames on either side, zeros beyond the ends of the video."""
+    """`layer` of the clip `x`, as in (b, c, f, h, w), with `halo` frames on either side, zeros beyond the video."""
     window, frames = halo_exchange(x, halo, halo, dim, plan, "conv")
     wanted = range(plan.own.start - halo, plan.own.stop + halo)
     return crop_frames(layer(pad_frames(window, frames, wanted, dim)), wanted, dim, plan)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .collectives import all_gather
+from .collectives import all_gather, all_sum
 from .shares import FramePlan
 
 
@@ -51,6 +51,38 @@ def gather_frames(
     else:
         out = _gather(tensors, places, owners, max(map(len, shares)), dim, plan, label)
     return out[0] if isinstance(x, Tensor) else out
+
+
+def gather_all(x: Tensor, dim: int, plan: FramePlan, label: str = "gather") -> Tensor:
+    """All frames of the video along `dim`, on every rank; clips that are shorter than the longest are filled up."""
+    plan.check(x.shape[dim])
+    longest = max(plan.lengths)
+    rows = x.movedim(dim, 0)
+    filled = torch.cat([rows, rows.new_zeros(longest - plan.length, *rows.shape[1:])])
+    gathered = all_gather(filled, plan, label)
+    return torch.cat([part[:length] for part, length in zip(gathered, plan.lengths, strict=True)]).movedim(0, dim)
+
+
+def gather_by_sample(x: Sequence[Tensor], places: Tensor, plan: FramePlan, label: str = "gather") -> tuple[Tensor, ...]:
+    """Frames `places` `(b, chosen)` of the video, others for each sample: `(b, h, chosen, cells, ..)` of each tensor.
+
+    Each rank gives what it holds of them and zeros for the rest, and all is summed up. Differentiable; every rank must
+    then run the backward pass.
+
+    Args:
+        x: this rank's clip, `(b|1, h|1, frames, cells, ..)`, several tensors of one dtype that travel together.
+    """
+    own = places - plan.own.start
+    held = ((own >= 0) & (own < plan.length))[:, None, :, None, None]
+    found = []
+    for tensor in x:
+        tensor = tensor.expand(len(places), *tensor.shape[1:])
+        index = own.clamp(0, plan.length - 1)[:, None, :, None, None]
+        picked = tensor.gather(2, index.expand(-1, tensor.shape[1], -1, *tensor.shape[3:]))
+        found.append(picked.masked_fill(~held, 0.0))
+    total = all_sum(torch.cat([part.flatten() for part in found]), plan, label)
+    pieces = total.split([part.numel() for part in found])
+    return tuple(piece.view(part.shape) for piece, part in zip(pieces, found, strict=True))
 
 
 def _gather(

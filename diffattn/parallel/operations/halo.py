@@ -70,7 +70,7 @@ def _joined(dim: int) -> Callable[..., Tensor]:
 
 
 def pad_frames(x: Tensor, frames: range, wanted: range, dim: int) -> Tensor:
-    """Zeros in `x`, which holds `frames`, for those of `wanted` before and after them."""
+    """Zeros in `x`, which holds `frames` along `dim` of any shape, for those of `wanted` before and after them."""
     before, after = frames.start - wanted.start, wanted.stop - frames.stop
     return F.pad(x, [0, 0] * (x.dim() - 1 - dim % x.dim()) + [before, after]) if before or after else x
 

@@ -59,6 +59,8 @@ class FrameNoise:
         Args:
             frames: numbers in the whole video.
             step: 0 for the initial noise, i + 1 for what a scheduler adds in step i.
+
+        Raises `ValueError` for numbers below 0 or beyond 32 bits.
         """
         for name, values in (("step", [step]), ("frames", frames)):
             if any(not 0 <= value <= _WORD for value in values):

@@ -33,6 +33,14 @@ class Traffic:
             table.clear()
 
 
+@dataclass
+class Clock:
+    """Where a run stands, told by what steps through it: for settings that change from step to step."""
+
+    progress: float | None = None
+    """Share of the schedule that is behind, in [0, 1)."""
+
+
 @dataclass(frozen=True)
 class FramePlan:
     """Which rank holds which frames; without a group, one rank alone.
@@ -50,6 +58,8 @@ class FramePlan:
     """Process group of the ranks; None: nothing can be exchanged."""
     traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
     """Counts what this rank sends and receives by operations on this plan."""
+    clock: Clock = field(default_factory=Clock, compare=False, repr=False)
+    """Set by a loop of its own before every step; a pipeline given to `apply` counts by itself."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lengths", tuple(self.lengths))
@@ -92,6 +102,7 @@ class FramePlan:
 
     @property
     def ranks(self) -> int:
+        """How many ranks share the video."""
         return len(self.lengths)
 
     @property
@@ -121,10 +132,11 @@ class FramePlan:
                 f"the model takes {size} latent frames as one patch, so clips must have multiples of {size} frames, "
                 f"got {self.lengths}; pass lengths= to FramePlan.split"
             )
-        return FramePlan(tuple(length // size for length in self.lengths), self.rank, self.group, self.traffic)
+        lengths = tuple(length // size for length in self.lengths)
+        return FramePlan(lengths, self.rank, self.group, self.traffic, self.clock)
 
     def owner(self, frame: int) -> int:
-        """The rank that holds `frame`."""
+        """The rank that holds `frame`; `ValueError` where the video has no such frame."""
         for rank in range(self.ranks):
             if frame in self.clip(rank):
                 return rank

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from diffattn.grid import TokenGrid
 from diffattn.mechanisms.base import Context, Mechanism
 from diffattn.mechanisms.dual_scope import DualScopeAttention
-from diffattn.mechanisms.parts.scope_attention import JoinedKeys, Keys, attend_scopes
+from diffattn.mechanisms.parts.scopes.attention import JoinedKeys, Keys, attend_scopes
 from diffattn.swap.model_swap import current
 
-from ..attention import ClipAttention
+from ..attention import ClipAttention, HeldKeys
 from ..hooks import SyncedGroupNorm, attach, before_forward, named_call, own_prompts
 from ..operations.shares import FramePlan
 from .clip_family import ClipFamily, refuse_official
@@ -75,9 +75,7 @@ class ChunkedClipAttention(ClipAttention):
     def attend_cells(
         self,
         q: Tensor,
-        local: JoinedKeys,
-        shared: Keys,
-        others: Keys,
+        held: HeldKeys,
         grid: TokenGrid,
         scale: float,
         context: Context,
@@ -85,7 +83,7 @@ class ChunkedClipAttention(ClipAttention):
     ) -> Tensor:
         own, rows = self.plan.own if queries is None else queries, table_of(self.table).shape[0]
         at_q, at_k, at_v = (self._projected(name) for name in ("to_q", "to_k", "to_v"))
-        places = self._global_places(rows)
+        shared, places = held.shared, self._global_places(held.shared_frames, rows)
         shared = shared._replace(k=shared.k + at_k[:, places], v=shared.v + at_v[:, places])
         outs = []
         for chunk in chunks(self.plan.frames, self.mechanism.padding, rows):
@@ -94,7 +92,7 @@ class ChunkedClipAttention(ClipAttention):
                 continue
             near = _overlap(chunk.keys, self.local_frames)
             here, there = (_shift(frames, -chunk.keys.start) for frames in (asking, near))
-            window = _pick(local, _shift(near, -self.local_frames.start))
+            window = _pick(held.local, _shift(near, -self.local_frames.start))
             outs.append(
                 attend_scopes(
                     q[:, :, asking.start - own.start : asking.stop - own.start] + at_q[:, here.start : here.stop],
@@ -102,11 +100,11 @@ class ChunkedClipAttention(ClipAttention):
                         k=window.k + at_k[:, there.start : there.stop], v=window.v + at_v[:, there.start : there.stop]
                     ),
                     shared,
-                    others,
+                    held.others,
                     self.mechanism.scopes(context),
                     queries=asking,
                     local_frames=near,
-                    shared_frames=self.shared_frames,
+                    shared_frames=held.shared_frames,
                     cells=1,
                     scale=scale * self.mechanism.attn_scale,
                     train_frames=self.mechanism.train_frames if self.mechanism.token_num_scale else None,
@@ -114,9 +112,9 @@ class ChunkedClipAttention(ClipAttention):
             )
         return torch.cat(outs, dim=2)
 
-    def _global_places(self, rows: int) -> list[int]:
+    def _global_places(self, shared: Any, rows: int) -> list[int]:
         frames = self.plan.frames
-        return [frame if frames <= rows else frame * rows // frames for frame in self.shared_frames]
+        return [frame if frames <= rows else frame * rows // frames for frame in shared]
 
     def _projected(self, name: str) -> Tensor:
         """The rows of positions after one of the layer's projections, without its bias: `(heads, rows, d)`."""
@@ -156,6 +154,12 @@ class NoPositions(ModelHook):  # type: ignore[misc]
 def animatediff_attention(model: nn.Module, mechanism: DualScopeAttention, plan: FramePlan) -> Mechanism:
     """Raises `ValueError` where model, mechanism and split do not fit."""
     refuse_official(mechanism, "AnimateDiff")
+    if mechanism.chosen_by == "content" or mechanism.memory is not None:
+        raise ValueError(
+            f"on clips of AnimateDiff {'memory' if mechanism.memory is not None else 'chosen_by=content'} can't be "
+            f"served: keys get their positions for each chunk of queries anew, so there are none to choose by or to "
+            f"average; use chosen_by='place' without memory"
+        )
     for name, block in _blocks(model):
         if type(block).__name__ != "BasicTransformerBlock":
             raise ValueError(f"{name} is a {type(block).__name__}; call pipe.disable_free_noise() first")

@@ -43,6 +43,7 @@ class Options:
     timeout: float = 600.0
     device: str = "auto"
     dtype: str = "auto"
+    threads: int | None = None
 
     def request(self) -> Request:
         """What is to be made, with the settings of the file; raises `ValueError` for what cannot be read."""
@@ -75,7 +76,10 @@ def execute(options: Options) -> int:
 
 
 def _execute(options: Options) -> None:
+    import torch
+
     where, number = parse_device(options.device), parse_dtype(options.dtype, options.device)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
     if options.prompt is not None and options.prompts is not None:
         raise ValueError("--prompt and --prompts exclude each other: the prompt file has all prompts")
     ranks = Ranks.start(where, options.timeout)

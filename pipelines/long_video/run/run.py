@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from diffattn import tiny
+from diffattn.files.records import check_record, path_beside, recorded
 from diffattn.parallel import FramePlan
 
 from ..checkpoints import Checkpoints, State, found_in
@@ -99,12 +100,25 @@ def run(
         try:
             pipe(config, request.output, work=work.path, checkpoints=checkpoints, resume=state, overwrite=True)
             if ranks.rank == 0:
+                record(request, config, device, dtype, ranks.size)
                 work.note_output()
                 if not request.keep:
                     work.remove()
             ranks.gather(None)
         except Exception as error:
             raise RunError(watch.failed(error)) from error
+
+
+def record(request: Request, config: LongVideoConfig, device: torch.device, dtype: torch.dtype, ranks: int) -> None:
+    """Leave what made the video beside it."""
+    settings = config.to_dict()
+    if len(config.prompts) == 1:
+        settings["prompt"] = settings.pop("prompts")[0]["prompt"]  # holds for another number of frames as well
+    how = {"output": request.output, "save_every": request.save_every, "keep": request.keep}
+    where = {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+    made = {"files": [request.output], "height": config.height, "width": config.width, "frames": config.frames}
+    with recorded(path_beside(request.output), "long-video", {**settings, **how, **where}) as found:
+        found |= {**made, "processes": ranks}
 
 
 def prepare(
@@ -145,6 +159,7 @@ def prepare(
 
 def _check_output(request: Request, work: WorkFolder, config: LongVideoConfig) -> None:
     """Raise where the output can't be written, or would replace what this run did not make."""
+    check_record(path_beside(request.output), overwrite=request.overwrite)
     own = request.resume and work.wrote_output
     check_output(
         request.output,

@@ -1,17 +1,23 @@
 """Images in files, one after the other: what goes where, what is there already, and what became of each."""
 
+import contextlib
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from PIL.Image import Resampling
 from tqdm import tqdm
 
+from diffattn.files.records import check_record, path_beside
+from diffattn.measure.progress import bar_options
 from diffattn.media.outputs import check_folder
 from diffattn.media.pictures import (
     FORMATS,
@@ -37,11 +43,17 @@ class Job:
     target: Path
     sheet: Path | None = None
     """Where the comparison goes, if there is to be one."""
+    record: Path | None = None
+    """Where the JSON file goes that says what made the result."""
 
     @property
     def written(self) -> list[Path]:
         """All that is written."""
         return [self.target] if self.sheet is None else [self.target, self.sheet]
+
+
+Recording = Callable[[Job], AbstractContextManager[dict[str, Any]]]
+"""Leaves the record of a result that is written in its block."""
 
 
 @dataclass
@@ -78,7 +90,20 @@ def plan_jobs(inputs: Sequence[str | Path], output: Path, *, ending: str | None 
         sheet = output / f"{source.stem}-compare.png" if sheets else None
         jobs.append(Job(source, output / f"{source.stem}{ending or own}", sheet))
     check_names(jobs)
-    return jobs
+    stems = Counter(job.target.stem for job in jobs)
+    return [replace(job, record=path_beside(job.target, full=stems[job.target.stem] > 1)) for job in jobs]
+
+
+def check_records(jobs: Sequence[Job], overwrite: bool) -> None:
+    """Raise `ValueError` where the record of a result that is to be made would replace another file."""
+    for job in jobs:
+        if job.record is not None and (overwrite or not job.target.exists()):
+            check_record(job.record, overwrite=overwrite)
+
+
+def unrecorded(job: Job) -> AbstractContextManager[dict[str, Any]]:
+    """Keeps no record."""
+    return contextlib.nullcontext({})
 
 
 def check_names(jobs: Sequence[Job]) -> None:
@@ -94,7 +119,12 @@ def check_names(jobs: Sequence[Job]) -> None:
 
 
 def run_jobs(
-    jobs: Sequence[Job], restore: Callable[[Picture], Picture], *, factor: float, overwrite: bool = False
+    jobs: Sequence[Job],
+    restore: Callable[[Picture], Picture],
+    *,
+    factor: float,
+    overwrite: bool = False,
+    recording: Recording = unrecorded,
 ) -> Tally:
     """Make what is not there yet; an image that fails gets a line on stderr, and the others are made.
 
@@ -103,12 +133,13 @@ def run_jobs(
         restore: makes an image `factor` times as large in both directions.
         factor: see there.
         overwrite: make what is there as well. Files that are cut off do not count as there.
+        recording: in its block a result is written; it gets what was made, and leaves the record.
     """
     tally = Tally()
-    for job in tqdm(jobs, unit="picture", disable=None):
+    for job in tqdm(jobs, desc="images", unit="picture", **bar_options(leave=True)):
         start = time.perf_counter()
         try:
-            made = make(job, restore, factor, overwrite)
+            made = make(job, restore, factor, overwrite, recording)
         except FAILURES as error:
             tally.failed += 1
             logger.info("%s failed", job.source, exc_info=True)
@@ -124,14 +155,19 @@ def run_jobs(
     return tally
 
 
-def make(job: Job, restore: Callable[[Picture], Picture], factor: float, overwrite: bool) -> list[Path]:
+def make(
+    job: Job, restore: Callable[[Picture], Picture], factor: float, overwrite: bool, recording: Recording = unrecorded
+) -> list[Path]:
     """Write what is missing of a job; the files written."""
     made = []
     if overwrite or not is_whole(job.target):
         picture = read_picture(job.source)
         check_side(picture, factor, job.target)
         restored = restore(picture)
-        write_picture(job.target, restored.pixels, restored.alpha, restored.icc)
+        with recording(job) as record:
+            write_picture(job.target, restored.pixels, restored.alpha, restored.icc)
+            height, width = restored.pixels.shape[:2]
+            record |= {"files": [job.target], "height": height, "width": width}
         made.append(job.target)
     if job.sheet is not None and (made or not is_whole(job.sheet)):
         write_sheet(job.source, job.target, job.sheet)

@@ -45,7 +45,7 @@ def convert(
     null_text: Tensor | None = None,
     strict: bool = True,
 ) -> Path:
-    """Write what `load_official` reads to `folder`, whole or not at all; see there for the arguments."""
+    """Write what `load_official` reads to `folder`, whole or not at all; see there for arguments, shapes and errors."""
     folder = check_new_folder(folder)
     pipe = load_official(checkpoint, dtype=dtype, sizes=sizes, null_text=null_text, strict=strict)
     with new_folder(folder) as temporary:

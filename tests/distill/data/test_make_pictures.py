@@ -1,18 +1,22 @@
-"""The teacher's own set: each image by its number alone, made once."""
+"""The teacher's own set: each image or clip by its number alone, made once."""
 
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import text_pipelines
 import torch
+from diffattn.distill.data.clips import find_clips
 from diffattn.distill.data.make_pictures import make_pictures, read_prompts
 from diffattn.distill.data.pictures import Counts, find_pictures
 from diffusers import FluxPipeline
 from PIL import Image
 
 from diffattn import tiny
+from diffattn.video import probe, read_frames
 
 PROMPTS = [f"a large {colour} circle at the top left on a blue background" for colour in ("red", "green", "yellow")]
 CALL = {**tiny.defaults("flux"), "height": 64, "width": 96, "num_inference_steps": 2}
@@ -170,6 +174,74 @@ def test_what_an_earlier_release_made_is_kept_where_its_size_is_right(pipe, tmp_
     assert make(pipe, tmp_path) == Counts(skipped=3)
     with pytest.raises(ValueError, match=r"height and width \[64, 64\], got \[64, 96\]"):
         make(pipe, tmp_path, call={**CALL, "width": 64})
+
+
+CLIP = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2, "max_sequence_length": 12}
+
+
+@pytest.fixture(scope="module")
+def wan() -> Any:
+    return text_pipelines.PIPELINES["Wan"]()
+
+
+def film(pipe: Any, folder: Path, **options: Any) -> Counts:
+    return make_pictures(pipe, PROMPTS, folder, **{"seed": 7, "call": CLIP, **options})
+
+
+def test_clips_come_with_prompt_seed_and_rate(wan, tmp_path):
+    assert film(wan, tmp_path, fps=Fraction(12)) == Counts(done=3)
+    assert sorted(times(tmp_path)) == [f"00000{i}.{ending}" for i in range(3) for ending in ("json", "mp4")]
+    assert whole(tmp_path)["fps"] == "12" and whole(tmp_path)["call"]["num_frames"] == 5
+    assert [found.caption for found in find_clips(tmp_path)] == PROMPTS
+    info = probe(tmp_path / "000002.mp4")
+    assert (info.frames, info.rate, info.height, info.width) == (5, 12, 32, 48)
+    alone = wan([PROMPTS[2]], generator=torch.Generator().manual_seed(9), output_type="np", **CLIP).frames[0]
+    for number, frame in enumerate(read_frames(tmp_path / "000002.mp4")):
+        errors = [np.abs(frame - 255 * wanted).mean() for wanted in alone]
+        assert np.argmin(errors) == number  # they are not equal: noise loses much as H.264
+
+
+def test_clips_are_kept_where_their_call_is_the_same(wan, tmp_path):
+    film(wan, tmp_path)
+    before = times(tmp_path)
+    (tmp_path / "000001.mp4").unlink()
+    assert film(wan, tmp_path) == Counts(done=1, skipped=2)
+    after = times(tmp_path)
+    assert {name for name in after if after[name] != before[name]} == {"000001.mp4", "000001.json"}
+    for options, said in (
+        ({"call": {**CLIP, "num_frames": 9}}, "'num_frames': 9.*got.*'num_frames': 5"),
+        ({"fps": 8}, "'fps': '8'.*got.*'fps': '16'"),
+        ({"call": {**CLIP, "num_frames": 1}}, "'num_frames': 1.*got.*'num_frames': 5"),
+    ):
+        with pytest.raises(ValueError, match=f"expected .*00000.* to be of .*{said}"):
+            film(wan, tmp_path, **options)
+    assert times(tmp_path) == after
+
+
+def test_a_video_model_draws_an_image_where_no_frames_are_asked_for(wan, tmp_path):
+    assert film(wan, tmp_path, call={**CLIP, "num_frames": 1}) == Counts(done=3)
+    assert sorted(times(tmp_path)) == [f"00000{i}.{ending}" for i in range(3) for ending in ("json", "png")]
+
+
+def test_frames_that_cannot_be_drawn_are_refused_before_anything_is(pipe, wan, tmp_path):
+    with pytest.raises(ValueError, match=r"clips of 4 n \+ 1 frames.* got 6; ask for 5 or 9"):
+        film(wan, tmp_path, call={**CLIP, "num_frames": 6})
+    with pytest.raises(ValueError, match="frames a second above 0, got fps=0"):
+        film(wan, tmp_path, fps=0)
+    with pytest.raises(ValueError, match="FluxPipeline draws images, got num_frames=5; leave it out"):
+        make(pipe, tmp_path, call={**CALL, "num_frames": 5})
+    assert not any(tmp_path.iterdir())
+
+
+def test_clips_that_a_pipeline_rounds_are_not_kept(tmp_path):
+    class Teacher:
+        def __call__(self, prompt: list[str], num_frames: int, **call: Any) -> Any:
+            self.frames = [[Image.new("RGB", (48, 32))] * (num_frames - 1)]
+            return self
+
+    with pytest.raises(ValueError, match="expected clips of 5 frames, the pipeline draws 4: ask for so many"):
+        film(Teacher(), tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("prompts", "batch_size"), [([], 1), ("a red circle", 1), (PROMPTS, 0)])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffattn.distill.training.losses import LossWeights, attention_loss, losses, squared_error
+from diffattn.distill.training.losses import LossWeights, attention_loss, feature_loss, losses, squared_error
 
 
 def test_values_by_hand() -> None:
@@ -12,6 +12,18 @@ def test_values_by_hand() -> None:
     assert found.values() == pytest.approx(
         {"target": 2.5, "prediction": 2.0, "attention": 5.0, "total": 2 * 2.5 + 0.5 * 2.0 + 0.1 * 5.0}
     )
+
+
+def test_features_count_by_their_power() -> None:
+    student, teacher = (
+        [torch.tensor([3.0, 1.0]), torch.tensor([10.0])],
+        [torch.tensor([1.0, 1.0]), torch.tensor([20.0])],
+    )
+    assert float(feature_loss(student, teacher)) == pytest.approx((2 / 1 + 100 / 400) / 2)
+    none = torch.zeros(1)
+    weights = LossWeights(target=0, prediction=0, attention=0, features=0.5)
+    found = losses(weights, none, none, None, [], [], student, teacher)
+    assert found.values() == pytest.approx({"features": 1.125, "total": 0.5625}) and weights.teacher
 
 
 def test_losses_of_weight_0_are_not_computed() -> None:
@@ -41,6 +53,7 @@ def test_gradients_reach_the_student_alone() -> None:
         (lambda: attention_loss([], []), "choose at least one layer"),
         (lambda: attention_loss([torch.ones(1)], []), "got 1 of the student and 0 of the teacher"),
         (lambda: squared_error(torch.ones(2), torch.ones(3)), "one shape"),
+        (lambda: feature_loss([], []), "the same blocks of both, got 0 and 0"),
         (
             lambda: losses(LossWeights(), torch.ones(1), torch.ones(1), None, [torch.ones(1)], [torch.ones(1)]),
             "needs the teacher's prediction",

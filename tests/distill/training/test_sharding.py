@@ -25,6 +25,9 @@ CASES: Cases = {
     "mechanism": {**LEARNED, "trainable": "mechanism"},
     "prodigy": {"optimizer": "prodigy", "rate": 1.0, "trainable": "lora", "steps": 6, "gradient_checkpointing": True},
 }
+CASES["leaning"] = {"drawn": {"radius": [1.5, 2, 3]}, "slopes": True, "loss": {"features": 0.5}, "steps": 6}
+WHOLE: Cases = {"by layers": {"layerwise": 3, "steps": 6}}
+"""What takes no shards."""
 CUT = {"ema": 0.9}
 
 
@@ -32,22 +35,23 @@ CUT = {"ema": 0.9}
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Cases]]:
     """One process (this one), then two, then one again; the case "cut" goes from hand to hand."""
     folder = tmp_path_factory.mktemp("ranks")
-    alone = [train_all(1, folder, {**CASES, "cut": {**CUT, "until": 6}})]
+    alone = [train_all(1, folder, {**CASES, **WHOLE, "cut": {**CUT, "until": 6}})]
     cut = {**CUT, "resume": True}
     shards = {f"{name} in shards": {**changes, "sharded": True} for name, changes in CASES.items()}
-    both = run_ranks(folder, 2, {**CASES, **shards, "cut": {**cut, "until": 12, "sharded": True}})
+    both = run_ranks(folder, 2, {**CASES, **WHOLE, **shards, "cut": {**cut, "until": 12, "sharded": True}})
     return {"one": alone, "two": both, "again": [train_all(1, folder, {"cut": cut})]}
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("form", ["", " in shards"])
+@pytest.mark.parametrize(
+    ("case", "form"), [*((case, form) for case in CASES for form in ("", " in shards")), ("by layers", "")]
+)
 @pytest.mark.slow
 def test_processes_follow_the_curve_of_one(found: dict[str, list[Cases]], case: str, form: str) -> None:
     [one] = found["one"]
     for both in found["two"]:
         own = both[case + form]
-        assert len(own["totals"]) == CASES[case].get("steps", 20)
+        assert len(own["totals"]) == {**CASES, **WHOLE}[case].get("steps", 20)
         assert own["totals"] == pytest.approx(one[case]["totals"], abs=1e-4)
         assert own["weights"] == pytest.approx(one[case]["weights"], abs=1e-4)
         # a mechanism's own weights lie outside the model, which then has nothing to wrap
@@ -166,7 +170,7 @@ if copied:
     trainer_module.predict = lambda m, *rest: own(m if torch.is_grad_enabled() else teacher, *rest)
 trainer = Trainer(chosen, student, scheduler(), Noise(), Path(sys.argv[2]), Accelerator(cpu=True))
 if copied:
-    trainer.capture.__class__.outputs = property(lambda self: [torch.zeros(1)])
+    trainer.attention.__class__.outputs = property(lambda self: [torch.zeros(1) for _ in self.names])
 for _ in range(2):
     trainer.train_step()
 # not `ru_maxrss`, which begins with the peak of the process that started this one

@@ -14,9 +14,10 @@ import torch
 from diffattn.distill.config import DistillConfig
 from diffattn.distill.student import Student, make_student
 from diffattn.distill.training import checkpoints
+from diffattn.distill.training.listening import attention_layers
 from diffattn.distill.training.log import LOG, read_log
 from diffattn.distill.training.losses import LossWeights
-from diffattn.distill.training.trainer import Trainer, attention_layers
+from diffattn.distill.training.trainer import Trainer
 from torch import Tensor
 from toys import Noise, config, flux_model, scheduler
 

@@ -7,7 +7,7 @@ from parallel_ranks import on_ranks
 from tolerances import assert_close
 from torch.distributed.device_mesh import DeviceMesh
 
-from diffattn.mechanisms.parts.scopes import global_frames
+from diffattn.mechanisms.parts.scopes.frames import global_frames
 from diffattn.parallel.operations.gather import gather_frames
 from diffattn.parallel.operations.shares import FramePlan
 

@@ -11,7 +11,7 @@ from diffattn.pipelines.long_video import LongVideoConfig, PromptRange, read_pro
 from diffattn.pipelines.long_video.official import from_official, read_settings
 from diffattn.pipelines.long_video.prompts import even_ranges, places
 
-from diffattn.mechanisms.parts.scopes import Phase
+from diffattn.mechanisms.parts.scopes.frames import Phase
 
 
 def official(**attn: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -116,7 +117,16 @@ def test_length_rate_and_sound_are_the_driving_videos(inputs: Path, made: Path) 
     assert (found.frames, found.rate, found.audio) == (COUNT, Fraction(10), True)
     begin, end = files.sound_of(made / "out.mp4") or (1, 0)
     assert begin == pytest.approx(0, abs=0.15) and end == pytest.approx(COUNT / 10, abs=0.15)
-    assert sorted(path.name for path in made.iterdir()) == ["look.mkv", "out.mp4"]
+    assert sorted(path.name for path in made.iterdir()) == ["look.mkv", "out.json", "out.mp4"]
+
+
+def test_the_same_is_made_by_the_record_beside_it(inputs: Path, made: Path, tmp_path: Path) -> None:
+    assert json.loads((made / "out.json").read_text())["made"]["frames"] == COUNT
+    arguments = ["animate", "--like", made / "out.mp4", "--output", tmp_path / "again.mp4"]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.json", "again.mp4"]
+    assert np.array_equal(video_of(tmp_path / "again.mp4"), video_of(made / "out.mp4"))
 
 
 def test_around_the_face_the_picture_stays(inputs: Path, made: Path) -> None:

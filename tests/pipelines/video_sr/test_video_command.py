@@ -150,7 +150,17 @@ def test_length_rate_size_and_sound_are_the_inputs(made: Path) -> None:
     assert (found.frames, found.rate, found.height, found.width) == (COUNT, Fraction(10), 72, 88)
     begin, end = files.sound_of(made / "out.mp4") or (1, 0)
     assert begin == pytest.approx(0, abs=0.15) and end == pytest.approx(COUNT / 10, abs=0.15)
-    assert sorted(path.name for path in made.iterdir()) == ["out.mp4"]
+    assert sorted(path.name for path in made.iterdir()) == ["out.json", "out.mp4"]
+
+
+@pytest.mark.slow
+def test_the_same_is_made_by_the_record_beside_it(made: Path, tmp_path: Path, room: None) -> None:
+    record = json.loads((made / "out.json").read_text())
+    assert record["made"] == {"files": ["out.mp4"], "height": 72, "width": 88, "frames": COUNT}
+    arguments = ["video-upscale", "--like", made / "out.mp4", "--output", tmp_path / "again.mp4"]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    assert np.array_equal(video_of(tmp_path / "again.mp4"), video_of(made / "out.mp4"))
 
 
 @pytest.mark.slow
@@ -257,7 +267,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_video(
     assert "out.mp4.work is of a run that did not end: add --resume" in refusal(inputs, output)
     succeed(inputs, output, "--resume")
     assert output.read_bytes() == (made / "out.mp4").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.mp4"]
 
 
 @pytest.mark.usefixtures("room")

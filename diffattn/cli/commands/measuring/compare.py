@@ -46,6 +46,7 @@ def compare(
     """Draw every prompt under every setting: time, memory, what was computed, PSNR, SSIM, flicker, the frontier."""
     from diffattn.comparison import Setting, report
     from diffattn.comparison import compare as run
+    from diffattn.comparison.opening import RUNS
     from diffattn.measure.lpips import Lpips
     from diffattn.media.outputs import check_folder
 
@@ -55,7 +56,7 @@ def compare(
 
     check_folder(output)
     texts, settings = read_prompts(prompts), [Setting.parse(text) for text in setting]
-    runs = output / "runs"
+    runs = output / RUNS
     if runs.exists() and any(runs.iterdir()) and not resume:
         raise ValueError(f"{runs} holds a comparison: add --resume to go on with it, or give another --output")
     distance = None if lpips is None else Lpips.load(lpips)

@@ -74,7 +74,9 @@ def mask(
         if prompt is None:
             raise ValueError("say what the model shall draw meanwhile: add --prompt")
         chosen = parse_mechanism(mechanism, option or ())
-        from ...seeing import at_work, check_seen
+        from diffattn.measure.watching import check_seen
+
+        from ...seeing import at_work
 
         check_seen(chosen)
         pipe = opened(model, device, dtype)
@@ -89,12 +91,13 @@ def mask(
 
 def on_grid(mechanism: Any, grid: Any, query: str | None) -> Any:
     """A figure of the mask on a grid."""
+    from diffattn.measure.watching import BY_CONTENT
     from diffattn.media.drawing import masks, plot_mask
 
     from ...arguments import parse_cell
 
     if mechanism.type not in masks():
-        more = "; with --model it is drawn at work" if mechanism.type == "routing" else ""
+        more = "; with --model it is drawn at work" if mechanism.type in BY_CONTENT else ""
         raise ValueError(
             f"{mechanism.type} is not a mask over the tokens; mechanisms that are: {', '.join(masks())}{more}"
         )

@@ -43,7 +43,7 @@ def test_one_rank_makes_a_playable_video(model: Path, tmp_path: Path) -> None:
         stream = container.streams.video[0]
         assert (stream.width, stream.height, stream.average_rate) == (16, 16, Fraction(12))
         assert len(list(container.decode(stream))) == 5
-    assert [file.name for file in output.parent.iterdir()] == ["out.mp4"]
+    assert sorted(file.name for file in output.parent.iterdir()) == ["out.json", "out.mp4"]
 
 
 def test_the_prompt_file_says_how_many_frames(model: Path, tmp_path: Path) -> None:
@@ -52,6 +52,53 @@ def test_the_prompt_file_says_how_many_frames(model: Path, tmp_path: Path) -> No
     assert len(list((tmp_path / "frames").glob("*.png"))) == 6
     (checkpoint,) = (tmp_path / "frames.work" / "checkpoints").iterdir()
     assert tiny_video.stored_config(checkpoint)["frames"] == 6
+
+
+def test_the_record_makes_the_same_video_and_what_is_typed_goes_over_it(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tiny_video.write_prompts(tmp_path / "prompts.json", 6)
+    assert main(options(model, tmp_path / "a", "--prompts", prompts, "--top-k", 2, "--threads", 1)) == 0
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert (record["command"], record["made"]["frames"], record["options"]["top_k"]) == ("long-video", 6, 2)
+    assert main(["--like", str(tmp_path / "a"), "--output", str(tmp_path / "b")]) == 0
+    assert main(["--config", str(tmp_path / "a.json"), "--seed", "5", "--output", str(tmp_path / "c")]) == 0
+    a, b, c = (tree(tmp_path / name) for name in "abc")
+    assert len(a) == 6 and a == b and a.keys() == c.keys() and a != c
+    assert main(["--like", str(tmp_path / "a"), "--config", str(tmp_path / "a.json")]) == 2
+    assert "leave one of them out" in told(capsys)
+    (tmp_path / "d.json").write_text("{}")
+    assert main(options(model, tmp_path / "d.mp4", "--prompt", "a")) == 2
+    assert "d.json is there and is no record" in told(capsys)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_the_first_of_two_ranks_leaves_the_record(model: Path, tmp_path: Path) -> None:
+    line = options(model, tmp_path / "a", "--prompt", "a red circle", "--frames", 4, "--lengths", "2,2")
+    result = tiny_video.call(*line, ranks=2)
+    assert result.returncode == 0 and result.stdout == f"wrote {tmp_path / 'a'}\n", result.stderr
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["made"] == {"files": ["a"], "height": 16, "width": 16, "frames": 4, "processes": 2}
+    assert (record["options"]["prompt"], record["options"]["lengths"]) == ("a red circle", [2, 2])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.json"]
+
+
+def test_a_file_of_options_has_those_of_the_command_too(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.toml").write_text('prompt = "a"\nframes = 2\nsave-every = 0\ntop_k = 2\nsteps = 1\n')
+    line = ["--model", str(model), *SIZE, "--output", str(tmp_path / "a")]
+    assert main(["--config", str(tmp_path / "run.toml"), *line]) == 0
+    options = json.loads((tmp_path / "a.json").read_text())["options"]
+    assert (options["save_every"], options["top_k"], options["frames"]) == (0, 2, 2)
+    for text, words in (
+        ("timeout = 'long'", "run.toml: timeout must be a number"),
+        ("frame = 2", "unknown entries frame"),
+    ):
+        (tmp_path / "run.toml").write_text(f'prompt = "a"\n{text}\n')
+        assert main(["--config", str(tmp_path / "run.toml"), *line]) == 2
+        assert words in told(capsys)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +184,7 @@ def test_a_run_that_was_killed_while_it_decoded_goes_on(model: Path, tmp_path: P
     process = subprocess.run([sys.executable, "-c", KILLED, *line], env=environment, check=False)
     assert process.returncode == -signal.SIGKILL
     assert main([*line, "--resume"]) == 0
-    assert [path.name for path in tmp_path.iterdir()] == [output]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([output, f"{Path(output).stem}.json"])
     if output == "frames":
         assert sorted(os.listdir(tmp_path / output)) == [f"frame-{number:06d}.png" for number in range(4)]
 
@@ -175,7 +222,7 @@ def test_only_what_the_run_made_is_removed(
     assert empty.is_dir() and not tree(empty)
     inside = tmp_path / "new" / "v.mp4"
     assert main([*line, "--work", str(inside.parent), "--output", str(inside)]) == 0
-    assert list(tree(inside.parent)) == ["v.mp4"]
+    assert sorted(tree(inside.parent)) == ["v.json", "v.mp4"]
 
 
 def test_a_refused_run_leaves_nothing(model: Path, tmp_path: Path) -> None:

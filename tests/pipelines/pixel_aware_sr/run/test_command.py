@@ -86,8 +86,13 @@ def make(models: Path, source: Path, output: Path, *options: object, **where: An
     """The result for one file."""
     options = options if "--colorize" in options else ("--scale", 1, *options)
     succeed(models, source, "--output", output, *options, **where)
-    (result,) = output.iterdir()
+    (result,) = without_records(output)
     return read_picture(result).pixels.astype(int)
+
+
+def without_records(folder: Path) -> list[Path]:
+    """What is in a folder but the JSON files that say what made it."""
+    return sorted(path for path in folder.iterdir() if path.suffix != ".json")
 
 
 def photograph() -> Image.Image:
@@ -121,7 +126,7 @@ def test_files_of_every_kind(models: Path, tmp_path: Path) -> None:
     small.resize((1, 1)).save(folder / "dot.png")
     text = succeed(models, folder, "--output", output, "--scale", 1.5)
     assert text.splitlines()[-1].startswith("7 done, 0 skipped, 0 failed; ")
-    assert {file.name: read_picture(file).pixels.shape[:2] for file in output.iterdir()} == {
+    assert {file.name: read_picture(file).pixels.shape[:2] for file in without_records(output)} == {
         "photo.jpg": (63, 54),
         "clear.png": (18, 26),
         "clear.webp": (18, 26),
@@ -130,6 +135,9 @@ def test_files_of_every_kind(models: Path, tmp_path: Path) -> None:
         "palette.png": (18, 26),
         "dot.png": (2, 2),
     }
+    records = {file.name for file in output.iterdir()} - {file.name for file in without_records(output)}
+    one = {"photo.json", "deep.json", "gray.json", "palette.json", "dot.json"}
+    assert records == one | {"clear.png.json", "clear.webp.json"}
     assert read_picture(output / "photo.jpg").icc == PROFILE
     expected = np.asarray(Image.fromarray(clear).resize((26, 18), Image.Resampling.LANCZOS))
     for name in ("clear.png", "clear.webp"):
@@ -155,8 +163,27 @@ def test_a_picture_does_not_depend_on_the_others(models: Path, inputs: Path, tmp
         succeed(models, *order, "--output", tmp_path / name, "--scale", 1, "--seed", 3)
         results.append((tmp_path / name / "b.png").read_bytes())
     assert results[0] == results[1] == results[2]
-    assert len(list((tmp_path / "one").iterdir())) == 1
+    assert len(without_records(tmp_path / "one")) == 1
     assert not np.array_equal(make(models, b, tmp_path / "4", "--seed", 4), read_picture(tmp_path / "one/b.png").pixels)
+
+
+def test_a_result_is_made_again_by_the_record_beside_it(models: Path, inputs: Path, tmp_path: Path) -> None:
+    options = ["--scale", 1, "--seed", 3, "--steps", 1, "--prompt", "a harbour", "--output", tmp_path / "one"]
+    succeed(models, inputs, *options)
+    record = json.loads((tmp_path / "one" / "b.json").read_text())
+    assert (record["command"], record["options"]["inputs"]) == ("upscale", [str(inputs / "b.png")])
+    assert record["made"]["files"] == ["b.png"] and record["options"]["device"] == "cpu"
+    like = ["upscale", "--like", tmp_path / "one" / "b.png", "--output", tmp_path / "two"]
+    result = CliRunner().invoke(app, [str(argument) for argument in like])
+    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    assert [file.name for file in without_records(tmp_path / "two")] == ["b.png"]
+    assert (tmp_path / "two/b.png").read_bytes() == (tmp_path / "one/b.png").read_bytes()
+
+
+def test_a_file_that_is_no_record_is_not_replaced(models: Path, inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "b.json").write_text('{"caption": "mine"}')
+    assert "b.json is there and is no record" in refusal(models, inputs, "--output", tmp_path, "--scale", 1)
+    assert not (tmp_path / "a.png").exists()
 
 
 @pytest.mark.slow
@@ -164,7 +191,7 @@ def test_what_is_there_is_skipped_and_what_is_cut_off_made_anew(models: Path, in
     output = tmp_path / "out"
     line = [models, inputs, "--output", output, "--scale", 1]
     succeed(*line)
-    first = {file.name: file.read_bytes() for file in output.iterdir()}
+    first = {file.name: file.read_bytes() for file in without_records(output)}
     (output / "b.png").write_bytes(first["b.png"][:-40])
     text = succeed(*line, "--seed", 9)
     assert text.splitlines()[-1].startswith("1 done, 1 skipped, 0 failed")
@@ -173,7 +200,7 @@ def test_what_is_there_is_skipped_and_what_is_cut_off_made_anew(models: Path, in
     redone = (output / "b.png").read_bytes()
     assert redone != first["b.png"] and is_picture(output / "b.png")
     assert succeed(*line, "--overwrite").splitlines()[-1].startswith("2 done, 0 skipped")
-    assert {file.name: file.read_bytes() for file in output.iterdir()} == first
+    assert {file.name: file.read_bytes() for file in without_records(output)} == first
 
 
 def is_picture(path: Path) -> bool:
@@ -190,7 +217,7 @@ def test_broken_files_are_told_and_the_others_made(models: Path, inputs: Path, t
     for line, name in zip(lines, ("0-empty.png", "1-cut.png", "2-text.jpg"), strict=True):
         assert line.startswith("diffattn: error: expected a") and line.count(str(inputs / name)) == 1
     assert result.stdout.splitlines()[-1].startswith("2 done, 0 skipped, 3 failed; ")
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a.png", "b.png"]
+    assert [file.name for file in without_records(tmp_path / "out")] == ["a.png", "b.png"]
 
 
 def test_a_picture_that_takes_too_much_memory_is_told(
@@ -208,7 +235,7 @@ def test_a_picture_that_takes_too_much_memory_is_told(
     assert result.exit_code == 1
     wanted = f"diffattn: error: {inputs / 'a.png'}: CUDA out of memory. Tried to allocate 20 GiB\n"
     assert result.stderr == wanted
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["b.png"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["b.json", "b.png"]
 
 
 def test_an_error_of_the_program_is_not_passed_off_as_a_bad_picture(
@@ -375,7 +402,7 @@ def test_the_comparison_shows_input_and_result(models: Path, inputs: Path, tmp_p
     output = tmp_path / "out"
     line = [models, inputs / "a.png", "--output", output, "--scale", 2, "--compare"]
     succeed(*line)
-    assert sorted(file.name for file in output.iterdir()) == ["a-compare.png", "a.png"]
+    assert [file.name for file in without_records(output)] == ["a-compare.png", "a.png"]
     with Image.open(inputs / "a.png") as image:
         enlarged = np.asarray(image.resize((62, 44), Image.Resampling.BICUBIC))
     sheet = side_by_side([enlarged, read_picture(output / "a.png").pixels], ["input, bicubic", "PASD"])

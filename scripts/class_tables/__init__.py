@@ -1,0 +1,1 @@
+"""What the tables of model classes and pipelines are made of."""

@@ -1,0 +1,1 @@
+"""What the pages below docs/ are made by."""

@@ -1,0 +1,226 @@
+"""Trials of `diffattn distill` on the bundled pipeline: what was tried, what it took, how near it came.
+
+    python scripts/numbers/distillation_trials.py list
+    python scripts/numbers/distillation_trials.py run                            all; goes on where it was stopped
+    python scripts/numbers/distillation_trials.py run --group radii --part 1/2   every second, beside another process
+    python scripts/numbers/distillation_trials.py page docs/distillation.md      the tables, between their markers
+
+Every trial is the preset `tiny` with some fields changed: one run in a folder of its own, its figures in `trial.json`
+there. Times are of CPU, of all of a run's threads. Set OMP_NUM_THREADS=1 for one process per core.
+"""
+
+import itertools
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from diffattn.distill.config import DistillConfig, override, preset
+from diffattn.distill.data.shapes import held_out
+from diffattn.distill.evaluation.evaluate import compare, draw_all, velocities
+from diffattn.distill.run import open_run, train
+
+from diffattn.files.writing import write_json, write_text
+from diffattn.measure import hardware
+
+app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
+FOLDER = Path("outputs/trials")
+SAMPLES, PROMPTS, SEED = 32, 24, 1
+HOUR = 2000
+"""Steps of 16 images that fit into an hour of one core of the machine of the documents."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run."""
+
+    name: str
+    group: str
+    options: tuple[str, ...]
+    """Fields over the preset's."""
+    others: tuple[str, ...] = ()
+    """Settings that its weights are judged in besides its own."""
+
+    @property
+    def config(self) -> DistillConfig:
+        return override(preset("tiny"), self.options)
+
+    @property
+    def folder(self) -> str:
+        return f"{self.group}/{self.name.replace(' ', '-')}"
+
+
+RADII = ("3", "4", "6", "8")
+AGENT = ("mechanism=agent", "mechanism.agent_size=8,8")
+TRAINED_AGENT = (*AGENT, "mechanism.bias=true", "mechanism.depthwise_conv=true", "mechanism.window=16")
+LONG = (f"steps={HOUR}", "warmup=50")
+TRIALS = (
+    *(Trial(f"radius {own}", "radii", (f"mechanism.radius={own}",)) for own in RADII),
+    Trial(
+        "radii 3 to 8 drawn", "radii", ("drawn.radius=3,4,5,6,7,8",), tuple(f"mechanism.radius={own}" for own in RADII)
+    ),
+    Trial(
+        "the same, with slopes",
+        "radii",
+        ("drawn.radius=3,4,5,6,7,8", "slopes=true"),
+        tuple(f"mechanism.radius={own}" for own in RADII),
+    ),
+    Trial("blocks of 2", "means", ("mechanism.pool=2", "backend=dense")),
+    Trial("blocks of 4", "means", ("mechanism.pool=4", "backend=dense")),
+    Trial("all but features", "losses", ()),
+    Trial("with features", "losses", ("loss.features=0.02",)),
+    Trial("features for attention", "losses", ("loss.features=0.02", "loss.attention=0")),
+    Trial("layers first", "losses", ("layerwise=100",)),
+    Trial("noises recur", "losses", ("noises=1", "teacher_cache=2")),
+    Trial("as it is", "agent", (*AGENT, *LONG)),
+    Trial("biases and convolution", "agent", (*TRAINED_AGENT, *LONG)),
+    Trial("the same, layers first", "agent", (*TRAINED_AGENT, *LONG, "layerwise=600")),
+    Trial("the same, higher rate", "agent", (*TRAINED_AGENT, *LONG, "layerwise=600", "rate=2e-3")),
+    Trial("usual scale", "agent", (*TRAINED_AGENT, *LONG, "layerwise=600", "rate=2e-3", "mechanism.k_scale2=1.0")),
+    Trial(
+        "no data target",
+        "agent",
+        (*TRAINED_AGENT, *LONG, "layerwise=600", "rate=2e-3", "loss.target=0", "loss.features=0.05"),
+    ),
+    Trial("elu", "linear", ("mechanism=linear", *LONG)),
+    Trial("InLine, 3 x 3", "linear", (
+        "mechanism=linear", "mechanism.feature_map=identity", "mechanism.normalization=subtraction",
+        "mechanism.local_residual=3,3", *LONG)),
+    Trial("learned maps", "linear", ("mechanism=linear", "mechanism.feature_map=learned", *LONG)),
+    Trial("learned maps, 5 x 5", "linear", (
+        "mechanism=linear", "mechanism.feature_map=learned", "mechanism.local_residual=5,5", *LONG)),
+    Trial("the same, layers first", "linear", (
+        "mechanism=linear", "mechanism.feature_map=learned", "mechanism.local_residual=5,5", *LONG, "layerwise=600")),
+    Trial("the same, higher rate", "linear", (
+        "mechanism=linear", "mechanism.feature_map=learned", "mechanism.local_residual=5,5", *LONG, "layerwise=600",
+        "rate=2e-3")),
+)  # fmt: skip
+GROUPS = tuple(dict.fromkeys(trial.group for trial in TRIALS))
+
+
+def chosen(group: str | None, only: list[str] | None, part: str) -> Iterator[Trial]:
+    """The trials of a group, or those named, every Nth from the Ith on."""
+    index, _, count = part.partition("/")
+    found = [one for one in TRIALS if group in (None, one.group) and (not only or one.name in only)]
+    if not found:
+        raise typer.BadParameter(f"expected a group of {', '.join(GROUPS)} and names of its trials; see `list`")
+    yield from itertools.islice(found, int(index) - 1, None, int(count))
+
+
+@app.command("list")
+def show(group: Annotated[str | None, typer.Option(help=", ".join(GROUPS))] = None) -> None:
+    """Print the trials."""
+    for trial in chosen(group, None, "1/1"):
+        typer.echo(f"{trial.group}: {trial.name}: {' '.join(trial.options)}")
+
+
+@app.command()
+def run(
+    group: Annotated[str | None, typer.Option(help=", ".join(GROUPS))] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Name of a trial; repeatable.")] = None,
+    part: Annotated[str, typer.Option(help="I/N: every Nth trial from the Ith on.")] = "1/1",
+    steps: Annotated[int | None, typer.Option(min=1, help="Of every trial, for a look. Default: its own.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the runs.")] = FOLDER,
+) -> None:
+    """Train and judge; what is done is not done again."""
+    for trial in chosen(group, only, part):
+        folder = output / trial.folder
+        record = read(folder)
+        config = trial.config if steps is None else override(trial.config, [f"steps={steps}"])
+        if record.get("config") != json.loads(json.dumps(config.to_dict())):
+            record = {"config": config.to_dict(), "cpu_seconds": 0.0, "machine": hardware()}
+        if "judged" not in record:
+            learn(config, folder, record)
+            judge(trial, folder, record)
+        typer.echo(f"{trial.group}: {trial.name}: {line(record)}")
+
+
+def learn(config: DistillConfig, folder: Path, record: dict[str, Any]) -> None:
+    """Train on from the last checkpoint; the time of steps that are lost by a kill is not counted."""
+    start = time.process_time()
+    _, outcome = train(config, folder, resume=True, progress=True)
+    record["cpu_seconds"] += time.process_time() - start
+    write_json(folder / "trial.json", record)
+    if not outcome.finished:
+        raise SystemExit(f"stopped at step {outcome.step} of {config.steps}: the same command goes on")
+
+
+@torch.no_grad()
+def judge(trial: Trial, folder: Path, record: dict[str, Any]) -> None:
+    """Errors in every setting, and images in its own."""
+    prompts, judged = held_out(PROMPTS), {}
+    for number, options in enumerate(((), *((own,) for own in trial.others))):
+        setting = open_run(folder, options=options)
+        setting.student.model.eval()
+        _, totals = velocities(
+            setting.student, setting.scheduler, setting.held_out(), SAMPLES, setting.config.guidance, SEED
+        )
+        mechanism = str(setting.student.handle.layers[0].mechanism)
+        judged[mechanism] = {"student": totals["student"], "swap_alone": totals["swap alone"]}
+        if number == 0:
+            pictures = compare(draw_all(setting.student, setting.draw, prompts, SEED), prompts)
+            record["psnr"] = pictures.psnr
+    record["judged"] = judged
+    write_json(folder / "trial.json", record)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    file = folder / "trial.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def line(record: dict[str, Any]) -> str:
+    """A trial in words."""
+    said = [
+        f"{mechanism} {own['student']:.4f}, alone {own['swap_alone']:.3f}, {own['swap_alone'] / own['student']:.1f}x"
+        for mechanism, own in record["judged"].items()
+    ]
+    return f"{'; '.join(said)}; {record['psnr']['student']:.1f} dB; {record['cpu_seconds'] / 60:.1f} min"
+
+
+HEAD = (
+    "| trial | options | CPU min | judged as | velocity error | of the swap alone | ratio | PSNR |",
+    "|---|---|---:|---|---:|---:|---:|---:|",
+)
+
+
+def table(group: str, output: Path) -> str:
+    """The trials of a group that are done, in Markdown."""
+    rows = []
+    for trial in chosen(group, None, "1/1"):
+        record = read(output / trial.folder)
+        for number, (mechanism, own) in enumerate(record.get("judged", {}).items()):
+            better = own["swap_alone"] / own["student"]
+            ratio = f"`{mechanism}` | {own['student']:.4f} | {own['swap_alone']:.4f} | {better:.1f}"
+            if number:
+                rows.append(f"| | | | {ratio} | |")
+                continue
+            said, minutes = " ".join(trial.options) or "the preset", record["cpu_seconds"] / 60
+            rows.append(f"| {trial.name} | `{said}` | {minutes:.1f} | {ratio} | {record['psnr']['student']:.1f} dB |")
+    return "\n".join([*HEAD, *rows]) if rows else "*Not measured yet.*"
+
+
+@app.command()
+def page(
+    file: Annotated[Path, typer.Argument(help="Markdown file with markers of the groups.")],
+    output: Annotated[Path, typer.Option(help="Folder of the runs.")] = FOLDER,
+) -> None:
+    """Write the tables between `<!-- trials GROUP -->` and `<!-- /trials GROUP -->`."""
+    text = file.read_text(encoding="utf-8")
+    for group in GROUPS:
+        begin, end = f"<!-- trials {group} -->", f"<!-- /trials {group} -->"
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if found and closed:
+            text = f"{before}{begin}\n{table(group, output)}\n{end}{after}"
+    write_text(file, text)
+
+
+if __name__ == "__main__":
+    logging.getLogger("diffattn").setLevel(logging.ERROR)
+    app()

@@ -1,0 +1,1 @@
+"""What `scripts/patterns.py` is made of."""
