@@ -202,13 +202,36 @@ def test_calls_by_head_are_timed_beside_their_parts() -> None:
     assert not timing._time(IMAGE, ClearAttention(radius=2), 2).get("parts_seconds")
 
 
-def test_records_of_two_machines_are_not_mixed(tmp_path: Path) -> None:
-    folder = runs(tmp_path)
+def test_figures_of_two_machines_stand_together_with_marks(tmp_path: Path) -> None:
+    """A folder of runs of one machine, then a time and a training alone of another."""
+    file, order = tmp_path / "patterns.json", [one.name for one in SETTINGS]
+    first = collecting.collect(runs(tmp_path / "runs"), file, order)
+    other = measuring.machine() | {"vectors": "mmx"}
+    for kind in ("time", "distilled"):
+        name = measuring.file_of(Path(), CELLS["256"], SETTINGS[1], kind)
+        record = json.loads((tmp_path / "runs" / name).read_text()) | {"machine": other}
+        (tmp_path / "later" / "256").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "later" / name).write_text(json.dumps(record))
+    values = collecting.collect(tmp_path / "later", file, order)
+    assert values["machines"] == [*first["machines"], other]
+    marked = values["cells"]["256"]["settings"][1]
+    assert (marked["time_machine"], marked["distilled"]["machine"], "machine" in marked) == (2, 2, False)
+    former = first["cells"]["256"]["settings"]
+    assert [row for row in values["cells"]["256"]["settings"] if row is not marked] == [former[0], *former[2:]]
+    tables = page.tables(values)
+    assert f"[2] {other['cpu']} with mmx" in tables["machine"]
+    assert "| 3 (2.5-3.5)[2] | 2.00x |" in tables["cell 256"] and "| 3 (2.5-3.5) | 2.00x |" in tables["cell 256"]
+    assert "| 9[2] |" in tables["distilled"] and "| 9 |" in tables["distilled"]
+    assert collecting.collect(tmp_path / "runs", file, order)["cells"] == first["cells"]
+
+
+def test_figures_of_other_versions_are_refused(tmp_path: Path) -> None:
+    folder, order = runs(tmp_path), [one.name for one in SETTINGS]
     path = measuring.file_of(folder, CELLS["256"], SETTINGS[1])
     record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"machine": record["machine"] | {"vectors": "mmx"}}))
-    with pytest.raises(ValueError, match="has vectors mmx"):
-        collecting.collect(folder, tmp_path / "patterns.json", [one.name for one in SETTINGS])
+    path.write_text(json.dumps(record | {"machine": record["machine"] | {"torch": "0.1"}}))
+    with pytest.raises(ValueError, match="has torch 0.1, and the others have"):
+        collecting.collect(folder, tmp_path / "patterns.json", order)
 
 
 def test_names_beside_a_plot_stand_apart() -> None:

@@ -42,8 +42,12 @@ def vectors() -> str:
 
 def file_of(runs: Path, cell: Cell, setting: Setting, kind: str = "") -> Path:
     """Where a setting's figures are; of `kind` "time" or "distilled" those."""
-    slug = re.sub(r"[^a-z0-9]+", "-", setting.name.lower()).strip("-")
-    return runs / cell.name / f"{slug}{kind and '.'}{kind}.json"
+    return runs / cell.name / f"{slug(setting.name)}{kind and '.'}{kind}.json"
+
+
+def slug(name: str) -> str:
+    """A setting's name as a name of files."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 FAILURES = (ValueError, TypeError, RuntimeError, NotImplementedError)

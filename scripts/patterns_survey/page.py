@@ -50,13 +50,25 @@ def tables(values: Values) -> dict[str, str]:
 
 def machine(values: Values) -> str:
     """What it was measured on."""
-    own = values.get("machine")
-    if not own:
+    machines = values.get("machines")
+    if not machines:
         return "*Not measured yet.*"
-    return (
-        f"Measured on {own['cpu']} with {own['vectors']}, one thread, torch {own['torch']}, diffusers "
-        f"{own['diffusers']}, by `scripts/patterns.py`."
+    first, *others = machines
+    text = (
+        f"Measured on {_processor(first)}, one thread, torch {first['torch']}, diffusers {first['diffusers']}, by "
+        "`scripts/patterns.py`."
     )
+    marks = "; ".join(f"{_mark(number)} {_processor(own)}" for number, own in enumerate(others, 2))
+    return f"{text}\nTimes, and steps of a training, that have a mark are of another processor: {marks}." if marks else text
+
+
+def _processor(machine: Values) -> str:
+    return f"{machine['cpu']} with {machine['vectors']}"
+
+
+def _mark(number: int) -> str:
+    """Beside a figure of another machine than the first."""
+    return "" if number == 1 else f"[{number}]"
 
 
 def cell_table(cell: Values | None) -> str:
@@ -109,8 +121,9 @@ def _times(row: Values) -> str:
     if "seconds" not in row:
         return "- | -"
     own, full = statistics.median(row["seconds"]), statistics.median(row["full_seconds"])
+    mark = _mark(row.get("time_machine", 1))
     low, _, high = statistics.quantiles(row["seconds"], n=4, method="inclusive")
-    return f"{own * 1e3:.3g} ({low * 1e3:.3g}-{high * 1e3:.3g}) | {full / own:.2f}x"
+    return f"{own * 1e3:.3g} ({low * 1e3:.3g}-{high * 1e3:.3g}){mark} | {full / own:.2f}x"
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -133,10 +146,14 @@ def distilled_table(cell: Values | None) -> str:
         own = row["distilled"]
         before, after = statistics.median(row["psnr"]), statistics.median(own["psnr"])
         lines.append(
-            f"| {row['setting']} | {row['share']:.3f} | {own['steps_trained']} | {before:.1f} | {after:.1f} | "
+            f"| {row['setting']} | {row['share']:.3f} | {_steps(own)} | {before:.1f} | {after:.1f} | "
             f"{_spread(own['psnr'])} | {_error(row)} | {_error(own)} |"
         )
     return "\n".join(lines)
+
+
+def _steps(row: Values) -> str:
+    return f"{row['steps_trained']}{_mark(row.get('machine', 1))}"
 
 
 def otherwise_table(cell: Values | None) -> str:
@@ -149,6 +166,6 @@ def otherwise_table(cell: Values | None) -> str:
         how = f"`{' '.join(row['changes'])}`" if row.get("changes") else "the preset's"
         lines.append(
             f"| {row['setting']} | `{row['mechanism']}` | {row['share']:.3f} | {how} | {row['minutes']:g} | "
-            f"{row['steps_trained']} | {statistics.median(row['psnr']):.1f} | {_spread(row['psnr'])} | {_error(row)} |"
+            f"{_steps(row)} | {statistics.median(row['psnr']):.1f} | {_spread(row['psnr'])} | {_error(row)} |"
         )
     return "\n".join(lines)

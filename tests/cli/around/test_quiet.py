@@ -56,7 +56,7 @@ def test_generate_prints_its_own_lines_alone_and_makes_the_same_again(tmp_path: 
     ids=lambda arguments: arguments[0],
 )
 def test_other_commands_are_as_quiet(arguments: list[object], tmp_path: Path) -> None:
-    result = program(*arguments, *([tmp_path / "out.mp4"] if arguments[-1] == "--output" else []))
+    result = program(*arguments, *([tmp_path / "frames"] if arguments[-1] == "--output" else []))
     assert (result.returncode, result.stderr) == (0, "")
 
 
