@@ -1,8 +1,9 @@
 """What the mechanisms with a linear branch share: a part, the branch beside it, and the branch's projection.
 
-    out_i = part(q, k, v)_i + project(l_i) for the cells i;    other tokens have what the part gives them
+    out_i = part(q, k, v)_i + P l_i + b for the cells i;    other tokens have what the part gives them
 
-`l` is that of `parts/linear_branch.py`, over all cells or over the tiles that the part leaves out.
+`l` is that of `parts/linear_branch.py`, over all cells or over the tiles that the part leaves out. Over all cells there
+is one sum of keys and values for all queries, which P is put on: P (f S) = f (S P), d^2 numbers in place of n d.
 """
 
 from dataclasses import dataclass, replace
@@ -39,9 +40,16 @@ class BranchWeights(nn.Module):
     maps: LinearWeights | None
     """Those of the feature maps."""
 
+    bias: Tensor | None = None
+    """What is added to every cell, `(c,)`."""
+
     def project(self, found: Tensor) -> Tensor:
-        """What is added for `l` `(b, h, n, c)`."""
+        """P times `(b, h, n, c)`."""
         raise NotImplementedError
+
+    def shift(self, projected: Tensor) -> Tensor:
+        """With the bias, where there is one."""
+        return projected if self.bias is None else projected + self.bias.to(projected)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,13 +132,13 @@ class Branched(Mechanism):
         out = own()
         with torch.autocast(q.device.type, enabled=False):  # which would take sums in half precision again
             f, g, values, mask = self._branch(q.to(number), k.to(number), v.to(number), grid, weights, context)
-            more = weights.project(over_all(f, g, values, mask, self.eps))
+            more = weights.shift(over_all(f, g, values, mask, self.eps, weights.project))
             return (out.to(number) + F.pad(more, (0, 0, grid.before, grid.after))).to(q.dtype)
 
     def _beside(self, call: RoutedCall, chosen: Tensor, *, weights: BranchWeights, heads: int) -> Tensor:
         """The projected branch over the rest, by tiles."""
         found = over_rest(call, chosen, self.feature_map, weights.maps, heads, self.eps)
-        return weights.project(found.flatten(1, 2).unflatten(0, (-1, heads))).reshape(found.shape)
+        return weights.shift(weights.project(found.flatten(1, 2).unflatten(0, (-1, heads)))).reshape(found.shape)
 
     def _branch(
         self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, weights: BranchWeights, context: Context
@@ -162,7 +170,7 @@ class Branched(Mechanism):
             keys = self.part.seen(q, k, v, grid, scale=scale, context=told, **chosen).keys.to(q.device)
             seen = ~keys[..., grid.cell_slice, grid.cell_slice]
         f, g, values, mask = self._branch(q, k, v, grid, weights, context)
-        more = weights.project(branch_reference(f, g, values, mask, seen, self.eps))
+        more = weights.shift(weights.project(branch_reference(f, g, values, mask, seen, self.eps)))
         return out + F.pad(more, (0, 0, grid.before, grid.after))
 
     def seen(
@@ -185,5 +193,4 @@ class Branched(Mechanism):
         tiles = self.part.left_tiles(grid) if self.takes_rest else None
         if self.takes_rest and tiles is None:
             return own
-        projected = 2 * grid.cells * head_dim**2
-        return own + heads * (linear_branch.operations(grid.cells, head_dim, self.feature_map, tiles) + projected)
+        return own + heads * linear_branch.operations(grid.cells, head_dim, self.feature_map, tiles)

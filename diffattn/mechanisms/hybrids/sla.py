@@ -46,8 +46,12 @@ class SLAWeights(BranchWeights):
         super().__init__()
         self.proj_l = ZeroLinear(head_dim, head_dim)
 
+    @property
+    def bias(self) -> Tensor:  # type: ignore[override]
+        return self.proj_l.bias
+
     def project(self, found: Tensor) -> Tensor:
-        return nn.functional.linear(found, self.proj_l.weight.to(found), self.proj_l.bias.to(found))
+        return found @ self.proj_l.weight.mT.to(found)
 
 
 @register("sla")

@@ -17,6 +17,8 @@ Hedgehog & the Porcupine, https://arxiv.org/abs/2402.04347, here divided by the 
 outweighs the others without bound.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -60,10 +62,12 @@ def _relative(logs: Tensor, *axes: int) -> Tensor:
     return (logs - logs.amax(axes, keepdim=True).clamp(min=torch.finfo(logs.dtype).min)).exp()
 
 
-def over_all(f: Tensor, g: Tensor, v: Tensor, weights: Tensor | None, eps: float) -> Tensor:
-    """l over all cells, `(b, h, cells, c)`, from features and values of the cells."""
+def over_all(
+    f: Tensor, g: Tensor, v: Tensor, weights: Tensor | None, eps: float, project: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """P l over all cells, `(b, h, cells, c)`, from features and values of the cells; P is put on the sum."""
     g = g if weights is None else g * weights
-    return f @ (g.mT @ v) / (f @ g.sum(-2).unsqueeze(-1) + eps)
+    return f @ project(g.mT @ v) / (f @ g.sum(-2).unsqueeze(-1) + eps)
 
 
 def over_rest(
@@ -106,10 +110,10 @@ def branch_reference(f: Tensor, g: Tensor, v: Tensor, weights: Tensor | None, se
 
 
 def operations(cells: int, head_dim: int, name: str, tiles: tuple[int, int] | None) -> int:
-    """Of one head: products of maps, of sums and of queries; `tiles` of queries and keys where R are whole tiles."""
+    """Of one head: products of maps, sums, queries and P; `tiles` of queries and keys where R are whole tiles."""
     features = 2 * head_dim if name == "learned" else head_dim
     maps = 4 * cells * head_dim**2 if name == "learned" else 0
     if tiles is None:
-        return maps + 4 * cells * features * head_dim + 2 * cells * features
-    rest = 2 * tiles[0] * tiles[1] * features * (head_dim + 1)
+        return maps + 4 * cells * features * head_dim + 2 * cells * features + 2 * features * head_dim**2
+    rest = 2 * cells * head_dim**2 + 2 * tiles[0] * tiles[1] * features * (head_dim + 1)
     return maps + 4 * cells * features * head_dim + 2 * cells * features + rest
