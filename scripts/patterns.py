@@ -9,7 +9,8 @@
     python scripts/patterns.py page                       docs/patterns.json, the tables of docs/patterns.md, the plots
 
 Cells: 128, 256, 512, video, or all. Figures are kept in --runs, a file for each setting, which belongs to the machine
-that began it; `page` puts those of several machines together, and marks times and steps of training. Set OMP_NUM_THREADS=1 for one process per core.
+that began it; `page` puts those of several machines together, and marks times and steps of training. Set
+OMP_NUM_THREADS=1 for one process per core.
 """
 
 import logging

@@ -56,8 +56,8 @@ def _row(values: dict[str, Any], path: Path, former: dict[str, Any]) -> dict[str
     time, distilled = (read_json(path.with_suffix(f".{kind}.json")) for kind in ("time", "distilled"))
     if mechanism and time.get("mechanism") == mechanism and "seconds" in time:
         row = {key: value for key, value in row.items() if key not in TIME}
-        row |= {key: time[key] for key in TIME if key in time}
-        row |= {"time_machine": number for number in _machine(values, time, path).values()}
+        number = _machine(values, time, path).get("machine")
+        row |= {key: time[key] for key in TIME if key in time} | ({"time_machine": number} if number else {})
     if mechanism and distilled.get("mechanism") == mechanism and len(distilled.get("psnr", ())) == len(row["psnr"]):
         row["distilled"] = _trained(values, distilled, path)
     return row

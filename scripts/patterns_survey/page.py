@@ -59,7 +59,7 @@ def machine(values: Values) -> str:
         "`scripts/patterns.py`."
     )
     marks = "; ".join(f"{_mark(number)} {_processor(own)}" for number, own in enumerate(others, 2))
-    return f"{text}\nTimes, and steps of a training, that have a mark are of another processor: {marks}." if marks else text
+    return f"{text}\nTimes and steps of training with a mark are of another processor: {marks}." if marks else text
 
 
 def _processor(machine: Values) -> str:

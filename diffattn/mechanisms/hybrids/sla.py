@@ -23,7 +23,7 @@ takes bfloat16. The paper's third kind of blocks, which it drops, is in neither 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...config import register
 from ...grid import TokenGrid
