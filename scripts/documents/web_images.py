@@ -7,6 +7,7 @@ Twenty images, to be looked at after the style changed. A comparison, a short ru
 first, where they are not in the folder yet.
 """
 
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,8 @@ SETTINGS = ("clear radius=3", "clear radius=3 pool=2", "routing share=0.5")
 RUN = ["distill", "run", "--preset", "tiny", "--no-evaluate", "-s", "steps=40", "-s", "sheet_every=20"]
 CLIP = ["generate", "tiny:wan", "--prompt", "a red square that moves to the right", "--steps", "8", "--frames", "17"]
 """Commands whose results the page shows."""
+PATIENCE = 120_000
+"""Milliseconds."""
 SMALL = {"Height": 128, "Width": 128, "Steps": 4}
 
 
@@ -55,7 +58,7 @@ def make(folder: Path) -> None:
 def fill(page: Page, **values: Any) -> None:
     """Fields that are shown, by the beginning of their labels."""
     for name, value in values.items():
-        page.get_by_label(name.replace("_", " ")).locator("visible=true").first.fill(str(value))
+        page.get_by_label(re.compile(rf"^\s*{name.replace('_', ' ')}\b")).locator("visible=true").first.fill(str(value))
 
 
 def draw(page: Page, name: str, shown: str) -> None:
@@ -144,7 +147,7 @@ def main(
         for width in WIDTHS:
             for theme in THEMES:
                 page = chromium.new_page(viewport={"width": width, "height": 900})
-                page.set_default_timeout(300_000)
+                page.set_default_timeout(PATIENCE)
                 page.goto(f"{server.url}/?__theme={theme}")
                 page.wait_for_selector("#compare-draw")
                 photograph(page, output, tabs, f"{theme}-{width}")

@@ -3,10 +3,12 @@
     python scripts/numbers/distillation_trials.py list
     python scripts/numbers/distillation_trials.py run                            all; goes on where it was stopped
     python scripts/numbers/distillation_trials.py run --group radii --part 1/2   every second, beside another process
-    python scripts/numbers/distillation_trials.py page docs/distillation.md      the tables, between their markers
+    python scripts/numbers/distillation_trials.py page                           docs/distillation.json, and its tables
 
 Every trial is the preset `tiny` with some fields changed: one run in a folder of its own, its figures in `trial.json`
-there. Times are of CPU, of all of a run's threads. Set OMP_NUM_THREADS=1 for one process per core.
+there. `page` collects them in docs/distillation.json, which keeps those that the folder does not have, and writes the
+tables of docs/distillation.md between their markers. Times are of CPU, of all of a run's threads. Set OMP_NUM_THREADS=1
+for one process per core.
 """
 
 import itertools
@@ -56,6 +58,7 @@ class Trial:
 
 
 RADII = ("3", "4", "6", "8")
+SLOPES = ("drawn.radius=3,4,5,6,7,8", "slopes=true")
 AGENT = ("mechanism=agent", "mechanism.agent_size=8,8")
 TRAINED_AGENT = (*AGENT, "mechanism.bias=true", "mechanism.depthwise_conv=true", "mechanism.window=16")
 LONG = (f"steps={HOUR}", "warmup=50")
@@ -67,7 +70,19 @@ TRIALS = (
     Trial(
         "the same, with slopes",
         "radii",
-        ("drawn.radius=3,4,5,6,7,8", "slopes=true"),
+        SLOPES,
+        tuple(f"mechanism.radius={own}" for own in RADII),
+    ),
+    Trial(
+        "by the teacher alone",
+        "radii",
+        (*SLOPES, "loss.target=0"),
+        tuple(f"mechanism.radius={own}" for own in RADII),
+    ),
+    Trial(
+        "steps of one size",
+        "radii",
+        (*SLOPES, "loss.target=0", "clip=1e-3"),
         tuple(f"mechanism.radius={own}" for own in RADII),
     ),
     Trial("blocks of 2", "means", ("mechanism.pool=2", "backend=dense")),
@@ -134,6 +149,7 @@ def run(
         config = trial.config if steps is None else override(trial.config, [f"steps={steps}"])
         if record.get("config") != json.loads(json.dumps(config.to_dict())):
             record = {"config": config.to_dict(), "cpu_seconds": 0.0, "machine": hardware()}
+            record["vectors"] = torch.backends.cpu.get_cpu_capability()
         if "judged" not in record:
             learn(config, folder, record)
             judge(trial, folder, record)
@@ -189,35 +205,55 @@ HEAD = (
 )
 
 
-def table(group: str, output: Path) -> str:
+KEPT = ("judged", "psnr", "cpu_seconds", "vectors")
+
+
+def collect(output: Path, file: Path) -> dict[str, Any]:
+    """What is known of every trial, by its folder: of the runs in `output`, else of `file`, which is written anew."""
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = {}
+    for trial in TRIALS:
+        own = read(output / trial.folder)
+        if "judged" in own:
+            known[trial.folder] = {"options": list(trial.options)} | {key: own[key] for key in KEPT}
+        if known.get(trial.folder, {}).get("options") == list(trial.options):
+            found[trial.folder] = known[trial.folder]
+    lines = [f" {json.dumps(name)}: {json.dumps(record)}" for name, record in found.items()]
+    write_text(file, "{\n" + ",\n".join(lines) + "\n}\n")
+    return found
+
+
+def table(group: str, known: dict[str, Any]) -> str:
     """The trials of a group that are done, in Markdown."""
     rows = []
     for trial in chosen(group, None, "1/1"):
-        record = read(output / trial.folder)
+        record = known.get(trial.folder, {})
         for number, (mechanism, own) in enumerate(record.get("judged", {}).items()):
             better = own["swap_alone"] / own["student"]
             ratio = f"`{mechanism}` | {own['student']:.4f} | {own['swap_alone']:.4f} | {better:.1f}"
             if number:
                 rows.append(f"| | | | {ratio} | |")
                 continue
-            said, minutes = " ".join(trial.options) or "the preset", record["cpu_seconds"] / 60
-            rows.append(f"| {trial.name} | `{said}` | {minutes:.1f} | {ratio} | {record['psnr']['student']:.1f} dB |")
+            said = " ".join(trial.options) or "the preset"
+            minutes = f"{record['cpu_seconds'] / 60:.1f} ({record['vectors']})"
+            rows.append(f"| {trial.name} | `{said}` | {minutes} | {ratio} | {record['psnr']['student']:.1f} dB |")
     return "\n".join([*HEAD, *rows]) if rows else "*Not measured yet.*"
 
 
 @app.command()
 def page(
-    file: Annotated[Path, typer.Argument(help="Markdown file with markers of the groups.")],
     output: Annotated[Path, typer.Option(help="Folder of the runs.")] = FOLDER,
+    docs: Annotated[Path, typer.Option(help="Folder of distillation.md and distillation.json.")] = Path("docs"),
 ) -> None:
     """Write the tables between `<!-- trials GROUP -->` and `<!-- /trials GROUP -->`."""
+    file, known = docs / "distillation.md", collect(output, docs / "distillation.json")
     text = file.read_text(encoding="utf-8")
     for group in GROUPS:
         begin, end = f"<!-- trials {group} -->", f"<!-- /trials {group} -->"
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
         if found and closed:
-            text = f"{before}{begin}\n{table(group, output)}\n{end}{after}"
+            text = f"{before}{begin}\n{table(group, known)}\n{end}{after}"
     write_text(file, text)
 
 
