@@ -83,7 +83,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> s
     )
     return (
         f'<div class="da-scroll" tabindex="0" role="region" aria-label="{escaped(caption)}"><table class="da-table">'
-        f"<caption>{escaped(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"<caption><span>{escaped(caption)}</span></caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 

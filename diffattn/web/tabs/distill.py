@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 
+from ... import config as mechanisms
 from ...distill.training.log import LOG, read_log
 from ...media.pictures import read_picture
 from .. import charts, html
@@ -22,7 +23,7 @@ def build(page: Any, folders: Folders) -> None:
     """Put the tab together."""
     import gradio as gr
 
-    gr.Markdown(f"Losses and sheets of a run of `diffattn distill`. To start one: `{HOW}`.")
+    gr.Markdown(f"Losses and sheets of a run of `diffattn distill`. To start one: `{HOW}`")
     which = chooser("Run", folders.runs)
     following = gr.Checkbox(False, label=f"Follow: look again every {EVERY:g} seconds")
     error, losses = gr.HTML(elem_id="distill-error"), view(elem_id="distill-losses")
@@ -81,11 +82,16 @@ def progress(run: Path, rows: list[dict[str, float]]) -> str:
     told = [f"step {last['step']}" + (f" of {steps}" if steps else "")]
     told += [f"{seconds:.2f} s a step"] if seconds else []
     told += [f"learning rate {last['rate']:.2g}"] if "rate" in last else []
-    mechanism = config.get("mechanism")
-    if isinstance(mechanism, dict):
-        options = ", ".join(f"{name}={value}" for name, value in mechanism.items() if name != "type")
-        told.append(f"{mechanism.get('type')}({options})")
+    told += [_mechanism(config["mechanism"])] if "mechanism" in config else []
     return "; ".join(told)
+
+
+def _mechanism(values: Any) -> str:
+    """As it is written in a line; of another version's, which this one does not read, the values as they are."""
+    try:
+        return str(mechanisms.from_dict(values))
+    except ValueError:
+        return str(values)
 
 
 def _config(run: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def build(page: Any, folders: Folders) -> None:
     """Put the tab together."""
     import gradio as gr
 
-    gr.Markdown(f"What `diffattn compare` found. Choose a point to see its images. To make one: `{HOW}`.")
+    gr.Markdown(f"What `diffattn compare` found. Choose a point to see its images. To make one: `{HOW}`")
     which = chooser("Comparison", folders.comparisons)
     error = gr.HTML(elem_id="frontier-error")
     chart = view(elem_id="frontier-chart")

@@ -1,5 +1,6 @@
 """What tabs show of what they found, and what they refuse."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffattn import RoutingAttention, TokenGrid
+from diffattn import ClearAttention, RoutingAttention, TokenGrid
 from diffattn.comparison import Comparison, Drawn, Row
 from diffattn.measure.watching import Caught
 from diffattn.mechanisms.base import Context
@@ -121,3 +122,13 @@ def test_a_run_without_steps_sheets_or_a_whole_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"expected the config of a run in .*config\.json"):
         distill.show(tmp_path)
+
+
+def test_a_run_names_its_mechanism_as_a_line_does(tmp_path: Path) -> None:
+    rows = [{"step": 2, "seconds": 0.5}]
+    for values, shown in (
+        (ClearAttention(radius=3, pool=2).to_dict(), "clear(pool=2, radius=3)"),
+        ({"type": "of-later", "girth": 1}, "{'type': 'of-later', 'girth': 1}"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"steps": 9, "mechanism": values}))
+        assert distill.progress(tmp_path, rows) == f"step 2 of 9; 0.50 s a step; {shown}"
