@@ -61,6 +61,8 @@ RADII = ("3", "4", "6", "8")
 SLOPES = ("drawn.radius=3,4,5,6,7,8", "slopes=true")
 AGENT = ("mechanism=agent", "mechanism.agent_size=8,8")
 TRAINED_AGENT = (*AGENT, "mechanism.bias=true", "mechanism.depthwise_conv=true", "mechanism.window=16")
+LINEAR = ("mechanism=linear",)
+LEARNED = (*LINEAR, "mechanism.feature_map=learned", "mechanism.local_residual=5,5")
 LONG = (f"steps={HOUR}", "warmup=50")
 TRIALS = (
     *(Trial(f"radius {own}", "radii", (f"mechanism.radius={own}",)) for own in RADII),
@@ -92,28 +94,23 @@ TRIALS = (
     Trial("features for attention", "losses", ("loss.features=0.02", "loss.attention=0")),
     Trial("layers first", "losses", ("layerwise=100",)),
     Trial("noises recur", "losses", ("noises=1", "teacher_cache=2")),
-    Trial("as it is", "agent", (*AGENT, *LONG)),
-    Trial("biases and convolution", "agent", (*TRAINED_AGENT, *LONG)),
-    Trial("the same, layers first", "agent", (*TRAINED_AGENT, *LONG, "layerwise=600")),
-    Trial("the same, higher rate", "agent", (*TRAINED_AGENT, *LONG, "layerwise=600", "rate=2e-3")),
-    Trial("usual scale", "agent", (*TRAINED_AGENT, *LONG, "layerwise=600", "rate=2e-3", "mechanism.k_scale2=1.0")),
-    Trial(
-        "no data target",
-        "agent",
-        (*TRAINED_AGENT, *LONG, "layerwise=600", "rate=2e-3", "loss.target=0", "loss.features=0.05"),
-    ),
-    Trial("elu", "linear", ("mechanism=linear", *LONG)),
+    Trial("as it is", "agent", AGENT),
+    Trial("biases and convolution", "agent", TRAINED_AGENT),
+    Trial("and layers first", "agent", (*TRAINED_AGENT, "layerwise=100")),
+    Trial("and four times the rate", "agent", (*TRAINED_AGENT, "rate=2e-3")),
+    Trial("and the teacher alone", "agent", (*TRAINED_AGENT, "rate=2e-3", "loss.target=0")),
+    Trial("and features", "agent", (*TRAINED_AGENT, "rate=2e-3", "loss.target=0", "loss.features=0.05")),
+    Trial("an hour", "agent", (*TRAINED_AGENT, "rate=2e-3", "loss.target=0", *LONG)),
+    Trial("elu", "linear", LINEAR),
     Trial("InLine, 3 x 3", "linear", (
-        "mechanism=linear", "mechanism.feature_map=identity", "mechanism.normalization=subtraction",
-        "mechanism.local_residual=3,3", *LONG)),
-    Trial("learned maps", "linear", ("mechanism=linear", "mechanism.feature_map=learned", *LONG)),
-    Trial("learned maps, 5 x 5", "linear", (
-        "mechanism=linear", "mechanism.feature_map=learned", "mechanism.local_residual=5,5", *LONG)),
-    Trial("the same, layers first", "linear", (
-        "mechanism=linear", "mechanism.feature_map=learned", "mechanism.local_residual=5,5", *LONG, "layerwise=600")),
-    Trial("the same, higher rate", "linear", (
-        "mechanism=linear", "mechanism.feature_map=learned", "mechanism.local_residual=5,5", *LONG, "layerwise=600",
-        "rate=2e-3")),
+        *LINEAR, "mechanism.feature_map=identity", "mechanism.normalization=subtraction",
+        "mechanism.local_residual=3,3")),
+    Trial("learned maps", "linear", (*LINEAR, "mechanism.feature_map=learned")),
+    Trial("and 5 x 5", "linear", LEARNED),
+    Trial("and layers first", "linear", (*LEARNED, "layerwise=100")),
+    Trial("and four times the rate", "linear", (*LEARNED, "rate=2e-3")),
+    Trial("and the teacher alone", "linear", (*LEARNED, "rate=2e-3", "loss.target=0")),
+    Trial("an hour", "linear", (*LEARNED, "rate=2e-3", "loss.target=0", *LONG)),
 )  # fmt: skip
 GROUPS = tuple(dict.fromkeys(trial.group for trial in TRIALS))
 
