@@ -167,7 +167,7 @@ def test_tables_and_plots_come_from_the_records(tmp_path: Path) -> None:
     assert page.tables(values)["otherwise"] == "*Not measured yet.*"
     plots.draw(tmp_path / "docs", values)
     names = {path.name for path in (tmp_path / "docs").glob("*.png")}
-    assert names == {"patterns.png", "patterns-128.png", "patterns-256.png"}
+    assert names == {"patterns.png", "patterns-128.png", "patterns-256.png", "patterns-distilled.png"}
 
 
 def test_what_was_trained_otherwise_has_a_table_of_its_own(tmp_path: Path) -> None:

@@ -134,12 +134,17 @@ def _error(row: Values) -> str:
     return f"{statistics.mean(one for prompt in row['error'] for one in prompt):.4f}" if row.get("error") else "-"
 
 
+def trained(cell: Values | None) -> list[Values]:
+    """The settings that were trained, the nearest after it first."""
+    rows = [row for row in measured(cell) if row.get("distilled")]
+    return sorted(rows, key=lambda row: -statistics.median(row["distilled"]["psnr"]))
+
+
 def distilled_table(cell: Values | None) -> str:
     """What training brought, the nearest after it first."""
-    rows = [row for row in measured(cell) if row.get("distilled")]
+    rows = trained(cell)
     if not rows:
         return "*Not measured yet.*"
-    rows.sort(key=lambda row: -statistics.median(row["distilled"]["psnr"]))
     first = rows[0]["distilled"]
     lines = [f"{first['minutes']:g} minutes of one core each, batches of {first['batch']}.", "", *TRAINED]
     for row in rows:

@@ -1,4 +1,7 @@
-"""Fidelity against share: every setting a dot with the spread over its prompts, its name beside the plot."""
+"""Fidelity against share: every setting a dot with the spread over its prompts, its name beside the plot.
+
+And what training brought: for every setting that was trained two dots on a line, before and after.
+"""
 
 import statistics
 from pathlib import Path
@@ -8,7 +11,7 @@ from diffattn.files.writing import written
 from diffattn.media.drawing import figure_class
 
 from .cells import CELLS
-from .page import measured
+from .page import DISTILLED, measured, trained
 from .settings import CHOSEN, FEW, KINDS, PATTERN, PATTERN_POOLED, POOLED, REUSED, WINDOW
 
 COLOURS = {
@@ -25,7 +28,7 @@ GAP = 1.0
 
 
 def draw(docs: Path, values: dict[str, Any]) -> None:
-    """`patterns.png` with all cells that were measured, and `patterns-NAME.png` with each by itself."""
+    """`patterns.png` with all cells, `patterns-NAME.png` with each by itself, `patterns-distilled.png` of training."""
     names = [name for name in CELLS if measured(values["cells"].get(name))]
     if not names:
         return
@@ -45,6 +48,29 @@ def draw(docs: Path, values: dict[str, Any]) -> None:
     _legend(figure, columns=4)
     with written(docs / "patterns.png") as path:
         figure.savefig(path)
+    if rows_trained := trained(values["cells"].get(DISTILLED)):
+        figure = figure_class()(figsize=(8, 1.6 + 0.27 * len(rows_trained)), layout="constrained", dpi=110)
+        _pairs(figure.subplots(), rows_trained)
+        _legend(figure, columns=2)
+        with written(docs / "patterns-distilled.png") as path:
+            figure.savefig(path)
+
+
+def _pairs(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """A line for each setting, the nearest after training on top: a ring before, a dot after, the spread after."""
+    for place, row in enumerate(reversed(rows)):
+        colour, own = COLOURS[row["kind"]], row["distilled"]["psnr"]
+        before, after = statistics.median(row["psnr"]), statistics.median(own)
+        axes.plot([min(own), max(own)], [place, place], color=colour, linewidth=0.8, alpha=0.35)
+        axes.plot([before, after], [place, place], color=colour, linewidth=2)
+        axes.plot([before], [place], "o", color=colour, markersize=6, markerfacecolor="white")
+        axes.plot([after], [place], "o", color=colour, markersize=6)
+    axes.set_yticks(range(len(rows)), [row["setting"] for row in reversed(rows)], fontsize=8)
+    axes.set_xlabel("PSNR to full attention's image, dB: ring before training, dot after")
+    axes.grid(axis="x", color="#dadce0", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
 
 
 def _legend(figure: Any, columns: int) -> None:
