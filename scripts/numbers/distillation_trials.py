@@ -59,6 +59,8 @@ class Trial:
 
 RADII = ("3", "4", "6", "8")
 SLOPES = ("drawn.radius=3,4,5,6,7,8", "slopes=true")
+ONE_SIZE = ("loss.target=0", "clip=1e-3")
+"""By the teacher alone; and every gradient is scaled to one length, so that an easy setting counts as a hard one."""
 AGENT = ("mechanism=agent", "mechanism.agent_size=8,8")
 TRAINED_AGENT = (*AGENT, "mechanism.bias=true", "mechanism.depthwise_conv=true", "mechanism.window=16")
 LINEAR = ("mechanism=linear",)
@@ -75,6 +77,7 @@ TRIALS = (
         SLOPES,
         tuple(f"mechanism.radius={own}" for own in RADII),
     ),
+    *(Trial(f"radius {own}, steps of one size", "radii", (f"mechanism.radius={own}", *ONE_SIZE)) for own in RADII),
     Trial(
         "by the teacher alone",
         "radii",
@@ -84,12 +87,14 @@ TRIALS = (
     Trial(
         "steps of one size",
         "radii",
-        (*SLOPES, "loss.target=0", "clip=1e-3"),
+        (*SLOPES, *ONE_SIZE),
         tuple(f"mechanism.radius={own}" for own in RADII),
     ),
     Trial("blocks of 2", "means", ("mechanism.pool=2", "backend=dense")),
     Trial("blocks of 4", "means", ("mechanism.pool=4", "backend=dense")),
     Trial("all but features", "losses", ()),
+    Trial("by the teacher alone", "losses", ("loss.target=0",)),
+    Trial("steps of one size", "losses", ONE_SIZE),
     Trial("with features", "losses", ("loss.features=0.02",)),
     Trial("features for attention", "losses", ("loss.features=0.02", "loss.attention=0")),
     Trial("layers first", "losses", ("layerwise=100",)),
