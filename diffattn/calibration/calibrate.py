@@ -70,7 +70,7 @@ def calibrate(
     forwards are repeated layers x (mechanisms + largest reuse - 1) times; then a dozen runs of all prompts or two.
     """
     if (target is None) == (share is None):
-        raise ValueError(f"expected target= in dB or share= of the pairs, one of both; got {target} and {share}")
+        raise ValueError(f"expected either target= in dB or share= of the pairs; got target={target} and share={share}")
     target = read("target", target, Annotated[float | None, POSITIVE])
     share = read("share", share, Annotated[float | None, Must("above 0 and below 1", lambda value: 0 < value < 1)])
     reuse = read("reuse", tuple(reuse), tuple[Annotated[int, at_least(1)], ...])

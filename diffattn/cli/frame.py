@@ -70,8 +70,13 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the arguments of one command."""
         typed = list(args)
+        for name in ("--config", "--like"):
+            if sum(text == name or text.startswith(f"{name}=") for text in args) > 1:
+                raise ValueError(f"{name} is there twice: give one file")
+        args, off = self._switched_off(ctx, args)
         rest = super().parse_args(ctx, args)
         settle(ctx)
+        ctx.params.update(dict.fromkeys(off, False))
         for param in self.params:
             found = ctx.params.get(param.name)
             name = next((text for text in param.opts if text.startswith("--")), param.metavar or param.name)
@@ -82,6 +87,19 @@ class Command(TyperCommand):
         values = {**ctx.params, **keep(ctx, self.groups)}
         ctx.meta[OPTIONS] = options_of(self, values)
         return rest
+
+    def _switched_off(self, ctx: Any, args: list[str]) -> tuple[list[str], list[str]]:
+        """The arguments without `--no-NAME` of switches, and those switches: a file may have switched them on."""
+        switches = {
+            f"--no-{name[2:]}": param.name
+            for param in self.get_params(ctx)
+            if getattr(param, "is_flag", False) and param.expose_value and not param.secondary_opts
+            for name in param.opts
+            if name.startswith("--")
+        }
+        end = args.index("--") if "--" in args else len(args)
+        off = [switches[text] for text in args[:end] if text in switches]
+        return [text for place, text in enumerate(args) if place >= end or text not in switches], off
 
     @property
     def hints(self) -> dict[str, Any]:

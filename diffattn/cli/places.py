@@ -41,6 +41,8 @@ class Place:
     """Also those by the model's own attention, with `-full` in their names."""
     overwrite: bool = False
     """May videos that are there be replaced? Images are."""
+    typed: bool = True
+    """Was the name asked for? Another one, of an image, becomes a folder's where there is a video."""
 
     @property
     def full(self) -> Path:
@@ -63,7 +65,7 @@ class Place:
 
     def check(self) -> None:
         """Raise for names that are wrong for images and videos alike."""
-        if not self.output.name:
+        if self.output.name in ("", ".."):
             raise ValueError(f"expected a name for --output; got {self.output}, a folder that is there; name one in it")
         if self.output.suffix and self.output.suffix.lower() not in VIDEO_ENDINGS:
             check_picture_ending(self.output)
@@ -79,6 +81,11 @@ class Place:
             check_file(self.strips, overwrite=True)
         for path in self.paths:
             is_video = path.suffix.lower() in VIDEO_ENDINGS
+            if makes_video(pipe) and path.suffix and not is_video and self.typed:
+                raise ValueError(
+                    f"{type(pipe).__name__} makes videos, and --output {path} is the name of an image: end it in .mp4, "
+                    "or leave the ending out for a folder of frames"
+                )
             if makes_video(pipe) and is_video and can_encode():
                 check_file(path, overwrite=self.overwrite)
                 check_video_size(*sides)

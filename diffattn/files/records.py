@@ -6,9 +6,12 @@
 
 The options are those of the command line by their names, so that `--config` reads them, with what they came to: device,
 dtype and threads. No path is in it but those that were typed.
+
+The record of `a.png` is `a.json`; where that is the record of another file, such as `a.jpg`, it is `a.png.json`.
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -45,7 +48,7 @@ class Record:
     @classmethod
     def read(cls, path: Path) -> "Record":
         """From a file; `ValueError` where it holds something else."""
-        return cls.from_table(read_table(path), path)
+        return cls.from_table(read_table(path, "record"), path)
 
     @classmethod
     def from_table(cls, values: Mapping[str, Any], path: Path) -> "Record":
@@ -80,14 +83,45 @@ def path_beside(output: Path, full: bool = False) -> Path:
 
 
 def find_record(path: Path) -> Path:
-    """The record that is meant: the JSON file itself, or that beside an image or a video."""
+    """The record that is meant: the JSON file itself, or that which names an image, a video, a folder or its frame."""
     if path.suffix.lower() == ".json":
         return path
-    beside = [path_beside(path), path_beside(path, full=True)]
-    found = next((place for place in beside if place.is_file()), None)
-    if found is None:
-        raise ValueError(f"expected a record beside {path}, {beside[0].name}; there is none; name a JSON file")
-    return found
+    if not path.name:
+        raise ValueError(f"expected an image, a video, or the JSON file beside one; got {str(path)!r}: name a file")
+    for own in (path, path.parent):  # a frame's record is that of its folder
+        places = [path_beside(own), path_beside(own, full=True)] if own.name else []
+        others = sorted(own.parent.glob("*.json")) if own.name and own.parent.is_dir() else []
+        found = next((place for place in (*places, *others) if own.name in _files_of(place)), None)
+        if found is not None:
+            return found
+    beside = path_beside(path)
+    if not beside.is_file():
+        raise ValueError(f"expected a record beside {path}, {beside.name}; there is none; name a JSON file")
+    files = ", ".join(map(str, Record.read(beside).made.get("files", ()))) or "nothing"
+    raise ValueError(
+        f"expected a record that names {path}; {beside.name} is that of {files}: name the JSON file itself"
+    )
+
+
+def _files_of(path: Path) -> tuple[str, ...]:
+    """The files that a record names; nothing where there is no record."""
+    try:
+        files = Record.read(path).made.get("files", ()) if path.is_file() else ()
+    except ValueError:
+        return ()
+    return tuple(files) if isinstance(files, (list, tuple)) else ()
+
+
+def _place(path: Path, files: list[str]) -> Path:
+    """Where the record of `files` goes: `path`, unless that is the record of others that are still there."""
+    places = [path, *(path.with_name(f"{name}.json") for name in files[:1])]
+    numbered = (path.with_name(f"{path.stem}-{number}.json") for number in itertools.count(2))
+    for place in itertools.chain(places, numbered):
+        named = _files_of(place)
+        theirs = [name for name in named if (path.parent / name).exists() and name not in files]
+        if (place == path or named or not place.exists()) and (not theirs or set(named) & set(files)):
+            return place
+    raise AssertionError
 
 
 def check_record(path: Path, *, overwrite: bool = False) -> None:
@@ -113,6 +147,7 @@ def recorded(path: Path, command: str, options: Mapping[str, Any]) -> Iterator[d
     made: dict[str, Any] = {}
     yield made
     made["files"] = [Path(file).name for file in made.get("files", ())]
+    path = _place(path, made["files"])
     record = Record(command=command, options={name: plain(value) for name, value in options.items()}, made=made)
     write_json(path, {"command": command, "options": record.options, "made": made, "versions": record.versions})
 

@@ -106,7 +106,7 @@ def test_guidance_in_two_calls_counts_both() -> None:
     ("options", "words"),
     [
         ({}, "target= in dB or share="),
-        ({"target": 30, "share": 0.5}, "one of both"),
+        ({"target": 30, "share": 0.5}, "either target= in dB or share= of the pairs; got target=30 and share=0.5"),
         ({"share": 1.5}, "share"),
         ({"target": -3}, "target"),
         pytest.param({"share": 0.01, **OPTIONS}, "the cheapest choices take", marks=pytest.mark.slow),

@@ -82,7 +82,7 @@ def test_a_part_that_no_step_is_in_is_told(caplog: pytest.LogCaptureFixture) -> 
         ({"start": -0.1}, "a share of the schedule from 0 to 1"),
         ({"end": 20}, "a share of the schedule from 0 to 1"),
         ({"start": "0.2"}, "start"),
-        ({"start": 0.2, "steps": slice(1, None)}, "give one of both"),
+        ({"start": 0.2, "steps": slice(1, None)}, "give one of the two"),
         ({"shares": (0.5, 0.3)}, "clear has no share"),
         ({"shares": 0.5}, "shares"),
         ({"shares": (0.0,)}, "above 0 and at most 1"),

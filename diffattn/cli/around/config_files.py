@@ -7,7 +7,8 @@
 
 The names are those of the command line and of its arguments, without dashes before them; a mechanism is written as in
 a file of distill, or as `mechanism = "clear"` and `option = {radius = 4}`. What is typed goes over the file, `--config`
-over `--like`. Options of a mechanism are kept one by one, as long as the mechanism is the file's.
+over `--like`. Options of a mechanism are kept one by one, as long as the mechanism is the file's; its level of quality
+goes with it. `--mechanism none` and `--no-compare` undo what a file says.
 """
 
 import functools
@@ -30,6 +31,8 @@ PLACES = ("output", "overwrite", "resume", "work", "keep", "save_every", "timeou
 """Options that say where and how something is written: `--like` leaves them out."""
 EXCLUSIVE = (("mechanism", "adapter", "recipe"), ("prompt", "prompts"))
 """Options of which one is given: another one that is typed goes in the place of the file's."""
+NONE = "none"
+"""Of a mechanism, an adapter or a recipe: none of them."""
 OPTIONS = "diffattn.options"
 """In the context's `meta`: all options, as `options_of` has them."""
 FOREIGN = ("pipe_configs",)
@@ -77,14 +80,14 @@ def file_options(names: Sequence[str]) -> list[Any]:
 
 def _take_config(context: typer.Context, value: Path | None) -> Path | None:
     if value is not None:
-        _join(context, {**_defaults(context), **checked(context, _options_in_file(context, value), value)})
+        _join(context, checked(context, _options_in_file(context, value), value), over=True)
     return value
 
 
 def _take_record(context: typer.Context, value: Path | None) -> Path | None:
     if value is not None:
         found, path = _options_like(context, value)
-        _join(context, {**checked(context, found, path), **_defaults(context)})
+        _join(context, checked(context, found, path))
     return value
 
 
@@ -108,7 +111,7 @@ def take_own_config(context: typer.Context, value: Path | None) -> Path | None:
     """`--config` of a command that reads settings from the same file by itself: the other options are taken here."""
     if value is not None:
         own = _own(context, _options_in_file(context, value))
-        _join(context, {**_defaults(context), **checked(context, own, value)})
+        _join(context, checked(context, own, value), over=True)
     return value
 
 
@@ -116,7 +119,7 @@ def take_own_record(context: typer.Context, value: Path | None) -> Path | None:
     """`--like` of such a command."""
     if value is not None:
         found, path = _options_like(context, value)
-        _join(context, {**checked(context, _own(context, found), path), **_defaults(context)})
+        _join(context, checked(context, _own(context, found), path))
     return value
 
 
@@ -130,12 +133,28 @@ def _own(context: Any, table: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if name in names}
 
 
-def _defaults(context: Any) -> dict[str, Any]:
-    return dict(context.meta.get("diffattn.files", {}))
+def _join(context: Any, values: dict[str, Any], over: bool = False) -> None:
+    """Put what a file says over, or under, what another one says."""
+    others = dict(context.meta.get("diffattn.files", {}))
+    lower, upper = (others, values) if over else (values, others)
+    context.meta["diffattn.files"] = context.default_map = laid_over(lower, upper)
 
 
-def _join(context: Any, values: dict[str, Any]) -> None:
-    context.meta["diffattn.files"] = context.default_map = values
+def laid_over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of two places: those of `upper` count, and what they leave no sense to is left out."""
+    found = dict(lower)
+    for names in EXCLUSIVE:
+        if upper.keys() & set(names):
+            found = {name: value for name, value in found.items() if name not in names}
+    found |= upper
+    same = found.get("mechanism") == lower.get("mechanism")
+    if not same and "quality" not in upper:
+        found.pop("quality", None)
+    mine = list(upper.get("option") or ())
+    given = set(map(_name_in, mine))
+    options = [text for text in lower.get("option") or () if same and _name_in(text) not in given] + mine
+    found.pop("option", None)
+    return found | ({"option": options} if options else {})
 
 
 def options_in(record: Record, context: Any, path: Path) -> dict[str, Any]:
@@ -151,7 +170,8 @@ def options_in(record: Record, context: Any, path: Path) -> dict[str, Any]:
 def checked(context: Any, table: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The values of a file by the names of the parameters, as click takes them; errors name the file and the option."""
     params = {key_of(param): param for param in context.command.params if param.expose_value}
-    hints, table = context.command.hints, distill_form({name.replace("-", "_"): own for name, own in table.items()})
+    hints, table = context.command.hints, {name.replace("-", "_"): own for name, own in table.items()}
+    table = distill_form(table, path)
     known(list(params), table, "option", f" in {path} of `diffattn {context.command.name}`")
     found = {}
     for key, value in table.items():
@@ -162,7 +182,8 @@ def checked(context: Any, table: Mapping[str, Any], path: Path) -> dict[str, Any
         except Exception as error:
             if not hasattr(error, "format_message"):
                 raise
-            raise ValueError(f"{path}: {key}: {getattr(error, 'message', error)}, got {shown(value)}") from error
+            reason = getattr(error, "message", "") or error.format_message() or "give at least one"
+            raise ValueError(f"{path}: {key}: {reason}, got {shown(value)}") from error
         if own is not None:
             found[param.name] = own
     return found
@@ -174,11 +195,13 @@ def key_of(param: Any) -> str:
     return str(long).lstrip("-").replace("-", "_")
 
 
-def distill_form(table: Mapping[str, Any]) -> dict[str, Any]:
+def distill_form(table: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """With a mechanism and its options apart, where they are one table as in a file of distill."""
     mechanism = table.get("mechanism")
-    if not isinstance(mechanism, dict) or "type" not in mechanism:
+    if not isinstance(mechanism, dict):
         return dict(table)
+    if "type" not in mechanism:
+        raise ValueError(f'{path}: a table for mechanism needs its name as "type", got {shown(mechanism)}')
     options = table.get("option", {})
     own = [f"{name}={text_of(value)}" for name, value in mechanism.items() if name != "type"]
     return {**table, "mechanism": mechanism["type"], "option": [*own, *(named(options))]}
@@ -195,6 +218,8 @@ def as_typed(where: str, value: Any, hint: Any, param: Any) -> Any:
     value = named(value) if several else value
     if several and isinstance(value, str):
         value = [value]
+    if several and not isinstance(value, (list, tuple, type(None))):
+        raise ValueError(f"{where} must be a list, got {shown(value)}")
     if value == "inf" and param.name in INFINITE:
         value = math.inf
     if isinstance(value, float) and math.isinf(value) and param.name in INFINITE:
@@ -238,20 +263,19 @@ def has_arm(hint: Any, kind: type) -> bool:
 
 
 def settle(context: Any) -> None:
-    """After parsing: what is typed against what a file says of the mechanism and its options."""
-    files, values = context.meta.get("diffattn.files", {}), context.params
-    typed = {name for name in values if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+    """After parsing: what is typed over what a file says, and `none` for the model's own attention."""
+    values = context.params
+    for name in EXCLUSIVE[0]:
+        if values.get(name) == NONE:
+            values[name] = None
+    files = context.meta.get("diffattn.files", {})
     if not files:
         return
-    for names in EXCLUSIVE:
-        if typed & set(names):
-            values.update(dict.fromkeys(set(names) & files.keys() - typed))
-    if files.get("option") and "option" in values:
-        mine = list(values["option"]) if "option" in typed else []
-        same = values.get("mechanism") == files.get("mechanism")
-        given = set(map(_name_in, mine))
-        kept = [text for text in files["option"] if same and _name_in(text) not in given]
-        values["option"] = [*kept, *mine] or None
+    typed = {name for name in values if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+    both = laid_over(files, {name: values[name] for name in typed})
+    values.update(dict.fromkeys(files.keys() - both.keys() - typed))
+    if "option" in both:
+        values["option"] = both["option"]
 
 
 def _name_in(option: str) -> str:

@@ -1,12 +1,16 @@
 """The command `diffattn env`: releases, devices and kernels, for a report."""
 
+import importlib
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..frame import Device, Dtype, UnusedSeed, app, examples, output_option, quiet
+
+KERNELS, THRESHOLDS = "diffattn.kernels.choose", "DIFFATTN_THRESHOLDS"
 
 
 @app.command(epilog=examples("diffattn env", "diffattn env --json", "diffattn env --device cuda --dtype bfloat16"))
@@ -21,6 +25,7 @@ def env(
 
     No names of users and no paths are in it.
     """
+    wrong = import_kernels()
     from diffattn.files.writing import write_json
     from diffattn.measure.environment import environment, without_paths
     from diffattn.media.outputs import check_file
@@ -36,11 +41,25 @@ def env(
         kernels = listing.kernels(where, number)
     reasons = {own["name"]: own["why_not"] and without_paths(own["why_not"]) for own in kernels}
     on = f"{where}, {str(number).removeprefix('torch.')}"
-    found = {**environment(), "kernels": {"on": on, "why_not": reasons}}
+    found = {**environment(), "kernels": {"on": on, "why_not": reasons, "error": wrong and without_paths(wrong)}}
     typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
     if output is not None:
         write_json(output, found)
         typer.echo(f"wrote {output}", err=as_json)
+
+
+def import_kernels() -> str | None:
+    """Import the kernels; where their variable is broken, without it, and give the error that all else ends with."""
+    try:
+        importlib.import_module(KERNELS)
+    except ValueError as error:
+        own = os.environ.pop(THRESHOLDS)
+        try:
+            importlib.import_module(KERNELS)
+        finally:
+            os.environ[THRESHOLDS] = own
+        return str(error)
+    return None
 
 
 def lines(found: dict[str, Any]) -> list[str]:
@@ -57,6 +76,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"torch threads: {threads['compute']} in a call, {threads['interop']} between calls",
         f"kernels ({kernels['on']}):",
         *(f"  {name}: {'no: ' + reason if reason else 'yes'}" for name, reason in kernels["why_not"].items()),
+        *([f"  every other command fails: {kernels['error']}"] if kernels["error"] else []),
         "environment variables:" if found["variables"] else "environment variables: none that count",
         *(f"  {name}={value}" for name, value in found["variables"].items()),
     ]

@@ -61,7 +61,9 @@ def generate(
     compare: Annotated[
         bool,
         typer.Option(
-            "--compare", help="Also with the model's own attention; prints PSNR and times, and draws strips of a video."
+            "--compare",
+            help="Also with the model's own attention, into NAME-full; prints PSNR and times, and draws strips of a "
+            "video into NAME-strips.png.",
         ),
     ] = False,
     fps: Annotated[int, typer.Option(min=1, help="Frames a second in an .mp4 file.")] = 8,
@@ -98,7 +100,8 @@ def generate(
     from ..swapping import Swap
 
     request, enlargement = taken(context, "Request"), taken(context, "Enlargement")
-    place = Place(output=output, count=request.images or 1, compare=compare, overwrite=overwrite)
+    typed = str(getattr(context.get_parameter_source("output"), "name", "")) == "COMMANDLINE"
+    place = Place(output=output, count=request.images or 1, compare=compare, overwrite=overwrite, typed=typed)
     place.check()
     check_record(path_beside(output), overwrite=overwrite)
     timing = taken(context, "Timing")
@@ -128,8 +131,9 @@ def generate(
             report += lines
         with leaving_record(context, path_beside(output), device, dtype) as made:
             if compare:
-                save(full, place.full, fps)
+                made["full"] = [path.name for path in save(full, place.full, fps)]
                 report += place.save_strips(making.make_strips(results, full, str(swap)))
             written = save(results, output, fps)
+            report += [f"wrote {output.with_name(name)}, by the model's own attention" for name in made.get("full", ())]
             made |= {"files": written, **making.sizes(results)}
     typer.echo("\n".join([*report, *(f"wrote {path}" for path in written)]))

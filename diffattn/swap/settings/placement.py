@@ -53,7 +53,7 @@ class Placement:
         if self.start >= self.end:
             raise ValueError(f"expected start= before end=, as shares of the schedule; got {self.start} and {self.end}")
         if self.steps is not None and (self.start, self.end) != (0.0, 1.0):
-            raise ValueError("steps= counts steps, start= and end= are shares of all of them: give one of both")
+            raise ValueError("steps= counts steps, start= and end= are shares of all of them: give one of the two")
         self.chosen  # noqa: B018  a wrong `steps` raises here
 
     @property

@@ -52,6 +52,7 @@ def run(*arguments: object) -> dict[str, Any]:
         model: Annotated[str, typer.Argument()],
         inputs: Annotated[list[str] | None, typer.Argument()] = None,
         mechanism: str | None = None,
+        quality: str | None = None,
         adapter: str | None = None,
         option: Options = None,
         layers: Annotated[list[str] | None, typer.Option("--layers")] = None,
@@ -141,6 +142,40 @@ def test_options_of_a_mechanism_are_kept_one_by_one_while_it_is_the_files(write:
     assert (other["mechanism"], other["option"], other["adapter"]) == (None, None, "mine")
 
 
+def test_a_level_of_quality_goes_with_its_mechanism(write: Any) -> None:
+    file = write('model = "m"\nprompt = "x"\nmechanism = "routing"\nquality = "fast"\n')
+    assert run("--config", file)["quality"] == "fast"
+    assert run("--config", file, "--mechanism", "routing")["quality"] == "fast"
+    assert run("--config", file, "--mechanism", "clear", "-o", "radius=3")["quality"] is None
+    assert run("--config", file, "--adapter", "mine")["quality"] is None
+    assert run("--config", file, "--mechanism", "clear", "--quality", "high")["quality"] == "high"
+
+
+def test_what_a_file_says_is_undone_by_typing(write: Any) -> None:
+    file = write(EVERYTHING)
+    assert run("--config", file, "--no-fast")["fast"] is False
+    assert run("m", "--prompt", "x", "--no-overwrite")["overwrite"] is False
+    none = run("--config", file, "--mechanism", "none")
+    assert (none["mechanism"], none["option"], none["adapter"]) == (None, None, None)
+    assert run("m", "--mechanism", "none", "--prompt", "x")["mechanism"] is None
+    with pytest.raises(Exception, match="No such option: --no-parts"):
+        run("m", "--prompt", "x", "--no-parts")
+
+
+def test_a_file_of_windows_is_read(tmp_path: Path) -> None:
+    for name, text in (("a.toml", 'model = "m"\r\nprompt = "ä"\r\n'), ("a.json", '{"model": "m", "prompt": "ä"}\r\n')):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert run("--config", tmp_path / name)["prompt"] == "ä"
+    (tmp_path / "a.json").write_text('{"model": "m", "prompt": "x", "model": "n"}')
+    with pytest.raises(ValueError, match="a.json is not valid JSON: 'model' is there twice"):
+        run("--config", tmp_path / "a.json")
+    with pytest.raises(ValueError, match="--config is there twice: give one file"):
+        run("--config", tmp_path / "a.json", f"--config={tmp_path / 'a.toml'}")
+    (tmp_path / "a.txt").write_text('model = "m"')
+    with pytest.raises(ValueError, match="a.txt is not valid JSON: .*; a TOML file must end in .toml"):
+        run("--config", tmp_path / "a.txt")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -161,7 +196,9 @@ def test_options_of_a_mechanism_are_kept_one_by_one_while_it_is_the_files(write:
         ("output = ''", "run.toml: output: expected the name of a file or folder, got nothing"),
         ("colors = 'red'", "run.toml: colors must be"),
         ("rate = inf", "run.toml: rate must be"),
-        ("mechanism = {radius = 3}", "run.toml: mechanism must be text or none"),
+        ("mechanism = {radius = 3}", r"run.toml: a table for mechanism needs its name as .type., got \{'radius': 3\}"),
+        ("layers = 3", "run.toml: layers must be a list, got 3"),
+        ("option = 5", "run.toml: option must be a list, got 5"),
         ("steps = ", "run.toml is not valid TOML"),
     ],
 )
@@ -200,6 +237,12 @@ def test_a_record_is_a_config_too_and_a_config_goes_over_what_is_like(record: Pa
     for arguments in (["--config", file, "--like", record], ["--like", record, "--config", file]):
         found = run(*arguments)
         assert (found["prompt"], found["num_inference_steps"], found["mechanism"]) == ("a hill", 4, "clear")
+    file = write("option = {pool = 2}\n")
+    for arguments in (["--config", file, "--like", record], ["--like", record, "--config", file]):
+        assert run(*arguments, "-o", "proportional=yes")["option"] == ["radius=4", "pool=2", "proportional=yes"]
+    file = write("adapter = 'mine'\n")
+    found = run("--like", record, "--config", file)
+    assert (found["mechanism"], found["option"], found["adapter"]) == (None, None, "mine")
 
 
 def test_like_says_once_where_releases_differ(record: Path) -> None:

@@ -2,7 +2,10 @@
 
 import getpass
 import json
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,7 @@ def test_what_is_missing_says_how_to_get_it() -> None:
         "devices": [{"device": "cuda:0", "name": "Card", "memory_gib": 80.0, "capability": "9.0"}],
         "threads": {"compute": 2, "interop": 1},
         "variables": {},
-        "kernels": {"on": "cuda, bfloat16", "why_not": {"dense": None, "flex": "no compiler"}},
+        "kernels": {"on": "cuda, bfloat16", "why_not": {"dense": None, "flex": "no compiler"}, "error": None},
     }
     assert lines(found) == [
         "python: 3.11, Linux",
@@ -55,3 +58,14 @@ def test_what_is_missing_says_how_to_get_it() -> None:
         "  flex: no: no compiler",
         "environment variables: none that count",
     ]
+
+
+def test_a_broken_variable_is_told_in_the_report(tmp_path: Path) -> None:
+    """A fresh process: thresholds are read at the first import."""
+    line = [sys.executable, "-m", "diffattn", "env"]
+    environ = {**os.environ, "DIFFATTN_THRESHOLDS": str(tmp_path / "absent.json")}
+    result = subprocess.run(line, env=environ, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "  every other command fails: DIFFATTN_THRESHOLDS must name a JSON file" in result.stdout
+    assert "DIFFATTN_THRESHOLDS=(set)" in result.stdout and "  dense: yes" in result.stdout
+    assert "torch:" in result.stdout and str(tmp_path) not in result.stdout
