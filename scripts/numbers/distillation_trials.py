@@ -62,9 +62,9 @@ SLOPES = ("drawn.radius=3,4,5,6,7,8", "slopes=true")
 ONE_SIZE = ("loss.target=0", "clip=1e-3")
 """By the teacher alone; and every gradient is scaled to one length, so that an easy setting counts as a hard one."""
 AGENT = ("mechanism=agent", "mechanism.agent_size=8,8")
-TRAINED_AGENT = (*AGENT, "mechanism.bias=true", "mechanism.depthwise_conv=true", "mechanism.window=16")
+TRAINED_AGENT = (*AGENT, "mechanism.bias=true", "mechanism.depthwise_conv=true", "mechanism.window=16", *ONE_SIZE)
 LINEAR = ("mechanism=linear",)
-LEARNED = (*LINEAR, "mechanism.feature_map=learned", "mechanism.local_residual=5,5")
+LEARNED = (*LINEAR, "mechanism.feature_map=learned", "mechanism.local_residual=5,5", *ONE_SIZE)
 LONG = (f"steps={HOUR}", "warmup=50")
 TRIALS = (
     *(Trial(f"radius {own}", "radii", (f"mechanism.radius={own}",)) for own in RADII),
@@ -100,22 +100,22 @@ TRIALS = (
     Trial("layers first", "losses", ("layerwise=100",)),
     Trial("noises recur", "losses", ("noises=1", "teacher_cache=2")),
     Trial("as it is", "agent", AGENT),
+    Trial("steps of one size", "agent", (*AGENT, *ONE_SIZE)),
     Trial("biases and convolution", "agent", TRAINED_AGENT),
     Trial("and layers first", "agent", (*TRAINED_AGENT, "layerwise=100")),
     Trial("and four times the rate", "agent", (*TRAINED_AGENT, "rate=2e-3")),
-    Trial("and the teacher alone", "agent", (*TRAINED_AGENT, "rate=2e-3", "loss.target=0")),
-    Trial("and features", "agent", (*TRAINED_AGENT, "rate=2e-3", "loss.target=0", "loss.features=0.05")),
-    Trial("an hour", "agent", (*TRAINED_AGENT, "rate=2e-3", "loss.target=0", *LONG)),
+    Trial("and features", "agent", (*TRAINED_AGENT, "rate=2e-3", "loss.features=0.05")),
+    Trial("an hour", "agent", (*TRAINED_AGENT, "rate=2e-3", *LONG)),
     Trial("elu", "linear", LINEAR),
+    Trial("steps of one size", "linear", (*LINEAR, *ONE_SIZE)),
     Trial("InLine, 3 x 3", "linear", (
         *LINEAR, "mechanism.feature_map=identity", "mechanism.normalization=subtraction",
-        "mechanism.local_residual=3,3")),
-    Trial("learned maps", "linear", (*LINEAR, "mechanism.feature_map=learned")),
+        "mechanism.local_residual=3,3", *ONE_SIZE)),
+    Trial("learned maps", "linear", (*LINEAR, "mechanism.feature_map=learned", *ONE_SIZE)),
     Trial("and 5 x 5", "linear", LEARNED),
     Trial("and layers first", "linear", (*LEARNED, "layerwise=100")),
     Trial("and four times the rate", "linear", (*LEARNED, "rate=2e-3")),
-    Trial("and the teacher alone", "linear", (*LEARNED, "rate=2e-3", "loss.target=0")),
-    Trial("an hour", "linear", (*LEARNED, "rate=2e-3", "loss.target=0", *LONG)),
+    Trial("an hour", "linear", (*LEARNED, "rate=2e-3", *LONG)),
 )  # fmt: skip
 GROUPS = tuple(dict.fromkeys(trial.group for trial in TRIALS))
 
