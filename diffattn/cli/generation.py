@@ -85,6 +85,12 @@ class Request:
         for name in given:
             if name not in known:
                 raise ValueError(f"{type(pipe).__name__} takes no {name}; leave that option out")
+        scale = known.get("true_cfg_scale")
+        if self.negative_prompt is not None and scale is not None and scale.default <= 1:
+            raise ValueError(
+                f"{type(pipe).__name__} reads a negative prompt with true_cfg_scale above 1 alone, which this command "
+                "does not set: leave --negative-prompt out"
+            )
         check_sides(pipe, self.height, self.width)
         generator = torch.Generator("cpu").manual_seed(self.seed)
         return {**native, **given, "generator": generator}

@@ -321,6 +321,7 @@ def test_generate_repeats_itself_by_seed_only(model: str, tmp_path: Path) -> Non
 def test_generate_refuses_what_the_pipeline_does_not_take(model: str, tmp_path: Path) -> None:
     basics = ["generate", model, "--prompt", "x", "--steps", 1, "--output", tmp_path / "a.png"]
     assert "FluxPipeline takes no num_frames" in refusal(*basics, "--frames", 4)
+    assert "reads a negative prompt with true_cfg_scale above 1 alone" in refusal(*basics, "--negative-prompt", "blue")
     assert "matches none of" in refusal(*basics, "--mechanism", "clear", "-o", "radius=2", "--layers", "decoder.*")
     assert "clear has no option 'size'" in refusal(*basics, "--mechanism", "clear", "-o", "size=3")
     assert list(tmp_path.iterdir()) == []
