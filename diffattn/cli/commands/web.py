@@ -39,7 +39,7 @@ def web(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Open a page on this machine: compare settings, see what a token sees, look at comparisons, clips and runs."""
+    """Serve a page on this machine: compare settings, see what a token sees, look at comparisons, clips and runs."""
     import webbrowser
 
     from diffattn.web.server import check_folders, check_gradio, check_place
