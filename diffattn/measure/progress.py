@@ -1,7 +1,7 @@
-"""How far a long work is: a bar on a terminal; elsewhere a line now and then, in the log.
+"""How far a long job is: a bar on a terminal; elsewhere a line now and then, in the log.
 
 The lines are those of the logger `diffattn.progress`, at the level INFO: the command line writes them, and who uses the
-library sees them by `logging`. The first comes after half a minute, and later ones ever more seldom.
+library sees them by `logging`. The first comes after half a minute, and later ones less and less often.
 """
 
 import logging

@@ -6,7 +6,7 @@
     mechanism = {type = "clear", radius = 4}
 
 The names are those of the command line and of its arguments, without dashes before them; a mechanism is written as in
-a file of distill, or as `mechanism = "clear"` and `option = {radius = 4}`. What is typed goes over the file, `--config`
+a file of distill, or as `mechanism = "clear"` and `option = {radius = 4}`. What is typed overrides the file, `--config`
 over `--like`. Options of a mechanism are kept one by one, as long as the mechanism is the file's; its level of quality
 goes with it. `--mechanism none` and `--no-compare` undo what a file says.
 """
@@ -52,7 +52,7 @@ def file_options(names: Sequence[str]) -> list[Any]:
                 metavar="FILE",
                 is_eager=True,
                 callback=_take_config,
-                help="Options from a JSON or TOML file, by their names; those that are typed go over it.",
+                help="Options from a JSON or TOML file, by their names; those that are typed override it.",
                 rich_help_panel="Every command takes",
             ),
         ] = None,

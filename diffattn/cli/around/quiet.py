@@ -1,4 +1,4 @@
-"""What reaches the terminal: a command's own lines, warnings of this library, and how far a long work is.
+"""What reaches the terminal: a command's own lines, warnings of this library, and how far a long job is.
 
 What other libraries say of extras that they miss does not, and diffusers' and transformers' own lines below errors do
 not where they are known to mean nothing. `diffattn --debug` shows all of it.

@@ -37,7 +37,7 @@ Overrides = Annotated[
 )
 def run(
     preset: Annotated[str | None, typer.Option(help="A named config: tiny, tiny_video, clear_flux_official.")] = None,
-    config: Annotated[Path | None, typer.Option(help="JSON or TOML file; its fields go over the preset's.")] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON or TOML file; its fields override the preset's.")] = None,
     data: Annotated[
         str | None,
         typer.Option(help="Folder made by `diffattn distill cache`; shapes or moving: a bundled pipeline's own world."),

@@ -42,7 +42,7 @@ def long_video(
             is_eager=True,
             callback=take_own_config,
             help="Options from a JSON or TOML file, or from one of the released Video-Infinity code; what is typed "
-            "goes over it.",
+            "overrides it.",
         ),
     ] = None,
     like: Annotated[
