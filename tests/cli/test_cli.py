@@ -369,7 +369,11 @@ def test_videos_are_compared_frame_by_frame_and_drawn_as_strips(tmp_path: Path) 
     with Image.open(tmp_path / "clip-strips.png") as drawn:
         assert drawn.width > 6 * 128
     assert {path.name for path in tmp_path.iterdir()} == {"clip", "clip.json", "clip-full", "clip-strips.png"}
+    assert json.loads((tmp_path / "clip.json").read_text())["made"]["full"] == ["clip-full"]
+    assert f"wrote {tmp_path / 'clip-full'}, by the model's own attention" in text
     assert "--exact-frames need a --mechanism" in refusal(*call, "--exact-frames", "1,0")
+    image = refusal(*call, "--output", tmp_path / "clip.png")
+    assert "makes videos, and --output" in image and "is the name of an image: end it in .mp4" in image
 
 
 def test_a_size_that_was_rounded_is_told(model: str, tmp_path: Path) -> None:
