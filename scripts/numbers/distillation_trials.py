@@ -26,6 +26,7 @@ from diffattn.distill.config import DistillConfig, override, preset
 from diffattn.distill.data.shapes import held_out
 from diffattn.distill.evaluation.evaluate import compare, draw_all, velocities
 from diffattn.distill.run import open_run, train
+from diffattn.distill.setting import open_setting
 
 from diffattn.files.writing import write_json, write_text
 from diffattn.measure import hardware
@@ -179,7 +180,15 @@ def judge(trial: Trial, folder: Path, record: dict[str, Any]) -> None:
             setting.student, setting.scheduler, setting.held_out(), SAMPLES, setting.config.guidance, SEED
         )
         mechanism = str(setting.student.handle.layers[0].mechanism)
-        judged[mechanism] = {"student": totals["student"], "swap_alone": totals["swap alone"]}
+        alone = totals["swap alone"]
+        if setting.config.mechanism.weights(4, 40) is not None:  # which the swap alone has as they were trained
+            fresh = open_setting(setting.config)
+            fresh.student.model.eval()
+            _, before = velocities(
+                fresh.student, fresh.scheduler, fresh.held_out(), SAMPLES, setting.config.guidance, SEED
+            )
+            alone = before["student"]
+        judged[mechanism] = {"student": totals["student"], "swap_alone": alone}
         if number == 0:
             pictures = compare(draw_all(setting.student, setting.draw, prompts, SEED), prompts)
             record["psnr"] = pictures.psnr
