@@ -96,6 +96,7 @@ TRIALS = (
     Trial("all but features", "losses", ()),
     Trial("by the teacher alone", "losses", ("loss.target=0",)),
     Trial("steps of one size", "losses", ONE_SIZE),
+    Trial("and four times the rate", "losses", (*ONE_SIZE, "rate=2e-3")),
     Trial("with features", "losses", ("loss.features=0.02",)),
     Trial("features for attention", "losses", ("loss.features=0.02", "loss.attention=0")),
     Trial("layers first", "losses", ("layerwise=100",)),
