@@ -14,6 +14,7 @@ for one process per core.
 import itertools
 import json
 import logging
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,9 +28,11 @@ from diffattn.distill.data.shapes import held_out
 from diffattn.distill.evaluation.evaluate import compare, draw_all, velocities
 from diffattn.distill.run import open_run, train
 from diffattn.distill.setting import open_setting
+from diffattn.distill.training.log import LOG, read_log
 
-from diffattn.files.writing import write_json, write_text
+from diffattn.files.writing import write_json, write_text, written
 from diffattn.measure import hardware
+from diffattn.media.drawing import figure_class
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 FOLDER = Path("outputs/trials")
@@ -218,6 +221,23 @@ HEAD = (
 
 
 KEPT = ("judged", "psnr", "cpu_seconds", "vectors")
+BINS = 30
+PANELS = {
+    "clear, radius 6": {"radii/radius-6": "the preset", "radii/radius-6,-steps-of-one-size": "steps of one size"},
+    "agent, 64 agents": {
+        "agent/as-it-is": "the preset",
+        "agent/steps-of-one-size": "steps of one size",
+        "agent/biases-and-convolution": "and biases and convolution",
+        "agent/and-four-times-the-rate": "and four times the rate",
+    },
+    "linear": {
+        "linear/elu": "the preset",
+        "linear/steps-of-one-size": "steps of one size",
+        "linear/and-5-x-5": "and learned maps, 5 x 5",
+        "linear/and-four-times-the-rate": "and four times the rate",
+    },
+}
+"""Title -> folder of a trial -> what is written beside its curve."""
 
 
 def collect(output: Path, file: Path) -> dict[str, Any]:
@@ -227,12 +247,38 @@ def collect(output: Path, file: Path) -> dict[str, Any]:
     for trial in TRIALS:
         own = read(output / trial.folder)
         if "judged" in own:
-            known[trial.folder] = {"options": list(trial.options)} | {key: own[key] for key in KEPT}
+            kept = {key: own[key] for key in KEPT} | {"curve": curve(output / trial.folder)}
+            known[trial.folder] = {"options": list(trial.options)} | kept
         if known.get(trial.folder, {}).get("options") == list(trial.options):
             found[trial.folder] = known[trial.folder]
     lines = [f" {json.dumps(name)}: {json.dumps(record)}" for name, record in found.items()]
     write_text(file, "{\n" + ",\n".join(lines) + "\n}\n")
     return found
+
+
+def curve(folder: Path) -> list[list[float]]:
+    """The loss to the teacher's prediction over the steps: (step, mean) of `BINS` parts of a run."""
+    rows = [(row["step"], row["prediction"]) for row in read_log(folder / LOG) if "prediction" in row]
+    size = max(1, len(rows) // BINS)
+    parts = [rows[first : first + size] for first in range(0, len(rows), size)]
+    return [[part[-1][0], float(f"{statistics.fmean(loss for _, loss in part):.4g}")] for part in parts]
+
+
+def draw(file: Path, known: dict[str, Any]) -> None:
+    """The curves of `PANELS`, side by side."""
+    figure = figure_class()(figsize=(5 * len(PANELS), 3.6), layout="constrained", dpi=110)
+    for axes, (title, names) in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS.items(), strict=True):
+        for name, label in names.items():
+            if points := known.get(name, {}).get("curve"):
+                axes.plot([step for step, _ in points], [loss for _, loss in points], label=label)
+        axes.set_yscale("log")
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("step")
+        axes.grid(which="both", color="#dadce0", linewidth=0.4)
+        axes.legend(frameon=False, fontsize=8)
+    figure.axes[0].set_ylabel("loss to the teacher's prediction")
+    with written(file) as path:
+        figure.savefig(path)
 
 
 def table(group: str, known: dict[str, Any]) -> str:
@@ -246,7 +292,7 @@ def table(group: str, known: dict[str, Any]) -> str:
             if number:
                 rows.append(f"| | | | {ratio} | |")
                 continue
-            said = " ".join(trial.options) or "the preset"
+            said = " ".join(own for own in trial.options if not own.startswith("mechanism")) or "the preset"
             minutes = f"{record['cpu_seconds'] / 60:.1f} ({record['vectors']})"
             rows.append(f"| {trial.name} | `{said}` | {minutes} | {ratio} | {record['psnr']['student']:.1f} dB |")
     return "\n".join([*HEAD, *rows]) if rows else "*Not measured yet.*"
@@ -259,6 +305,7 @@ def page(
 ) -> None:
     """Write the tables between `<!-- trials GROUP -->` and `<!-- /trials GROUP -->`."""
     file, known = docs / "distillation.md", collect(output, docs / "distillation.json")
+    draw(docs / "distill-trials.png", known)
     text = file.read_text(encoding="utf-8")
     for group in GROUPS:
         begin, end = f"<!-- trials {group} -->", f"<!-- /trials {group} -->"

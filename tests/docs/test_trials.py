@@ -40,8 +40,8 @@ def test_what_the_folder_lacks_is_kept(tmp_path: Path) -> None:
     assert list(found) == [first.folder, second.folder], "a trial whose options are others now is left out"
     lines = trials.table("radii", found).splitlines()
     assert lines[2:] == [
-        "| radius 3 | `mechanism.radius=3` | 1.5 (AVX2) | `clear(radius=3)` | 0.0200 | 0.3000 | 15.0 | 27.4 dB |",
-        "| radius 4 | `mechanism.radius=4` | 1.5 (AVX2) | `clear(radius=3)` | 0.1000 | 0.3000 | 3.0 | 27.4 dB |",
+        "| radius 3 | `the preset` | 1.5 (AVX2) | `clear(radius=3)` | 0.0200 | 0.3000 | 15.0 | 27.4 dB |",
+        "| radius 4 | `the preset` | 1.5 (AVX2) | `clear(radius=3)` | 0.1000 | 0.3000 | 3.0 | 27.4 dB |",
     ]
     assert trials.table("agent", found) == "*Not measured yet.*"
 
