@@ -66,6 +66,15 @@ def test_numbered_images_and_frames_are_named_by_their_record(tmp_path: Path) ->
         find_record(tmp_path / "m-2.png")
 
 
+def test_a_run_again_with_fewer_images_has_the_same_record(tmp_path: Path) -> None:
+    for name in ("m-0.png", "m-1.png"):
+        (tmp_path / name).write_bytes(b"")
+    leave(tmp_path / "m.json", "m-0.png", "m-1.png")
+    leave(tmp_path / "m.json", "m-0.png")
+    assert [path.name for path in tmp_path.glob("*.json")] == ["m.json"]
+    assert Record.read(tmp_path / "m.json").made["files"] == ["m-0.png"]
+
+
 def test_a_record_of_another_ending_is_kept_and_never_taken(tmp_path: Path) -> None:
     for name in ("a.png", "a.jpg", "a.mp4"):
         (tmp_path / name).write_bytes(b"")
