@@ -94,6 +94,12 @@ TRIALS = (
         (*SLOPES, *ONE_SIZE),
         tuple(f"mechanism.radius={own}" for own in RADII),
     ),
+    Trial(
+        "and four times the rate",
+        "radii",
+        (*SLOPES, *ONE_SIZE, "rate=2e-3"),
+        tuple(f"mechanism.radius={own}" for own in RADII),
+    ),
     Trial("blocks of 2", "means", ("mechanism.pool=2", "backend=dense")),
     Trial("blocks of 4", "means", ("mechanism.pool=4", "backend=dense")),
     Trial("all but features", "losses", ()),
