@@ -109,7 +109,7 @@ def _files_of(path: Path) -> tuple[str, ...]:
         files = Record.read(path).made.get("files", ()) if path.is_file() else ()
     except ValueError:
         return ()
-    return tuple(files) if isinstance(files, (list, tuple)) else ()
+    return tuple(name for name in files if isinstance(name, str)) if isinstance(files, list) else ()
 
 
 def _place(path: Path, files: list[str]) -> Path:

@@ -66,6 +66,15 @@ def test_numbered_images_and_frames_are_named_by_their_record(tmp_path: Path) ->
         find_record(tmp_path / "m-2.png")
 
 
+@pytest.mark.parametrize("files", [[3, None], "a.png", {"a.png": 1}])
+def test_a_record_that_was_changed_by_hand_does_not_stop_a_run_at_its_end(tmp_path: Path, files: object) -> None:
+    place = leave(tmp_path / "a.json")
+    values = json.loads(place.read_text())
+    place.write_text(json.dumps({**values, "made": {"files": files}}))
+    leave(place)
+    assert Record.read(place).made["files"] == ["a.png"]
+
+
 def test_a_run_again_with_fewer_images_has_the_same_record(tmp_path: Path) -> None:
     for name in ("m-0.png", "m-1.png"):
         (tmp_path / name).write_bytes(b"")
