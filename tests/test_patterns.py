@@ -162,7 +162,7 @@ def test_tables_and_plots_come_from_the_records(tmp_path: Path) -> None:
     assert first.startswith("| halo |"), "the nearest first"
     assert "| 3 (2.5-3.5) | 2.00x | 26.0 | 20.0-32.0 | 0.1500 |" in first
     assert table[-1] == "Not in the table: halo, pool (not in this version)."
-    assert "| 9 | 26.0 | 40.5 | 40.0-41.0 | 0.1500 |" in page.tables(values)["distilled"]
+    assert "| 3 (2.5-3.5) | 2.00x | 9 | 26.0 | 40.5 | 40.0-41.0 | 0.1500 |" in page.tables(values)["distilled"]
     assert page.tables(values)["cell 512"] == "*Not measured yet.*"
     assert page.tables(values)["otherwise"] == "*Not measured yet.*"
     plots.draw(tmp_path / "docs", values)

@@ -19,6 +19,8 @@ OF_TRAINING = ("minutes", "steps_trained", "batch", "changes")
 SAME = ("python", "torch", "diffusers", "diffattn")
 """Of two machines whose figures stand in one table."""
 FACTS = ("setting", "kind", "mechanism", "reuse", "share", "gflops", "note", "failed")
+ORDER = (*FACTS, "psnr", "error", "machine", *TIME, "distilled")
+"""Of a row's keys, so that the same figures are the same lines."""
 
 
 def collect(runs: Path, file: Path, order: Sequence[str]) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def _row(values: dict[str, Any], path: Path, former: dict[str, Any]) -> dict[str
         row |= {key: time[key] for key in TIME if key in time} | ({"time_machine": number} if number else {})
     if mechanism and distilled.get("mechanism") == mechanism and len(distilled.get("psnr", ())) == len(row["psnr"]):
         row["distilled"] = _trained(values, distilled, path)
-    return row
+    return {key: row[key] for key in ORDER if key in row}
 
 
 def _trained(values: dict[str, Any], record: dict[str, Any], path: Path) -> dict[str, Any]:

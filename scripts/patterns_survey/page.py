@@ -15,8 +15,8 @@ HEAD = (
     "|---|---|---:|---:|---:|---:|---:|---:|---:|",
 )
 TRAINED = (
-    "| setting | share | steps | PSNR | trained | min-max | error | trained |",
-    "|---|---:|---:|---:|---:|---:|---:|---:|",
+    "| setting | share | GFLOPs | ms (quartiles) | SDPA's | steps | PSNR | trained | min-max | error | trained |",
+    "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
 )
 OTHERWISE = (
     "| setting | options | share | trained otherwise | minutes | steps | PSNR | min-max | error |",
@@ -151,8 +151,8 @@ def distilled_table(cell: Values | None) -> str:
         own = row["distilled"]
         before, after = statistics.median(row["psnr"]), statistics.median(own["psnr"])
         lines.append(
-            f"| {row['setting']} | {row['share']:.3f} | {_steps(own)} | {before:.1f} | {after:.1f} | "
-            f"{_spread(own['psnr'])} | {_error(row)} | {_error(own)} |"
+            f"| {row['setting']} | {row['share']:.3f} | {row['gflops']:.3g} | {_times(row)} | {_steps(own)} | "
+            f"{before:.1f} | {after:.1f} | {_spread(own['psnr'])} | {_error(row)} | {_error(own)} |"
         )
     return "\n".join(lines)
 
