@@ -170,6 +170,25 @@ def test_tables_and_plots_come_from_the_records(tmp_path: Path) -> None:
     assert names == {"patterns.png", "patterns-128.png", "patterns-256.png", "patterns-distilled.png"}
 
 
+def test_settings_without_training_are_told_with_the_reason() -> None:
+    figures = {"psnr": [30.0], "error": [[0.1]], "share": 0.2, "gflops": 1.0, "reuse": 1}
+    own = {"psnr": [31.0], "minutes": 10.0, "batch": 4, "steps_trained": 9}
+    rows = [
+        {"setting": "clear", "mechanism": "clear()", "distilled": own, **figures},
+        {"setting": "halo", "mechanism": "halo()", **figures},
+        {"setting": "criss_cross", "mechanism": "criss_cross()", **figures, "error": [[0.2]]},
+        {"setting": "calibrated", "mechanism": "a recipe of clear()", **figures},
+        {"setting": "broadcast", "mechanism": "softmax()", **figures},
+        {"setting": "twice", "mechanism": "routing()", **figures, "reuse": 2},
+    ]
+    last = page.distilled_table({"settings": rows}).splitlines()[-1]
+    assert last == (
+        "Not in the table: halo (the same pairs as clear); criss_cross (not trained yet); calibrated (a recipe, with a "
+        "mechanism for each head); broadcast (outputs used again); twice (outputs used again)."
+    )
+    assert "Not in the table" not in page.distilled_table({"settings": rows[:1]})
+
+
 def test_what_was_trained_otherwise_has_a_table_of_its_own(tmp_path: Path) -> None:
     cell, one, half = CELLS["256"], SETTINGS[0], replace(CELLS["256"], budget=0.5)
     kinds = {training.kind_of(*own) for own in ((cell, ()), (half, ()), (cell, ("rate=1",)), (cell, ("rate=2",)))}

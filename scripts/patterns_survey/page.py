@@ -154,7 +154,21 @@ def distilled_table(cell: Values | None) -> str:
             f"| {row['setting']} | {row['share']:.3f} | {row['gflops']:.3g} | {_times(row)} | {_steps(own)} | "
             f"{before:.1f} | {after:.1f} | {_spread(own['psnr'])} | {_error(row)} | {_error(own)} |"
         )
+    left_out = [row for row in measured(cell) if not row.get("distilled")]
+    if left_out:
+        told = "; ".join(f"{row['setting']} ({_why_untrained(row, rows)})" for row in left_out)
+        lines += ["", f"Not in the table: {told}."]
     return "\n".join(lines)
+
+
+def _why_untrained(row: Values, trained: Sequence[Values]) -> str:
+    """Images and errors of two settings that are equal on all prompts are those of one pattern by two kernels."""
+    if row["reuse"] > 1 or row["mechanism"].startswith("softmax"):
+        return "outputs used again"
+    if row["mechanism"].startswith("a recipe"):
+        return "a recipe, with a mechanism for each head"
+    same = [own["setting"] for own in trained if all(own.get(key) == row.get(key) for key in ("psnr", "error"))]
+    return f"the same pairs as {same[0]}" if same else "not trained yet"
 
 
 def _steps(row: Values) -> str:
