@@ -4,6 +4,7 @@ And what training brought: for every setting that was trained two dots on a line
 """
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def draw(docs: Path, values: dict[str, Any]) -> None:
     if rows_trained := trained(values["cells"].get(DISTILLED)):
         figure = figure_class()(figsize=(8, 1.6 + 0.27 * len(rows_trained)), layout="constrained", dpi=110)
         _pairs(figure.subplots(), rows_trained)
-        _legend(figure, columns=2)
+        _legend(figure, columns=2, kinds=[kind for kind in KINDS if kind in {row["kind"] for row in rows_trained}])
         with written(docs / "patterns-distilled.png") as path:
             figure.savefig(path)
 
@@ -73,10 +74,10 @@ def _pairs(axes: Any, rows: list[dict[str, Any]]) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _legend(figure: Any, columns: int) -> None:
+def _legend(figure: Any, columns: int, kinds: Sequence[str] = KINDS) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], marker="o", linestyle="", color=COLOURS[kind], label=kind) for kind in KINDS]
+    handles = [Line2D([], [], marker="o", linestyle="", color=COLOURS[kind], label=kind) for kind in kinds]
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
