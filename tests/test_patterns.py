@@ -162,7 +162,7 @@ def test_tables_and_plots_come_from_the_records(tmp_path: Path) -> None:
     assert first.startswith("| halo |"), "the nearest first"
     assert "| 3 (2.5-3.5) | 2.00x | 26.0 | 20.0-32.0 | 0.1500 |" in first
     assert table[-1] == "Not in the table: halo, pool (not in this version)."
-    assert "| 3 (2.5-3.5) | 2.00x | 9 | 26.0 | 40.5 | 40.0-41.0 | 0.1500 |" in page.tables(values)["distilled"]
+    assert "| 3 (2.5-3.5) | 2.00x | 9 | 26.0 | 40.5 | 40.0-41.0 | 2 of 2 | 0.1500 |" in page.tables(values)["distilled"]
     assert page.tables(values)["cell 512"] == "*Not measured yet.*"
     assert page.tables(values)["otherwise"] == "*Not measured yet.*"
     plots.draw(tmp_path / "docs", values)
@@ -170,7 +170,7 @@ def test_tables_and_plots_come_from_the_records(tmp_path: Path) -> None:
     assert names == {"patterns.png", "patterns-128.png", "patterns-256.png", "patterns-distilled.png"}
 
 
-def test_settings_without_training_are_told_with_the_reason() -> None:
+def test_what_training_brought_and_what_had_none() -> None:
     figures = {"psnr": [30.0], "error": [[0.1]], "share": 0.2, "gflops": 1.0, "reuse": 1}
     own = {"psnr": [31.0], "minutes": 10.0, "batch": 4, "steps_trained": 9}
     rows = [
@@ -181,12 +181,15 @@ def test_settings_without_training_are_told_with_the_reason() -> None:
         {"setting": "broadcast", "mechanism": "softmax()", **figures},
         {"setting": "twice", "mechanism": "routing()", **figures, "reuse": 2},
     ]
+    table = page.distilled_table(
+        {"settings": [{**rows[0], "psnr": [30.0, 32.0], "distilled": own | {"psnr": [31.0] * 2}}]}
+    )
+    assert "| 31.0 | 31.0 | 31.0-31.0 | 1 of 2 |" in table and "Not in the table" not in table
     last = page.distilled_table({"settings": rows}).splitlines()[-1]
     assert last == (
         "Not in the table: halo (the same pairs as clear); criss_cross (not trained yet); calibrated (a recipe, with a "
         "mechanism for each head); broadcast (outputs used again); twice (outputs used again)."
     )
-    assert "Not in the table" not in page.distilled_table({"settings": rows[:1]})
 
 
 def test_what_was_trained_otherwise_has_a_table_of_its_own(tmp_path: Path) -> None:

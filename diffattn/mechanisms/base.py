@@ -164,6 +164,11 @@ class Mechanism:
         """The rule that says which cells of `grid` see each other, for mechanisms that are a window."""
         return None
 
+    @property
+    def only_pattern(self) -> bool:
+        """Does a cell see of the grid just what `pattern` says, each key by itself, and no means beside them?"""
+        return False
+
     def cell_order(self, q: Tensor, grid: TokenGrid, backend: str) -> TileOrder | None:
         """The order of the cells in which the kernel for `q` `(b, h, n, d)` computes, without gradients; None: any."""
         return None

@@ -128,6 +128,10 @@ class ClearAttention(Window):
                 "out; give down_factor for the published weights, pool without training"
             )
 
+    @property
+    def only_pattern(self) -> bool:
+        return super().only_pattern and self.down_factor is None
+
     def computes_in_order(self, grid: TokenGrid) -> bool:
         return self.down_factor is None
 

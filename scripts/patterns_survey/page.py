@@ -15,8 +15,9 @@ HEAD = (
     "|---|---|---:|---:|---:|---:|---:|---:|---:|",
 )
 TRAINED = (
-    "| setting | share | GFLOPs | ms (quartiles) | SDPA's | steps | PSNR | trained | min-max | error | trained |",
-    "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    "| setting | share | GFLOPs | ms (quartiles) | SDPA's | steps"
+    " | PSNR | trained | min-max | nearer | error | trained |",
+    "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
 )
 OTHERWISE = (
     "| setting | options | share | trained otherwise | minutes | steps | PSNR | min-max | error |",
@@ -152,13 +153,19 @@ def distilled_table(cell: Values | None) -> str:
         before, after = statistics.median(row["psnr"]), statistics.median(own["psnr"])
         lines.append(
             f"| {row['setting']} | {row['share']:.3f} | {row['gflops']:.3g} | {_times(row)} | {_steps(own)} | "
-            f"{before:.1f} | {after:.1f} | {_spread(own['psnr'])} | {_error(row)} | {_error(own)} |"
+            f"{before:.1f} | {after:.1f} | {_spread(own['psnr'])} | {_nearer(row)} | {_error(row)} | {_error(own)} |"
         )
     left_out = [row for row in measured(cell) if not row.get("distilled")]
     if left_out:
         told = "; ".join(f"{row['setting']} ({_why_untrained(row, rows)})" for row in left_out)
         lines += ["", f"Not in the table: {told}."]
     return "\n".join(lines)
+
+
+def _nearer(row: Values) -> str:
+    """On how many of the prompts training brought the image nearer."""
+    pairs = list(zip(row["psnr"], row["distilled"]["psnr"], strict=True))
+    return f"{sum(after > before for before, after in pairs)} of {len(pairs)}"
 
 
 def _why_untrained(row: Values, trained: Sequence[Values]) -> str:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
-from diffattn import ClearAttention, SoftmaxAttention, TokenGrid
+from diffattn import ClearAttention, HaloAttention, NeighborhoodAttention, SoftmaxAttention, TokenGrid
 from diffattn.cli import app
 from diffattn.kernels.call import WindowCall
 from diffattn.kernels.flex import missing_compiler
@@ -21,7 +21,10 @@ from diffattn.measure.bench.accuracy import checked_queries, error_of, mask_rows
 from diffattn.measure.bench.contestants import select
 from diffattn.measure.bench.results import FULL, OFFICIAL, ROW_MAJOR
 from diffattn.measure.bench.run import with_ratios
+from diffattn.measure.cost import as_in_a_model
+from diffattn.mechanisms import Mechanism
 from diffattn.mechanisms.agent import AgentAttention
+from diffattn.mechanisms.patterns import CrissCrossAttention, GlobalContextAttention
 
 SMALL = Settings(
     grids=(TokenGrid(10, 6, before=3),), radii=(2,), rows=("tiled", "dense"), heads=2, head_dim=8, rounds=2
@@ -64,6 +67,27 @@ def test_mechanisms_that_are_no_windows_meet_their_own_reference() -> None:
     assert error_of(AgentAttention(num_agents=16), q, grid, q, k, v) < 1e-5
     for scaled in (ClearAttention(radius=2, proportional=True), SoftmaxAttention(proportional=True)):
         assert error_of(scaled, q, grid, q, k, v) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "mechanism",
+    [
+        ClearAttention(radius=2, pool=2),
+        ClearAttention(radius=2, down_factor=2),
+        CrissCrossAttention(pool=2),
+        GlobalContextAttention(window=3),
+        GlobalContextAttention(window=2, by="queries", pool=2),
+        HaloAttention(tile=2, halo=1, pool=2),
+        NeighborhoodAttention(kernel_size=3, pool=2),
+    ],
+    ids=str,
+)
+def test_windows_with_means_are_held_to_more_than_their_window(mechanism: Mechanism) -> None:
+    grid = TokenGrid(8, 6, before=3)
+    q, k, v = SMALL.tensors(grid)
+    with torch.no_grad():
+        out = mechanism.attend(q, k, v, grid, context=as_in_a_model(mechanism, q))
+        assert error_of(mechanism, out, grid, q, k, v) < 1e-5
 
 
 def test_ratios_are_over_full_attention_and_the_official_order() -> None:

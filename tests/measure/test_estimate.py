@@ -120,6 +120,22 @@ def test_a_card_is_modelled_and_labelled() -> None:
     assert slow == sorted(slow, key=lambda seconds: -seconds) or len(set(slow)) == len(CARDS)
 
 
+def test_what_changes_from_step_to_step_counts_as_halfway() -> None:
+    own: dict[str, Any] = {"height": 48, "width": 48, "frames": 33, "text_tokens": 16, "card": "H100"}
+    options = {"padding": 0, "top_k": 2, "global_phase": None}
+    [still] = estimate(bundled("wan"), "dual_scope", local_phase=None, **options, **own)
+    [moving] = estimate(bundled("wan"), "dual_scope", local_phase=None, rotation=1.0, **options, **own)
+    assert moving.computed == still.computed < 0.5
+    [phases] = estimate(bundled("wan"), "dual_scope", local_phase=(0.4, 0, -5), **options, **own)
+    assert phases.computed > 0
+
+
+def test_means_beside_a_window_are_in_the_modelled_time() -> None:
+    own: dict[str, Any] = {"height": 1024, "width": 1024, "text_tokens": 32, "card": "H100"}
+    [few], [many] = (estimate(bundled("flux"), "global_context", window=8, size=size, **own) for size in (1, 32))
+    assert many.seconds > 1.1 * few.seconds
+
+
 def test_a_small_size_gains_nothing_and_says_from_which_it_does() -> None:
     own: dict[str, Any] = {"card": "H100", "text_tokens": 32}
     [small] = estimate(bundled("flux"), "routing", top_share=0.1, chosen_by="mean", height=128, width=128, **own)

@@ -18,12 +18,11 @@ REFERENCE_CELLS = 1024
 
 def error_of(mechanism: Mechanism, out: Tensor, grid: TokenGrid, q: Tensor, k: Tensor, v: Tensor) -> float:
     """Largest absolute difference of a mechanism's output to float64, at some queries or on a smaller grid."""
-    pattern, trained = mechanism.pattern(grid), mechanism.weights(q.shape[1], q.shape[-1])
     scaled = getattr(mechanism, "proportional", False)  # by other than 1/sqrt(d)
-    if not mechanism.exact and (pattern is None or trained is not None or scaled):
+    if not mechanism.exact and (not mechanism.only_pattern or scaled):
         return error_on_small_grid(mechanism, grid, q)
     rows = checked_queries(grid)
-    want = exact_rows(pattern, grid, rows, q, k, v)
+    want = exact_rows(mechanism.pattern(grid), grid, rows, q, k, v)
     return difference(out[..., rows.to(out.device), :], want)
 
 

@@ -23,7 +23,7 @@ from ...swap.settings.schedule import FULL, Part, Schedule
 from .inputs import kind_of
 from .rates import DataSheet, Rates, rates_of
 from .sizes import grid_of
-from .work import AttentionCall, Work, work_of
+from .work import HALFWAY, AttentionCall, Work, work_of
 
 PAYS = 1.1
 """Speed-up from which a swap is said to pay."""
@@ -213,7 +213,7 @@ def _sums(work: Work, shares: Mapping[Part, float], measured: Times) -> tuple[fl
 
 def _flops(work: Work, shares: Mapping[Part, float]) -> float:
     return sum(
-        count * share * part.mechanism.flops(call.grid, call.heads, call.head_dim)
+        count * share * part.mechanism.flops(call.grid, call.heads, call.head_dim, context=HALFWAY)
         for call, count in work.calls.items()
         for part, share in shares.items()
     )

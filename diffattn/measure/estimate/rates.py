@@ -23,7 +23,7 @@ from ..hardware import hardware, hardware_line
 from ..latency import latency, synchronize
 from ..modelled import CARDS, HALF, MATMUL, Card, Part, full_parts, routing_parts, seconds, window_parts
 from .inputs import make_inputs
-from .work import AttentionCall, Work
+from .work import HALFWAY, AttentionCall, Work
 
 Pair = tuple[float, float]
 """Seconds of full attention, and of a mechanism."""
@@ -82,10 +82,10 @@ def _parts(call: AttentionCall, mechanism: Mechanism) -> list[Part]:
     if isinstance(mechanism, RoutingAttention):
         return routing_parts(mechanism, *shape)
     pattern = mechanism.pattern(call.grid)
-    if pattern is not None and getattr(mechanism, "pool", None) is None:
+    if pattern is not None and mechanism.only_pattern:
         return window_parts(pattern, *shape)
     moved = 4 * call.grid.tokens * call.heads * call.head_dim * HALF
-    return [Part(mechanism.type, mechanism.flops(*shape), moved)]
+    return [Part(mechanism.type, mechanism.flops(*shape, context=HALFWAY), moved)]
 
 
 @dataclass
@@ -108,18 +108,18 @@ class Measured:
         q, k, v = (torch.randn(shape, generator=generator).to(self.like) for _ in range(3))
         functions: dict[str, Callable[[], Any]] = {"full": lambda: F.scaled_dot_product_attention(q, k, v)}
         if not mechanism.exact:
-            context = replace(as_in_a_model(mechanism, q), progress=0.5)
+            context = replace(as_in_a_model(mechanism, q), progress=HALFWAY.progress)
             functions["own"] = lambda: mechanism.attend(q, k, v, grid, context=context)
         with torch.no_grad():
             times = latency(functions, rounds=ROUNDS, device=self.like.device)
         full = times["full"].min * (call.grid.tokens / grid.tokens) ** 2
         if mechanism.exact:
             return full, full
-        work = [mechanism.flops(each, call.heads, call.head_dim) for each in (call.grid, grid)]
+        work = [mechanism.flops(each, call.heads, call.head_dim, context=HALFWAY) for each in (call.grid, grid)]
         return full, times["own"].min * work[0] / work[1]
 
     def at(self, call: AttentionCall, mechanism: Mechanism, grid: TokenGrid, known: Pair) -> Pair:
-        work = [mechanism.flops(each, call.heads, call.head_dim) for each in (grid, call.grid)]
+        work = [mechanism.flops(each, call.heads, call.head_dim, context=HALFWAY) for each in (grid, call.grid)]
         return known[0] * (grid.tokens / call.grid.tokens) ** 2, known[1] * work[0] / work[1]
 
     def rest(self, work: Work) -> float:

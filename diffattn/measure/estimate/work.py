@@ -10,12 +10,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...grid import TokenGrid
+from ...mechanisms.base import Context
 from ...swap.apply import commit
-from ...swap.plan import plan_all
+from ...swap.plan import plan
 from ...swap.settings.placement import LayerChoice, Placement
 from ...swap.settings.schedule import Schedule
 from .inputs import make_inputs
 from .sizes import assume_grid
+
+HALFWAY = Context(progress=0.5)
+"""Mechanisms that change from step to step count as in the middle of the schedule."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def work_of(model: nn.Module, schedule: Schedule, grid: TokenGrid, text: int, la
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         empty(**make_inputs(empty, grid, text, 1, like))
     calls: collections.Counter[AttentionCall] = collections.Counter()
-    with commit(plan_all(empty, schedule, Placement(layers=layers)), trained=True) as handle:
+    with commit([plan(empty, schedule, Placement(layers=layers))], trained=True) as handle:
         assume_grid(empty, handle, grid, like)
         for layer in handle.layers:
             query = layer.last.query  # type: ignore[union-attr]

@@ -45,6 +45,10 @@ class Window(Mechanism):
         return self.pool is not None
 
     @property
+    def only_pattern(self) -> bool:
+        return self.pool is None
+
+    @property
     def leaves_tiles(self) -> bool:
         return self.pool is not None
 

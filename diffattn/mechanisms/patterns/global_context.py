@@ -88,6 +88,10 @@ class GlobalContextAttention(Window):
         return False
 
     @property
+    def only_pattern(self) -> bool:
+        return False
+
+    @property
     def grouped_heads(self) -> bool:
         return self.by == "queries" and super().grouped_heads
 
