@@ -121,7 +121,8 @@ def estimate(
         text_tokens: of the prompt; None: what the pipeline makes of any, or is usual for the class.
         card: a GPU by name ("H100"): times are modelled from its data sheet. None: measured on this machine, which
             takes seconds and a model with weights.
-        options: as in `apply`.
+        options: as in `apply`. What changes from step to step (phases, rotation) counts as in the middle of the
+            schedule.
 
     Raises `ValueError` for classes whose inputs are not known, and what `apply` raises. Cost: a few attention calls of
     at most 40 GFLOPs and a forward without attention; nothing is computed for a card.

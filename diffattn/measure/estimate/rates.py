@@ -108,7 +108,8 @@ class Measured:
         q, k, v = (torch.randn(shape, generator=generator).to(self.like) for _ in range(3))
         functions: dict[str, Callable[[], Any]] = {"full": lambda: F.scaled_dot_product_attention(q, k, v)}
         if not mechanism.exact:
-            context = replace(as_in_a_model(mechanism, q), progress=HALFWAY.progress)
+            own = as_in_a_model(mechanism, q)
+            context = replace(HALFWAY, weights=own.weights, hidden=own.hidden)
             functions["own"] = lambda: mechanism.attend(q, k, v, grid, context=context)
         with torch.no_grad():
             times = latency(functions, rounds=ROUNDS, device=self.like.device)

@@ -18,7 +18,7 @@ from ...swap.settings.schedule import Schedule
 from .inputs import make_inputs
 from .sizes import assume_grid
 
-HALFWAY = Context(progress=0.5)
+HALFWAY = Context(progress=0.5, timestep=500.0, sigma=0.5)
 """Mechanisms that change from step to step count as in the middle of the schedule."""
 
 
